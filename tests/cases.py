@@ -1,0 +1,73 @@
+"""The combinations that every law is tested on: family, task and options, all of them tiny."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from zoo.models import MODELS, Model
+from zoo.tasks import Batch
+
+
+class Case(NamedTuple):
+    name: str
+    family: str
+    task: str
+    options: dict[str, Any]
+    reads_query: bool = True
+    """False where the update depends on the separate context alone: without a context it is exactly zero."""
+
+
+CASES = [
+    Case("transformer-regression", "transformer", "regression", {}),
+    Case("transformer-regression-gqa", "transformer", "regression", {"kv_heads": 1}),
+    Case("transformer-noise-tied", "transformer", "noise", {"tied": True}),
+    Case("transformer-noise-gqa-tied", "transformer", "noise", {"kv_heads": 1, "tied": True}),
+    Case("hypernet-segment-low-rank", "hypernet", "regression", {}, False),
+    Case("hypernet-segment-attend", "hypernet", "regression", {"attend_context": True}, False),
+    Case("hypernet-segment-full", "hypernet", "regression", {"emission": "full"}, False),
+    Case("hypernet-segment-scale-gqa", "hypernet", "regression", {"emission": "scale", "kv_heads": 1}, False),
+    Case("hypernet-segment-down", "hypernet", "regression", {"matrices": ["down"], "rank": 2}, False),
+    Case("hypernet-chunk", "hypernet", "noise", {"chunk": 4}),
+    Case("hypernet-chunk-scale-tied", "hypernet", "noise", {"chunk": 4, "emission": "scale", "tied": True}),
+    Case("hypernet-running", "hypernet", "noise", {"context": "running"}),
+    Case("hypernet-running-full-gqa", "hypernet", "noise", {"context": "running", "emission": "full", "kv_heads": 1}),
+    Case("hypernet-token", "hypernet", "noise", {"context": "token"}),
+    Case("hypernet-constant", "hypernet", "regression", {"code": "constant", "attend_context": True}),
+    Case("moe-token", "moe", "regression", {}),
+    Case("moe-token-top1-shared", "moe", "noise", {"top_k": 1, "shared": 1}),
+    Case("moe-token-sigmoid-gqa-tied", "moe", "noise", {"score": "sigmoid", "kv_heads": 1, "tied": True}),
+    Case("moe-context-linear", "moe", "regression", {"route_on": "context", "score": "linear"}),
+    Case("moe-context-chunk", "moe", "noise", {"route_on": "context", "chunk": 4}),
+]
+AUTOREGRESSIVE = [case for case in CASES if case.task == "noise"]
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """The keyword arguments of the case's model."""
+    hidden = 12 if case.family == "moe" else 24
+    model = {"name": case.family, "dim": 16, "layers": 2, "heads": 2, "hidden": hidden, **case.options}
+    if case.family == "hypernet":
+        model["code_dim"] = 8
+    task = {"name": "regression", "points": 7, "queries": 5} if case.task == "regression" else {"tokens": 12}
+    return {"model": model, "task": {"name": case.task, **task}, "optim": {"steps": 20, "warmup": 2, "batch_size": 8}}
+
+
+def build(case: Case, seed: int = 0, random: bool = True) -> Model:
+    """The case's model in float64 and eval mode; random: parameters that start at zero are drawn too."""
+    torch.manual_seed(seed)
+    model = MODELS[case.family](**options_of(case)).double().eval()
+    if random:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.3)
+    return model
+
+
+def batch_of(model: Model, size: int = 3) -> Batch:
+    """A batch of the model's task in float64."""
+    batch = model.task.batch("test", 0, size)
+    tokens = batch.tokens.double() if batch.tokens.is_floating_point() else batch.tokens
+    return batch._replace(tokens=tokens)

@@ -1,0 +1,26 @@
+"""An open zoo of networks whose weights depend on their context."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.checkpoint import load
+    from zoo.training import train
+
+__version__ = version("zoo")
+__all__ = ["__version__", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads torch and lightning at the first use of zoo.load or zoo.train, not at import."""
+    if name == "load":
+        from zoo.checkpoint import load
+
+        return load
+    if name == "train":
+        from zoo.training import train
+
+        return train
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")

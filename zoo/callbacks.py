@@ -1,0 +1,167 @@
+"""What happens around training steps: the metrics file, the clock, clean stops, and the end of a run that diverged."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from zoo import __version__
+from zoo.checkpoint import SCHEMA
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; its last checkpoint is complete. code: the exit code that shells expect."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def _step_done(trainer: L.Trainer, batch_idx: int) -> bool:
+    """True after the last accumulated part of an optimiser step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class Clock(Callback):
+    """Seconds of training over all parts of a resumed run; marks checkpoints with schema, versions and options."""
+
+    def __init__(self, config: dict[str, Any], command: str):
+        self.config, self.command = config, command
+        self.seconds, self._since = 0.0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def _read(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._read()
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # the last step is validated even if validate_every does not divide the steps
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["zoo"] = {
+            "schema": SCHEMA,
+            "zoo": __version__,
+            "torch": str(torch.__version__),
+            "config": {**self.config, **dict(pl_module.hparams)},
+            "command": self.command,
+            "seconds": self.seconds,
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.seconds, self.command = checkpoint["zoo"]["seconds"], checkpoint["zoo"]["command"]
+
+
+class FiniteLoss(Callback):
+    """Stops a run whose loss is no longer a number, before a checkpoint of it could be written."""
+
+    def __init__(self, folder: Path):
+        self.last = folder / "checkpoints" / "last.ckpt"
+
+    def _check(self, name: str, value: Any, trainer: L.Trainer) -> None:
+        if torch.isfinite(torch.as_tensor(value)).all():
+            return
+        good = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was written yet"
+        raise ValueError(
+            f"{name} is {float(value)} at step {trainer.global_step}; {good}. A lower optim.lr, a longer optim.warmup "
+            f"or a smaller optim.clip may help"
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._check("the training loss", outputs["loss"], trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "validation_loss" in trainer.callback_metrics:
+            self._check("the validation loss", trainer.callback_metrics["validation_loss"], trainer)
+
+
+class MetricsFile(Callback):
+    """Appends a row to metrics.jsonl every log_every optimiser steps and at each validation."""
+
+    def __init__(self, path: Path, log_every: int):
+        self.path, self.log_every = path, log_every
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drops rows that a killed run wrote after its last checkpoint."""
+        if trainer.is_global_zero and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _row_step(line) <= trainer.global_step]
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            temporary.replace(self.path)
+
+    def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": trainer.global_step, **row}) + "\n")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if _step_done(trainer, batch_idx) and trainer.global_step % self.log_every == 0:
+            row = {
+                name: float(value) for name, value in trainer.callback_metrics.items() if name in ("loss", "aux_loss")
+            }
+            self._append(trainer, row | {"lr": trainer.optimizers[0].param_groups[0]["lr"]})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        names = [name for name in trainer.callback_metrics if name == "validation_loss" or name.startswith("layer")]
+        self._append(trainer, {name: float(trainer.callback_metrics[name]) for name in names})
+
+
+def _row_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a row cut short by a kill
+        return float("inf")
+
+
+class Interruption(Callback):
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not _step_done(trainer, batch_idx):
+            return
+        stop = bool(self.signal)
+        if trainer.world_size > 1:  # all processes must stop at the same step
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+            name = signal.Signals(self.signal or signal.SIGTERM).name
+            raise Interrupted(
+                f"stopped by {name} at step {trainer.global_step}; continue with: python train.py resume={self.folder}",
+                128 + (self.signal or signal.SIGTERM),
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,74 @@
+"""What the families differ in: who turns a context into a weight update, and from which tokens.
+
+Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model; `*` the leading dims of the update, see zoo.delta.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from zoo.delta import Patch
+from zoo.layers import fold
+
+SOURCES = ("segment", "chunk", "running", "token")
+
+
+class Summary(NamedTuple):
+    """The mean state of each context: mean (*,D), and filled (*,1), 0 where the context is empty."""
+
+    mean: Tensor
+    filled: Tensor
+
+
+def summarise(z_BTD: Tensor, source: str, n_context: int, chunk: int | None = None) -> Summary:
+    """Mean of the states that make up a context; no state later than the token it serves ever enters.
+
+    segment: the first n_context tokens, for all that follow: (B,D). chunk: for chunk s, all tokens of chunks < s:
+    (B,S,D). running: tokens up to and including t: (B,T,D). token: the state of t alone, after attention: (B,T,D).
+    """
+    B, T = z_BTD.shape[:2]
+    ones = z_BTD.new_ones(B, T, 1)
+    if source == "token":
+        return Summary(z_BTD, ones)
+    if source == "segment":
+        filled = ones[:, 0] * float(n_context > 0)
+        return Summary(z_BTD[:, :n_context].sum(1) / max(n_context, 1), filled)
+    # sums over thousands of tokens lose the small addends in bfloat16
+    states = z_BTD.to(torch.promote_types(z_BTD.dtype, torch.float32))
+    if source == "running":
+        count_T1 = torch.arange(1, T + 1, device=z_BTD.device, dtype=states.dtype)[:, None]
+        return Summary((states.cumsum(1) / count_T1).to(z_BTD.dtype), ones)
+    if source == "chunk" and chunk:
+        sums_BSD = fold(states, chunk).sum(2)
+        before_BSD = sums_BSD.cumsum(1) - sums_BSD
+        start_S1 = torch.arange(sums_BSD.shape[1], device=z_BTD.device, dtype=states.dtype)[:, None] * chunk
+        mean_BSD = (before_BSD / start_S1.clamp(min=1)).to(z_BTD.dtype)
+        return Summary(mean_BSD, (start_S1 > 0).to(z_BTD.dtype).expand(B, -1, 1))
+    raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")
+
+
+class ContextToDelta(nn.Module):
+    """The seat of a family in the decoder: from the states before each FFN to the patch of that FFN."""
+
+    def forward(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
+        """The patch of layer `layer` for states z (B,T,D) whose first n_context tokens are a separate context."""
+        raise NotImplementedError
+
+    def aux_loss(self, patches: list[Patch]) -> Tensor | float:
+        """What training adds to the task's loss, 0 for most families."""
+        return 0.0
+
+    def flops_per_token(self, tokens: int, n_context: int) -> float:
+        """FLOPs of making the update, shared by the tokens that use it; forward pass, all layers."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Metric]:
+        """Fresh metrics of one layer; each has update(patch, ffn), and compute() gives a number or a dict of them."""
+        return {}
+
+    def after_step(self) -> None:
+        """Called once after each optimiser step, on every process."""

@@ -1,0 +1,171 @@
+"""The decoder that all families share, and the total weight update that stands for a context in any of them.
+
+Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from zoo.context import ContextToDelta
+from zoo.delta import LowRank, Patch, Shear
+from zoo.layers import Block, FeedForward, Layout, RMSNorm
+
+
+class Decoder(nn.Module):
+    """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; optionally a seat that patches the FFNs.
+
+    vocabulary: number of token ids, or None for continuous tokens of `token_dim` numbers. independent_queries: tokens
+    after the context all stand at the same position and do not see each other. attend_context: they see the context.
+    """
+
+    context_to_delta: ContextToDelta | None
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+        output_dim: int,
+        vocabulary: int | None = None,
+        token_dim: int | None = None,
+        tied: bool = False,
+        independent_queries: bool = False,
+        attend_context: bool = True,
+        blocks: int = 1,
+        backend: str = "auto",
+        theta: float = 10000.0,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.context_to_delta = None
+        self.independent_queries, self.attend_context = independent_queries, attend_context
+        if (vocabulary is None) == (token_dim is None):
+            raise ValueError(f"vocabulary={vocabulary}, token_dim={token_dim}: tokens are either ids or continuous")
+        self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
+        ffns = (FeedForward(dim, hidden, blocks, backend) for _ in range(layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(dim, heads, kv_heads, theta, eps, ffn) for ffn in ffns
+        )
+        self.norm = RMSNorm(dim, eps)
+        self.head = nn.Linear(dim, output_dim, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal weights of std 1/√fan_in; matrices that write to the residual stream a further 1/√(2L) smaller."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                continue
+            fan_in = parameter.shape[1]
+            if name.endswith("ffn.down"):
+                fan_in = self.blocks[0].ffn.hidden_per_block
+            writes = name.endswith(("ffn.down", "attention.o.weight"))
+            parameter.normal_(std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)
+
+    def layout(self, tokens: int, n_context: int, device: torch.device | None = None) -> Layout:
+        """Positions and mask of `tokens` tokens, the first n_context of which are a separate context."""
+        index_T = torch.arange(tokens, device=device)
+        if not self.independent_queries and (self.attend_context or not n_context):
+            return Layout(index_T, None)
+        query, key = index_T[:, None], index_T[None, :]
+        mask_TT = key <= query
+        if self.independent_queries:
+            mask_TT = mask_TT & ((key < n_context) | (key == query))
+            index_T = index_T.clamp(max=n_context)
+        if not self.attend_context:
+            mask_TT = mask_TT & ((query < n_context) | (key >= n_context))
+        return Layout(index_T, mask_TT)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+    def unembed(self, x_BTD: Tensor) -> Tensor:
+        return self.head(self.norm(x_BTD))
+
+    def emit(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
+        """The patch that the family itself emits; empty for the transformer."""
+        return self.context_to_delta(z_BTD, layer, n_context) if self.context_to_delta else Patch()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        n_context: int = 0,
+        patches: Sequence[Patch] | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, list[Patch]]:
+        """Output (B,T,V) for tokens (B,T) or (B,T,token_dim), and the patch that each layer used.
+
+        n_context: how many leading tokens are a separate context. patches: one per layer, total: nothing else is
+        emitted. positions (T,): where the tokens stand; default as if nothing came before.
+        """
+        _check_context(tokens, n_context)
+        layout = self.layout(tokens.shape[1], n_context, tokens.device)
+        if positions is not None:
+            layout = replace(layout, positions=positions)
+        if patches is not None and len(patches) != len(self.blocks):
+            raise ValueError(f"{len(patches)} patches for {len(self.blocks)} layers: pass one patch per layer")
+        x_BTD, used = self.embed(tokens), []
+        for layer, block in enumerate(self.blocks):
+            v_BTD = block.attend(x_BTD, layout)
+            z_BTD = block.norm2(v_BTD)
+            patch = self.emit(z_BTD, layer, n_context) if patches is None else patches[layer]
+            x_BTD = v_BTD + block.ffn(z_BTD, patch)
+            used.append(patch)
+        return self.unembed(x_BTD), used
+
+    def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
+        """The total patch of each layer, per kept token, that stands for the tokens marked in `removed` (T,).
+
+        The law: forward(tokens[:, ~removed], patches=deltas) equals forward(tokens) at the kept tokens, when the kept
+        tokens keep their positions. n_context: as in forward, default the number of removed tokens. Each query token
+        is patched on the stream that the patched layers below produced (Dherin et al. 2025, arXiv 2507.16003, and
+        Goldwaser et al. 2025, arXiv 2511.17864, for gated blocks), so errors do not accumulate with depth.
+        Raises ValueError where no patch exists: a zero state or zero hidden units.
+        """
+        n_context = int(removed.sum()) if n_context is None else n_context
+        _check_context(tokens, n_context)
+        if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
+            raise ValueError(
+                f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
+                f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
+            )
+        kept = (~removed).nonzero().squeeze(1)
+        full = self.layout(tokens.shape[1], n_context, tokens.device)
+        reduced = full.keep(kept)
+        xC_BTD = self.embed(tokens)
+        x_BTD = xC_BTD[:, kept]
+        totals = []
+        for layer, block in enumerate(self.blocks):
+            vC_BTD = block.attend(xC_BTD, full)
+            zC_BTD = block.norm2(vC_BTD)
+            emitted = self.emit(zC_BTD, layer, n_context)
+            xC_BTD = vC_BTD + block.ffn(zC_BTD, emitted)
+            v_BTD = block.attend(x_BTD, reduced)
+            z_BTD = block.norm2(v_BTD)
+            patch = replace(emitted.at(kept), input=Shear(z_BTD, zC_BTD[:, kept] - z_BTD))
+            h_BTF = block.ffn.hidden(z_BTD, patch)
+            for name, state in (("state before", z_BTD), ("hidden units of", h_BTF)):
+                if not state.any(-1).all():
+                    raise ValueError(f"layer {layer}: the {name} the FFN are zero for a token, no rank-1 patch exists")
+            residual = LowRank(
+                (vC_BTD[:, kept] - v_BTD).unsqueeze(-1), (h_BTF / h_BTF.square().sum(-1, keepdim=True)).unsqueeze(-1)
+            )
+            patch = patch.add("down", residual)
+            x_BTD = v_BTD + block.ffn(z_BTD, patch)
+            totals.append(patch)
+        return totals
+
+
+def _check_context(tokens: Tensor, n_context: int) -> None:
+    if not 0 <= n_context <= tokens.shape[1]:
+        raise ValueError(f"n_context={n_context} must lie between 0 and the {tokens.shape[1]} tokens given")

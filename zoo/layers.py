@@ -1,0 +1,208 @@
+"""The parts of a pre-norm decoder block: RMSNorm, rotary attention, and the one feed-forward network of the zoo.
+
+Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model, H heads, G key/value heads, d head width, F hidden
+units of a block, E blocks (experts), K chosen blocks, N rows (token, choice) sorted by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.delta import Patch, Routing
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, in at least float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens stand and whom they see: positions (T,); mask (T,T), True = sees, None = causal."""
+
+    positions: Tensor
+    mask: Tensor | None
+
+    def keep(self, kept: Tensor) -> Layout:
+        """The layout of the tokens marked in `kept` (T,), at the positions they had."""
+        return Layout(self.positions[kept], None if self.mask is None else self.mask[kept][:, kept])
+
+
+def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin tables (T,d) of rotary positions, in at least float32 (Su et al. 2021, arXiv 2104.09864)."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    rate = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width)
+    angle = (positions.to(dtype)[:, None] * rate).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Softmax attention with rotary positions and G key/value heads shared by H query heads; 2D² + 2DGd parameters."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float):
+        super().__init__()
+        self.heads, self.kv_heads, self.width, self.theta = heads, kv_heads, dim // heads, theta
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * self.width, bias=False)
+        self.v = nn.Linear(dim, kv_heads * self.width, bias=False)
+        self.o = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        B, T, D = x_BTD.shape
+        q_BHTd = self.q(x_BTD).view(B, T, self.heads, self.width).transpose(1, 2)
+        k_BGTd = self.k(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
+        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
+        cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
+        y_BHTd = F.scaled_dot_product_attention(
+            _rotate(q_BHTd, cos, sin),
+            _rotate(k_BGTd, cos, sin),
+            v_BGTd,
+            attn_mask=layout.mask,
+            is_causal=layout.mask is None,
+            enable_gqa=self.kv_heads < self.heads,
+        )
+        return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
+
+
+def fold(x_BTD: Tensor, chunk: int | None) -> Tensor:
+    """(B,T,D) as (B,S,c,D), the last chunk filled with zeros; unchanged if chunk is None."""
+    if chunk is None:
+        return x_BTD
+    x_BTD = F.pad(x_BTD, (0, 0, 0, -x_BTD.shape[1] % chunk))
+    return x_BTD.unflatten(1, (-1, chunk))
+
+
+class FeedForward(nn.Module):
+    """down · (silu(gate z) ∘ up z) with E blocks of F hidden units, 3EFD parameters (Shazeer 2020, arXiv 2002.05202).
+
+    All three matrices are stored as (E·F, D), so that (E,F,D) is a free view; `down` maps by its transpose.
+    Without routing all blocks run. With it, hidden units are scaled by s: computed densely where the patch updates
+    weights or backend is "reference", else only for the chosen blocks (rows sorted by block, one product per block).
+    """
+
+    readers = ("gate", "up")
+
+    def __init__(self, dim: int, hidden: int, blocks: int = 1, backend: str = "auto"):
+        super().__init__()
+        self.dim, self.hidden_per_block, self.blocks, self.backend = dim, hidden, blocks, backend
+        self.gate = nn.Parameter(torch.empty(blocks * hidden, dim))
+        self.up = nn.Parameter(torch.empty(blocks * hidden, dim))
+        self.down = nn.Parameter(torch.empty(blocks * hidden, dim))
+
+    def weight(self, name: str) -> Tensor:
+        """The stored matrix `name` as a map, (o,i)."""
+        return self.down.mT if name == "down" else getattr(self, name)
+
+    def _apply_matrix(self, name: str, x: Tensor, patch: Patch) -> Tensor:
+        delta = patch.weights.get(name)
+        y = F.linear(x, self.weight(name)) if delta is None else delta.linear(self.weight(name), x)
+        return y + patch.biases[name].unsqueeze(-2) if name in patch.biases else y
+
+    def _hidden(self, x: Tensor, patch: Patch) -> Tensor:
+        x = patch.input.move(x) if patch.input else x
+        h = F.silu(self._apply_matrix("gate", x, patch)) * self._apply_matrix("up", x, patch)
+        if patch.routing:
+            h = h * patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1).to(h.dtype)
+        return h
+
+    def hidden(self, z_BTD: Tensor, patch: Patch) -> Tensor:
+        """What `down` reads under `patch`, s included: (B,T,E·F)."""
+        h = self._hidden(fold(z_BTD, patch.chunk), patch)
+        return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
+
+    def forward(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
+        """The network's output for z (B,T,D) with its weights patched."""
+        patch = patch or Patch()
+        x = fold(z_BTD, patch.chunk)
+        if patch.routing and not patch.weights and not patch.biases and self.backend != "reference":
+            y = self._chosen_blocks(patch.input.move(x) if patch.input else x, patch.routing)
+        else:
+            y = self._apply_matrix("down", self._hidden(x, patch), patch)
+        return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
+
+    def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
+        rows_D, index_K = x.reshape(-1, self.dim), routing.index.reshape(-1)
+        order_N = index_K.argsort(stable=True)
+        counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
+        counts_E = counts_E.scatter_add(0, index_K, torch.ones_like(index_K))
+        token_N = order_N // routing.index.shape[-1]
+        x_ND = rows_D[token_N]
+        gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
+        product = _loop if self._backend(x) == "loop" else _grouped
+        h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
+        h_NF = h_NF * routing.weight.reshape(-1)[order_N, None].to(h_NF.dtype)
+        y_ND = product(h_NF, down_EFD, counts_E)
+        return torch.zeros_like(rows_D, dtype=y_ND.dtype).index_add(0, token_N, y_ND).view(x.shape)
+
+    def _backend(self, x: Tensor) -> str:
+        """`grouped` needs a dtype that F.grouped_mm knows (not float64), 16-byte rows and at least one token."""
+        if self.backend != "auto":
+            return self.backend
+        dtype = _product_dtype(x)
+        aligned = all(n * dtype.itemsize % 16 == 0 for n in (self.dim, self.hidden_per_block))
+        return "grouped" if dtype != torch.float64 and aligned and x.numel() else "loop"
+
+    def dense(self, patch: Patch) -> dict[str, Tensor]:
+        """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""
+        weights = {}
+        for name in ("gate", "up", "down"):
+            W = self.weight(name)
+            total = W + patch.weights[name].dense(W) if name in patch.weights else W
+            if patch.input and name in self.readers:
+                total = total + patch.input.dense(total)
+            weights[name] = total
+        if patch.routing:
+            scale = patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1)
+            if scale.shape[-2] != 1:
+                raise ValueError("a routing differs from token to token: take patch.at(tokens) first")
+            weights["down"] = weights["down"] * scale
+        return weights
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _loop(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
+    # unbind, not weight[e]: the backward of a select writes zeros of the whole stack for every block
+    parts = zip(x_Ni.split(counts_E.tolist()), weight_Eio.unbind(0), strict=True)
+    return torch.cat([part @ weight for part, weight in parts])
+
+
+def _grouped(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
+    dtype = _product_dtype(x_Ni)  # grouped_mm does not take part in autocast
+    offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x_Ni.to(dtype), weight_Eio.to(dtype), offs=offsets_E)
+
+
+class Block(nn.Module):
+    """One decoder block: `attend` gives the state v that enters the second half, v + ffn(norm2(v))."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float, eps: float, ffn: FeedForward):
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps)
+        self.attention = Attention(dim, heads, kv_heads, theta)
+        self.norm2 = RMSNorm(dim, eps)
+        self.ffn = ffn
+
+    def attend(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        return x_BTD + self.attention(self.norm1(x_BTD), layout)

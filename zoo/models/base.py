@@ -1,0 +1,208 @@
+"""What every model of the zoo is: a decoder with a seat for a family, its losses, metrics and optimiser.
+
+Axes: B sequences, T tokens, V output numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from zoo.config import lookup, positive, strict
+from zoo.context import ContextToDelta
+from zoo.decoder import Decoder
+from zoo.delta import Patch
+from zoo.tasks import TASKS, Batch, Task
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's sizes; kv_heads: null for as many as heads; tied: one matrix embeds and unembeds tokens."""
+
+    name: str
+    dim: int = 64
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int | None = None
+    hidden: int = 128
+    tied: bool = False
+
+    def resolve(self, task: Task) -> ModelConfig:
+        """This with every open default written down; raises ValueError for sizes that do not fit each other."""
+        positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if self.dim % (2 * self.heads):
+            raise ValueError(
+                f"model.dim={self.dim} must be a multiple of 2·model.heads={2 * self.heads} (rotary pairs)"
+            )
+        if kv_heads < 1 or self.heads % kv_heads:
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={kv_heads}")
+        if self.tied and not task.vocabulary:
+            raise ValueError(f"model.tied=true needs token ids, but task.name={task.config.name} has continuous tokens")
+        return replace(self, kv_heads=kv_heads)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to min_lr; batch_size: sequences of one optimiser step over all
+    processes and accumulated parts; clip: largest gradient norm, 0 for none; decay acts on matrices alone."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 3e-3
+    min_lr: float = 0.0
+    warmup: int = 50
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"optim.warmup={self.warmup} must be at least 0 and below optim.steps={self.steps}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if self.clip < 0 or self.weight_decay < 0:
+            raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of optimiser step `step`, counted from 0, as a fraction of lr."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        floor = self.min_lr / self.lr
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Model(L.LightningModule):
+    """A decoder and its training; families differ in Config and context_to_delta() alone.
+
+    All options come as plain dicts and are written back with every default, so a checkpoint rebuilds the model.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    config: Any
+    decoder: Decoder
+
+    def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
+        super().__init__()
+        self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
+        self.config = strict(self.Config, model, "model").resolve(self.task)
+        self.optim = strict(OptimConfig, optim, "optim")
+        self.save_hyperparameters(
+            {"model": _plain(self.config), "task": _plain(self.task.config), "optim": _plain(self.optim), "seed": seed}
+        )
+        # the decoder draws its weights first: families start from the same decoder at the same seed
+        self.decoder = Decoder(**self.decoder_options())
+        self.decoder.context_to_delta = self.make_context_to_delta()
+        self.validation_loss = MeanMetric()
+        self.test_metrics: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
+        layer_metrics = (self.decoder.context_to_delta or ContextToDelta()).metrics
+        self.layer_metrics: Sequence[Mapping[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
+            nn.ModuleDict(layer_metrics()) for _ in range(self.config.layers)
+        )
+
+    def decoder_options(self) -> dict[str, Any]:
+        """The keyword arguments of Decoder that the options and the task decide."""
+        config, task = self.config, self.task
+        return {
+            "dim": config.dim,
+            "layers": config.layers,
+            "heads": config.heads,
+            "kv_heads": config.kv_heads,
+            "hidden": config.hidden,
+            "tied": config.tied,
+            "vocabulary": task.vocabulary,
+            "token_dim": task.token_dim,
+            "output_dim": task.output_dim,
+            "independent_queries": task.independent_queries,
+        }
+
+    def make_context_to_delta(self) -> ContextToDelta | None:
+        """The family itself: None for a plain transformer."""
+        return None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        n_context: int = 0,
+        patches: Sequence[Patch] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Output (B,T,V); arguments as in Decoder.forward."""
+        return self.decoder(tokens, n_context, patches, positions)[0]
+
+    def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
+        """The total weight update that stands for the removed tokens; see Decoder.deltas."""
+        return self.decoder.deltas(tokens, removed, n_context)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output, patches = self.decoder(batch.tokens, batch.n_context)
+        loss = self.task.errors(output, batch).mean()
+        seat = self.decoder.context_to_delta
+        aux = seat.aux_loss(patches) if seat else 0.0
+        self.log("loss", loss.detach(), prog_bar=True)
+        if torch.is_tensor(aux):
+            self.log("aux_loss", aux.detach())
+        return loss + aux
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        output, patches = self.decoder(batch.tokens, batch.n_context)
+        self.validation_loss.update(self.task.errors(output, batch))
+        for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
+            for metric in metrics.values():
+                metric.update(patch, block.ffn)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("validation_loss", self.validation_loss.compute(), prog_bar=True, rank_zero_only=True)
+        self.validation_loss.reset()
+        for layer, metrics in enumerate(self.layer_metrics):
+            for name, metric in metrics.items():
+                value = metric.compute()
+                for key, number in (value if isinstance(value, dict) else {name: value}).items():
+                    self.log(f"layer{layer}/{key}", number, rank_zero_only=True)
+                metric.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        values = self.task.evaluate(lambda tokens, n_context: self(tokens, n_context), batch)
+        for name, value in values.items():
+            if name not in self.test_metrics:
+                self.test_metrics[name] = MeanMetric().to(self.device)
+            self.test_metrics[name].update(value)
+
+    def on_test_epoch_end(self) -> None:
+        for name, metric in self.test_metrics.items():
+            self.log(name, metric.compute(), rank_zero_only=True)
+            metric.reset()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.decoder.context_to_delta:
+            self.decoder.context_to_delta.after_step()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = list(self.decoder.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.optim.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(self.optim.betas[0], self.optim.betas[1]))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.lr_at)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

@@ -1,0 +1,193 @@
+"""The hypernetwork: a generator reads a summary of the context and emits the weight update of every FFN.
+
+Axes: B batch, T tokens, D model, F hidden, C code, R rank; `*` leading dims of the update, see zoo.delta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from zoo.config import positive
+from zoo.context import ContextToDelta, Summary, summarise
+from zoo.delta import Delta, Full, LowRank, Patch, Scale
+from zoo.layers import FeedForward, RMSNorm
+from zoo.models.base import Model, ModelConfig
+from zoo.tasks import Task
+
+MATRICES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class HypernetConfig(ModelConfig):
+    """emission: the form of ΔW; matrices: those it changes; rank: of low_rank; code_dim: size of the code.
+
+    context: what a token's update is made from: segment (a separate context, once for all queries), chunk (all earlier
+    chunks of `chunk` tokens), running (mean up to the token), token (its own state after attention); null: segment
+    where the task has a separate context, else chunk. attend_context: queries also attend to the separate context.
+    code: constant replaces the context by a learned constant, the null model with equal parameters.
+    """
+
+    name: str = "hypernet"
+    emission: Literal["low_rank", "full", "scale"] = "low_rank"
+    matrices: tuple[str, ...] = MATRICES
+    rank: int | None = None
+    code_dim: int = 64
+    context: Literal["segment", "chunk", "running", "token"] | None = None
+    chunk: int | None = None
+    attend_context: bool | None = None
+    code: Literal["context", "constant"] = "context"
+
+    def resolve(self, task: Task) -> HypernetConfig:
+        config = super().resolve(task)
+        assert isinstance(config, HypernetConfig)
+        positive("model", code_dim=self.code_dim)
+        context = self.context or ("segment" if task.n_context else "chunk")
+        if (context == "segment") != bool(task.n_context):
+            raise ValueError(
+                f"model.context={context} does not fit task.name={task.config.name}: segment is for tasks with a "
+                f"separate context (regression), chunk, running and token for running text"
+            )
+        if context != "segment" and self.attend_context is not None:
+            raise ValueError(f"model.attend_context needs model.context=segment, not {context}")
+        if context != "chunk" and self.chunk is not None:
+            raise ValueError(f"model.chunk={self.chunk} needs model.context=chunk, not {context}")
+        if self.emission != "low_rank" and self.rank is not None:
+            raise ValueError(f"model.rank={self.rank} needs model.emission=low_rank, not {self.emission}")
+        unknown = set(self.matrices) - set(MATRICES)
+        if unknown or not self.matrices or len(set(self.matrices)) < len(self.matrices):
+            raise ValueError(f"model.matrices={list(self.matrices)} must be different names out of {list(MATRICES)}")
+        rank = (self.rank or 4) if self.emission == "low_rank" else None
+        if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
+            raise ValueError(
+                f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
+            )
+        chunk = (self.chunk or 32) if context == "chunk" else None
+        if chunk is not None and not 0 < chunk < task.tokens:
+            raise ValueError(f"model.chunk={chunk} must be below task.tokens={task.tokens}, else no token is patched")
+        attend = bool(self.attend_context) if context == "segment" else None
+        return replace(config, context=context, rank=rank, chunk=chunk, attend_context=attend)
+
+
+class Generator(nn.Module):
+    """From a summary (*,D) to the factors of one layer's update: encoder, layer embedding, one head per factor.
+
+    Heads are shared by all layers. v-heads give entries of variance 1/i, so that vᵀx starts at unit size; heads of
+    outputs (u, full, scale) start at zero and have no bias, so ΔW = 0 at the start and wherever the context is empty.
+    D·C + C² + L·C parameters and, for low rank, C·R·(o + i) per matrix.
+    """
+
+    def __init__(self, config: HypernetConfig):
+        super().__init__()
+        D, C, R = config.dim, config.code_dim, config.rank or 0
+        sizes = {"gate": (config.hidden, D), "up": (config.hidden, D), "down": (D, config.hidden)}
+        self.emission, self.matrices = config.emission, config.matrices
+        self.encoder = nn.Sequential(RMSNorm(D), nn.Linear(D, C, bias=False), nn.SiLU(), nn.Linear(C, C, bias=False))
+        self.layer = nn.Embedding(config.layers, C)
+        self.norm = RMSNorm(C)
+        self.heads = nn.ModuleDict()
+        for name in config.matrices:
+            o, i = sizes[name]
+            if config.emission == "low_rank":
+                self.heads[f"{name}_u"] = _head(C, (o, R), 0.0)
+                self.heads[f"{name}_v"] = _head(C, (i, R), (C * i) ** -0.5)
+            elif config.emission == "full":
+                self.heads[f"{name}_full"] = _head(C, (o, i), 0.0)
+            else:
+                self.heads[f"{name}_rows"] = _head(C, (o,), 0.0)
+                self.heads[f"{name}_columns"] = _head(C, (i,), 0.0)
+
+    def forward(self, summary: Summary, layer: int, core: Tensor | None) -> dict[str, Delta]:
+        code = self.norm(self.encoder(summary.mean) + self.layer.weight[layer])
+        deltas: dict[str, Delta] = {}
+        for name in self.matrices:
+            if self.emission == "low_rank":
+                u = self.heads[f"{name}_u"](code) * summary.filled[..., None]
+                v = self.heads[f"{name}_v"](code)
+                deltas[name] = LowRank(u, v, None if core is None else core.expand(*core.shape[:-1], u.shape[-1]))
+            elif self.emission == "full":
+                deltas[name] = Full(self.heads[f"{name}_full"](code) * summary.filled[..., None], core)
+            else:
+                rows = 1 + self.heads[f"{name}_rows"](code) * summary.filled
+                columns = 1 + self.heads[f"{name}_columns"](code) * summary.filled
+                deltas[name] = Scale(rows, columns, core)
+        return deltas
+
+
+def _head(code_dim: int, shape: tuple[int, ...], std: float) -> nn.Sequential:
+    """A linear map from a code (*,C) to (*,o,R), (*,o,i) or (*,o)."""
+    linear = nn.Linear(code_dim, int(torch.Size(shape).numel()), bias=False)
+    nn.init.normal_(linear.weight, std=std)
+    return nn.Sequential(linear, nn.Unflatten(-1, shape))
+
+
+class EmittedDelta(ContextToDelta):
+    """One generator for all layers, fed with the mean state of the context at each layer."""
+
+    def __init__(self, config: HypernetConfig):
+        super().__init__()
+        self.config = config
+        self.generator = Generator(config)
+        self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
+
+    def forward(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
+        config = self.config
+        assert config.context is not None
+        summary = summarise(z_BTD, config.context, n_context, config.chunk)
+        if self.constant is not None:
+            summary = Summary(self.constant.expand_as(summary.mean), torch.ones_like(summary.filled))
+        core = None
+        if n_context and config.context == "segment":
+            # the context's own tokens pass the FFN as it is; one product over all rows keeps the baseline's rounding
+            B, T, _ = z_BTD.shape
+            core = (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
+        chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
+        return Patch(weights=self.generator(summary, layer, core), chunk=chunk)
+
+    def flops_per_token(self, tokens: int, n_context: int) -> float:
+        config = self.config
+        products = sum(m.weight.numel() for m in self.generator.modules() if isinstance(m, nn.Linear))
+        updates = {"segment": 1, "chunk": tokens / (config.chunk or 1)}.get(str(config.context), tokens)
+        per_update = 2 * products
+        low_rank = sum(config.dim + config.hidden for _ in config.matrices) * (config.rank or 0)
+        applied = {
+            "low_rank": 2 * low_rank,
+            "full": 2 * len(config.matrices) * config.dim * config.hidden,
+            "scale": len(config.matrices) * (config.dim + config.hidden),
+        }[config.emission]
+        return config.layers * (per_update * updates / tokens + applied)
+
+    def metrics(self) -> dict[str, Metric]:
+        return {f"delta_norm_{name}": RelativeNorm(name) for name in self.config.matrices}
+
+
+class RelativeNorm(MeanMetric):
+    """Mean of ‖ΔW‖/‖W‖ (Frobenius) of one matrix over contexts."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.matrix = name
+
+    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
+        delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
+        whole = replace(delta, core=None)  # type: ignore[type-var]
+        super().update(whole.norm(W) / torch.linalg.matrix_norm(W))
+
+
+class Hypernet(Model):
+    """A decoder whose FFN weights are W + ΔW(context), ΔW emitted by one small network for all layers.
+
+    After Ha et al. 2016 (arXiv 1609.09106); low-rank emission as in doc-to-LoRA and HyperFormer++.
+    """
+
+    Config = HypernetConfig
+
+    def decoder_options(self) -> dict[str, Any]:
+        return {**super().decoder_options(), "attend_context": self.config.attend_context is not False}
+
+    def make_context_to_delta(self) -> ContextToDelta:
+        return EmittedDelta(self.config)

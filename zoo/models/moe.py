@@ -1,0 +1,244 @@
+"""The mixture of experts: a router chooses, for each token, which blocks of one wide FFN are used.
+
+Axes: B batch, T tokens, D model, F hidden units of an expert, E experts, K chosen (shared ones included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from zoo.config import positive
+from zoo.context import ContextToDelta, summarise
+from zoo.delta import Patch, Routing
+from zoo.layers import FeedForward, RMSNorm
+from zoo.models.base import Model, ModelConfig
+from zoo.tasks import Task
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "linear": lambda logits: logits,
+}
+
+
+@dataclass(frozen=True)
+class MoEConfig(ModelConfig):
+    """hidden: units of one expert; experts, top_k: routed ones and how many a token uses; shared: experts used always.
+
+    score: what turns logits into weights; renormalise: chosen weights sum to 1 (null: yes, except at top_k=1).
+    route_on: the token's state, or the context's mean (a separate context; on text all earlier chunks of `chunk`
+    tokens). balance: auxiliary loss on load, 1 at perfect balance, times balance_weight; z_weight: on the size of
+    logits; bias_rate: step of the selection bias that balances without a loss. backend: how experts are computed.
+    """
+
+    name: str = "moe"
+    hidden: int = 64
+    experts: int = 4
+    top_k: int = 2
+    shared: int = 0
+    score: Literal["softmax", "sigmoid", "linear"] = "softmax"
+    renormalise: bool | None = None
+    route_on: Literal["token", "context"] = "token"
+    chunk: int | None = None
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    bias_rate: float = 0.0
+    backend: Literal["auto", "reference", "loop", "grouped"] = "auto"
+
+    def resolve(self, task: Task) -> MoEConfig:
+        config = super().resolve(task)
+        assert isinstance(config, MoEConfig)
+        positive("model", experts=self.experts, top_k=self.top_k)
+        if self.top_k > self.experts:
+            raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}")
+        if min(self.shared, self.balance_weight, self.z_weight, self.bias_rate) < 0:
+            raise ValueError("model.shared, model.balance_weight, model.z_weight, model.bias_rate must not be negative")
+        if self.renormalise and self.top_k == 1:
+            raise ValueError(
+                "model.renormalise=true with model.top_k=1 makes all weights 1: no gradient for the router"
+            )
+        if self.renormalise and self.score == "linear":
+            raise ValueError("model.renormalise=true with model.score=linear divides by a sum that may be zero")
+        lagged = self.route_on == "context" and not task.n_context
+        if self.chunk is not None and not lagged:
+            raise ValueError(f"model.chunk={self.chunk} needs model.route_on=context and running text")
+        chunk = (self.chunk or 32) if lagged else None
+        if chunk is not None and not 0 < chunk < task.tokens:
+            raise ValueError(
+                f"model.chunk={chunk} must be below task.tokens={task.tokens}, else all tokens route alike"
+            )
+        renormalise = self.renormalise
+        if renormalise is None:
+            renormalise = self.top_k > 1 and self.score != "linear"
+        return replace(config, renormalise=renormalise, chunk=chunk)
+
+
+class Router(nn.Module):
+    """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters.
+
+    bias moves the choice but not the weights (Wang et al. 2024, arXiv 2408.15664).
+    """
+
+    bias: Tensor
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.randn(config.experts, config.dim) * config.dim**-0.5)
+        self.register_buffer("bias", torch.zeros(config.experts))
+
+    def forward(self, z_BTD: Tensor) -> Routing:
+        config, dtype = self.config, torch.promote_types(z_BTD.dtype, torch.float32)
+        with torch.autocast(z_BTD.device.type, enabled=False):
+            logits_BTE = z_BTD.to(dtype) @ self.weight.to(dtype).mT
+        score_BTE = SCORES[config.score](logits_BTE)
+        index_BTK = (score_BTE.detach() + self.bias).topk(config.top_k, -1).indices
+        weight_BTK = score_BTE.gather(-1, index_BTK)
+        if config.renormalise:
+            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
+        if config.shared:
+            always = torch.arange(config.experts, config.experts + config.shared, device=index_BTK.device)
+            index_BTK = torch.cat([index_BTK, always.expand(*index_BTK.shape[:-1], -1)], -1)
+            weight_BTK = F.pad(weight_BTK, (0, config.shared), value=1.0)
+        return Routing(index_BTK, weight_BTK, logits_BTE)
+
+
+class RoutedDelta(ContextToDelta):
+    """One router per layer; `counts` since the last step are no buffer, which DDP would overwrite."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
+            Router(config) for _ in range(config.layers)
+        )
+        self.norms, self.empty = None, None
+        if config.route_on == "context":
+            self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.layers))
+            # what routes where there is no context yet: zero logits would send everyone to the same experts
+            self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
+        self.counts: dict[int, Tensor] = {}
+
+    def _state(self, z_BTD: Tensor, layer: int, n_context: int) -> Tensor:
+        """What the router reads at each token, (B,T,D)."""
+        if self.norms is None or self.empty is None:
+            return z_BTD
+        T = z_BTD.shape[1]
+        if self.config.chunk:
+            mean, filled = summarise(z_BTD, "chunk", 0, self.config.chunk)
+            mean, filled = (t.repeat_interleave(self.config.chunk, 1)[:, :T] for t in (mean, filled))
+        else:
+            # the context's own tokens route on what they have seen so far, queries on all of it
+            seen_BCD = summarise(z_BTD[:, :n_context], "running", 0).mean
+            whole_BD, filled_B1 = summarise(z_BTD, "segment", n_context)
+            mean = torch.cat([seen_BCD, whole_BD[:, None].expand(-1, T - n_context, -1)], 1)
+            filled = filled_B1[:, None]
+        return torch.where(filled > 0, self.norms[layer](mean), self.empty[layer])
+
+    def forward(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
+        routing = self.routers[layer](self._state(z_BTD, layer, n_context))
+        if self.config.bias_rate and self.training and torch.is_grad_enabled():
+            count_E = expert_counts(routing, self.config.experts)
+            self.counts[layer] = self.counts.get(layer, 0) + count_E
+        return Patch(routing=routing)
+
+    def aux_loss(self, patches: list[Patch]) -> Tensor | float:
+        config = self.config
+        loss: Tensor | float = 0.0
+        for patch in patches:
+            assert patch.routing is not None
+            logits = patch.routing.logits
+            if config.balance_weight:
+                loss = loss + config.balance_weight * balance_loss(patch.routing, config) / config.layers
+            if config.z_weight:
+                loss = loss + config.z_weight * logits.logsumexp(-1).square().mean() / config.layers
+        return loss
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Moves each router's bias towards idle experts, by bias_rate, keeping its mean at zero."""
+        for layer, count_E in self.counts.items():
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(count_E)
+            bias_E = self.routers[layer].bias
+            bias_E += self.config.bias_rate * (count_E.mean() - count_E).sign()
+            bias_E -= bias_E.mean()
+        self.counts = {}
+
+    def flops_per_token(self, tokens: int, n_context: int) -> float:
+        return 2.0 * self.config.layers * self.config.dim * self.config.experts
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"load": ExpertLoad(self.config.experts), "entropy": RouterEntropy()}
+
+
+def expert_counts(routing: Routing, experts: int) -> Tensor:
+    """How many tokens chose each routed expert, (E) in at least float32."""
+    # shared experts have the ids from `experts` on; a size known beforehand keeps the count free of a device sync
+    index = routing.index.flatten().clamp(max=experts)
+    counts = torch.zeros(experts + 1, device=index.device)
+    return counts.scatter_add(0, index, torch.ones_like(index, dtype=counts.dtype))[:-1]
+
+
+def balance_loss(routing: Routing, config: MoEConfig) -> Tensor:
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); f: share of choices, p: probability.
+
+    f is summed over processes before the product, so that two processes give the loss of one.
+    """
+    count_E = expert_counts(routing, config.experts)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count_E)
+    logits = routing.logits
+    score = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
+    p_E = (score / score.sum(-1, keepdim=True)).flatten(0, -2).mean(0)
+    return config.experts * (count_E / count_E.sum() * p_E).sum()
+
+
+class ExpertLoad(Metric):
+    """Load of the busiest expert over the mean, and the share of experts that no token chose."""
+
+    counts: Tensor
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.add_state("counts", torch.zeros(experts), dist_reduce_fx="sum")
+
+    def update(self, patch: Patch, ffn: FeedForward) -> None:
+        assert patch.routing is not None
+        self.counts += expert_counts(patch.routing, len(self.counts))
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "load_max_over_mean": self.counts.max() / self.counts.mean(),
+            "dead_fraction": (self.counts == 0).float().mean(),
+        }
+
+
+class RouterEntropy(MeanMetric):
+    """Mean entropy in nats of the softmax of the router's logits; ln E if it does not care."""
+
+    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
+        assert patch.routing is not None
+        logp = patch.routing.logits.log_softmax(-1)
+        super().update(-(logp.exp() * logp).sum(-1))
+
+
+class MoE(Model):
+    """A decoder whose FFN is E blocks of a wide one, K of them used per token (Jiang et al. 2024, arXiv 2401.04088)."""
+
+    Config = MoEConfig
+
+    def decoder_options(self) -> dict[str, Any]:
+        config = self.config
+        return {**super().decoder_options(), "blocks": config.experts + config.shared, "backend": config.backend}
+
+    def make_context_to_delta(self) -> ContextToDelta:
+        return RoutedDelta(self.config)

@@ -1,0 +1,79 @@
+"""What a person reads: the opening lines of a run, its closing table, and its learning curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from zoo import flops
+from zoo.models import Model
+
+EXPLANATIONS = {
+    "nmse": "test error (squared, over the variance of y)",
+    "nmse_without_context": "  with its context removed",
+    "nmse_wrong_context": "  with another function's context",
+    "nmse_ridge": "  ridge regression, closed form",
+    "nmse_zero": "  predicting zero",
+    "bits_per_byte": "test bits per byte",
+    "bits_per_byte_unigram": "  of the best fixed byte distribution",
+    "nats": "test loss in nats per token",
+    "nats_floor": "  floor, ln of the vocabulary",
+}
+
+
+def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
+    """What is about to be trained, on what, where."""
+    config, task, optim = model.config, model.task, model.optim
+    count = flops.parameters(model)
+    parts = ", ".join(f"{name} {n:,}" for name, n in count.items() if n and name not in ("total", "active"))
+    device = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}"
+    return (
+        f"{config.name} on {task.config.name}: {count['total']:,} parameters ({parts})\n"
+        f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n"
+        f"run folder: {folder}"
+    )
+
+
+def closing(metrics: dict[str, Any]) -> str:
+    """The table at the end of a run."""
+    rows = [(EXPLANATIONS.get(name, name), _number(value)) for name, value in metrics["test"].items()]
+    rows += [
+        ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),
+        ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),
+        ("training", f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("run folder", str(Path(metrics["checkpoint"]).parent.parent)),
+        ("load it with", f'zoo.load("{metrics["checkpoint"]}")'),
+    ]
+    width = max(len(name) for name, _ in rows)
+    title = f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
+    return "\n".join(["", title, "─" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def curve(folder: Path, references: dict[str, float]) -> None:
+    """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, colour, marker in (("loss", "#0072B2", ""), ("validation_loss", "#D55E00", "o")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, marker=marker)
+    for name, level in references.items():
+        axes.axhline(level, color="0.4", linestyle="--", label=name)
+    axes.set(xlabel="optimiser steps", ylabel="loss", yscale="log", title=folder.name)
+    axes.legend()
+    temporary = folder / "curve.tmp.png"
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(folder / "curve.png")

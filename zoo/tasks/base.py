@@ -1,0 +1,69 @@
+"""What a task gives to every model: batches that are pure functions of (seed, split, k), a loss, and test metrics.
+
+Axes: B sequences, T tokens, C tokens of the context, Q query tokens, V output numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.config import strict
+
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+
+
+class Batch(NamedTuple):
+    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest."""
+
+    tokens: Tensor
+    targets: Tensor
+    n_context: int
+
+
+Predict = Callable[[Tensor, int], Tensor]
+"""From tokens and n_context to the model's output (B,T,V)."""
+
+
+class Task:
+    """One training problem. Subclasses set the attributes below in __init__ and define batch, errors and evaluate."""
+
+    Config: ClassVar[type]
+    headline: ClassVar[str]
+    """The test metric that sums up a run."""
+
+    vocabulary: int | None = None
+    token_dim: int | None = None
+    output_dim: int
+    n_context: int = 0
+    independent_queries: bool = False
+    tokens: int
+
+    def __init__(self, options: dict[str, Any], seed: int):
+        self.config: Any = strict(self.Config, options, "task")
+        self.seed = seed
+
+    def generator(self, split: str, k: int) -> torch.Generator:
+        """Random numbers of batch k of a split; the streams of splits, seeds and batches are independent."""
+        state = np.random.SeedSequence([self.seed, SPLITS[split], k]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+    def batch(self, split: str, k: int, size: int) -> Batch:
+        """Global batch k of a split, `size` sequences; the same on every machine and process."""
+        raise NotImplementedError
+
+    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+        """The loss of each prediction, any shape; the training loss is its mean."""
+        raise NotImplementedError
+
+    def references(self) -> dict[str, float]:
+        """Losses to read a learning curve by, such as that of a trivial prediction."""
+        raise NotImplementedError
+
+    def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
+        """Per-prediction values whose means over the test set are the metrics, the model's and its baselines'."""
+        raise NotImplementedError

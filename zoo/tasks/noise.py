@@ -1,0 +1,51 @@
+"""Independent uniform tokens: nobody can predict them, so any loss below ln V means that the future leaks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.config import positive
+from zoo.tasks.base import Batch, Predict, Task
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Sequences of `tokens` ids, each drawn from `vocabulary` ids."""
+
+    name: str = "noise"
+    vocabulary: int = 8
+    tokens: int = 64
+
+
+class Noise(Task):
+    """Next-token prediction in nats; the floor is ln V."""
+
+    Config = NoiseConfig
+    headline = "nats"
+
+    def __init__(self, options: dict[str, Any], seed: int):
+        super().__init__(options, seed)
+        positive("task", vocabulary=self.config.vocabulary, tokens=self.config.tokens)
+        self.vocabulary = self.output_dim = self.config.vocabulary
+        self.tokens = self.config.tokens
+
+    def batch(self, split: str, k: int, size: int) -> Batch:
+        shape = (size, self.tokens + 1)
+        ids = torch.randint(self.config.vocabulary, shape, generator=self.generator(split, k))
+        return Batch(ids[:, :-1], ids[:, 1:], 0)
+
+    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
+
+    def references(self) -> dict[str, float]:
+        return {"floor, ln V": math.log(self.config.vocabulary)}
+
+    def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
+        nats = self.errors(predict(batch.tokens, 0), batch)
+        return {"nats": nats, "nats_floor": torch.full_like(nats, math.log(self.config.vocabulary))}

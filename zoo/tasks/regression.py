@@ -1,0 +1,116 @@
+"""In-context regression: read pairs (x, y) of an unknown function, answer queries (Garg et al. 2022, arXiv 2208.01066).
+
+    token      0      1    ...   C-1   |   C      C+1   ...
+    carries  (x,y)  (x,y)  ...  (x,y)  | (x,0)   (x,0)  ...     Q queries, all at position C, blind to each other
+
+The linear class is the task of "context as a weight update" (Dherin et al. 2025, arXiv 2507.16003).
+Axes: B functions, C context pairs, Q queries, T = C + Q, d input dimension, U hidden units of the network class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zoo.config import positive
+from zoo.tasks.base import Batch, Predict, Task
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """function: linear, y = w·x with w, x ~ N(0, I); sparse, only `nonzero` entries of w; noisy, y + N(0, noise²);
+    network, y = √(2/U) W2 relu(W1 x) with `units` hidden units and N(0,1) weights."""
+
+    name: str = "regression"
+    function: Literal["linear", "sparse", "noisy", "network"] = "linear"
+    dimension: int = 3
+    points: int = 20
+    queries: int = 8
+    nonzero: int | None = None
+    noise: float | None = None
+    units: int | None = None
+
+
+OWN_OPTION = {"sparse": ("nonzero", 1), "noisy": ("noise", 0.5), "network": ("units", 20)}
+
+
+class Regression(Task):
+    """Predict y of Q queries from C pairs; errors are squared, and divided by the variance of y where reported."""
+
+    Config = RegressionConfig
+    headline = "nmse"
+    independent_queries = True
+    output_dim = 1
+
+    def __init__(self, options: dict[str, Any], seed: int):
+        super().__init__(options, seed)
+        config = self.config
+        positive("task", dimension=config.dimension, points=config.points, queries=config.queries)
+        for function, (option, default) in OWN_OPTION.items():
+            value = getattr(config, option)
+            if function == config.function:
+                value = default if value is None else value
+                positive("task", **{option: value})
+                object.__setattr__(config, option, value)
+            elif value is not None:
+                raise ValueError(f"task.{option}={value} needs task.function={function}, not {config.function}")
+        if config.nonzero is not None and config.nonzero > config.dimension:
+            raise ValueError(f"task.nonzero={config.nonzero} exceeds task.dimension={config.dimension}")
+        self.token_dim = config.dimension + 1
+        self.n_context = config.points
+        self.tokens = config.points + config.queries
+        noise = config.noise or 0.0
+        self.variance = {"sparse": config.nonzero, "noisy": config.dimension + noise**2}.get(
+            config.function, config.dimension
+        )
+
+    def batch(self, split: str, k: int, size: int) -> Batch:
+        config, generator = self.config, self.generator(split, k)
+        x_BTd = torch.randn(size, self.tokens, config.dimension, generator=generator)
+        if config.function == "network":
+            first_BUd = torch.randn(size, config.units, config.dimension, generator=generator)
+            second_BU = torch.randn(size, config.units, generator=generator)
+            hidden_BTU = torch.relu(x_BTd @ first_BUd.mT)
+            y_BT = (2 / config.units) ** 0.5 * (hidden_BTU @ second_BU[:, :, None]).squeeze(-1)
+        else:
+            w_Bd = torch.randn(size, config.dimension, generator=generator)
+            if config.function == "sparse":
+                rank_Bd = torch.rand(size, config.dimension, generator=generator).argsort(-1).argsort(-1)
+                w_Bd = w_Bd * (rank_Bd < config.nonzero)
+            y_BT = (x_BTd @ w_Bd[:, :, None]).squeeze(-1)
+            if config.function == "noisy":
+                y_BT = y_BT + config.noise * torch.randn(size, self.tokens, generator=generator)
+        tokens = torch.cat([x_BTd, y_BT[:, :, None]], -1)
+        tokens[:, self.n_context :, -1] = 0
+        return Batch(tokens, y_BT[:, self.n_context :], self.n_context)
+
+    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+        return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()
+
+    def ridge(self, batch: Batch) -> Tensor:
+        """The closed-form answer to every query, (B,Q): the Bayes optimum for linear and noisy functions."""
+        pairs = batch.tokens[:, : batch.n_context].double()
+        x_BCd, y_BC1 = pairs[..., :-1], pairs[..., -1:]
+        penalty = max((self.config.noise or 0.0) ** 2, 1e-9)
+        gram = x_BCd.mT @ x_BCd + penalty * torch.eye(x_BCd.shape[-1], dtype=torch.float64, device=pairs.device)
+        w_Bd1 = torch.linalg.solve(gram, x_BCd.mT @ y_BC1)
+        query_BQd = batch.tokens[:, batch.n_context :, :-1].double()
+        return (query_BQd @ w_Bd1).squeeze(-1)
+
+    def references(self) -> dict[str, float]:
+        return {"predicting zero": float(self.variance)}
+
+    def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
+        tokens, n = batch.tokens, batch.n_context
+        wrong = torch.cat([tokens[:, :n].roll(1, 0), tokens[:, n:]], 1)
+        errors = {
+            "nmse": self.errors(predict(tokens, n), batch),
+            "nmse_without_context": self.errors(predict(tokens[:, n:], 0), batch),
+            "nmse_wrong_context": self.errors(predict(wrong, n), batch),
+            "nmse_ridge": (self.ridge(batch) - batch.targets).square(),
+            "nmse_zero": batch.targets.square(),
+        }
+        return {name: error / self.variance for name, error in errors.items()}
