@@ -74,11 +74,11 @@ class HypernetConfig(ModelConfig):
 
 
 class Generator(nn.Module):
-    """From a summary (*,D) to the factors of one layer's update: encoder, layer embedding, one head per factor.
+    """From a summary (*,D) to the factors of one layer's update: encoder, layer embedding, a head per factor.
 
-    Heads are shared by all layers. v-heads give entries of variance 1/i, so that vᵀx starts at unit size; heads of
-    outputs (u, full, scale) start at zero and have no bias, so ΔW = 0 at the start and wherever the context is empty.
-    D·C + C² + L·C parameters and, for low rank, C·R·(o + i) per matrix.
+    Heads are shared by all layers and have no bias. v-heads give entries of variance 1/i, so that vᵀx starts at unit
+    size; the others (u, full, scale) start at zero, so ΔW = 0 at the start, and read code/√C, so that a step of Adam
+    moves ΔW alike at any code size. D·C + L·C parameters, and for low rank C·R·(o + i) per matrix.
     """
 
     def __init__(self, config: HypernetConfig):
@@ -86,9 +86,10 @@ class Generator(nn.Module):
         D, C, R = config.dim, config.code_dim, config.rank or 0
         sizes = {"gate": (config.hidden, D), "up": (config.hidden, D), "down": (D, config.hidden)}
         self.emission, self.matrices = config.emission, config.matrices
-        self.encoder = nn.Sequential(RMSNorm(D), nn.Linear(D, C, bias=False), nn.SiLU(), nn.Linear(C, C, bias=False))
-        self.layer = nn.Embedding(config.layers, C)
-        self.norm = RMSNorm(C)
+        self.summary_norm, self.code_norm = RMSNorm(D), RMSNorm(C)
+        self.encoder = nn.Linear(D, C, bias=False)
+        nn.init.normal_(self.encoder.weight, std=D**-0.5)
+        self.layer = nn.Embedding(config.layers, C)  # std 1, the size of the encoded summary
         self.heads = nn.ModuleDict()
         for name in config.matrices:
             o, i = sizes[name]
@@ -102,18 +103,19 @@ class Generator(nn.Module):
                 self.heads[f"{name}_columns"] = _head(C, (i,), 0.0)
 
     def forward(self, summary: Summary, layer: int, core: Tensor | None) -> dict[str, Delta]:
-        code = self.norm(self.encoder(summary.mean) + self.layer.weight[layer])
+        code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + self.layer.weight[layer])
+        small = code * code.shape[-1] ** -0.5
         deltas: dict[str, Delta] = {}
         for name in self.matrices:
             if self.emission == "low_rank":
-                u = self.heads[f"{name}_u"](code) * summary.filled[..., None]
+                u = self.heads[f"{name}_u"](small) * summary.filled[..., None]
                 v = self.heads[f"{name}_v"](code)
                 deltas[name] = LowRank(u, v, None if core is None else core.expand(*core.shape[:-1], u.shape[-1]))
             elif self.emission == "full":
-                deltas[name] = Full(self.heads[f"{name}_full"](code) * summary.filled[..., None], core)
+                deltas[name] = Full(self.heads[f"{name}_full"](small) * summary.filled[..., None], core)
             else:
-                rows = 1 + self.heads[f"{name}_rows"](code) * summary.filled
-                columns = 1 + self.heads[f"{name}_columns"](code) * summary.filled
+                rows = 1 + self.heads[f"{name}_rows"](small) * summary.filled
+                columns = 1 + self.heads[f"{name}_columns"](small) * summary.filled
                 deltas[name] = Scale(rows, columns, core)
         return deltas
 
