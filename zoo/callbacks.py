@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -11,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from zoo import __version__
 from zoo.checkpoint import SCHEMA
@@ -128,8 +129,11 @@ def _row_step(line: str) -> float:
         return float("inf")
 
 
-class Interruption(Callback):
-    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+class Interruption(Checkpoint):
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    A Checkpoint because Lightning calls those last: when it stops after a validation, the best one is already saved.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -137,6 +141,8 @@ class Interruption(Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread alone
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
@@ -148,8 +154,16 @@ class Interruption(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not _step_done(trainer, batch_idx):
-            return
+        # a step that is validated next is complete after that: a resumed run would not make up for it
+        validated_next = (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.should_stop
+        if _step_done(trainer, batch_idx) and not validated_next:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        """Writes the last checkpoint and raises Interrupted, if any process has got a signal."""
         stop = bool(self.signal)
         if trainer.world_size > 1:  # all processes must stop at the same step
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
@@ -162,6 +176,12 @@ class Interruption(Callback):
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()  # Lightning calls no teardown then
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -6,12 +6,15 @@ in it is ever imported or instantiated.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 
+from zoo import __version__
 from zoo.config import lookup
 from zoo.models import MODELS, Model
 
@@ -19,7 +22,19 @@ SCHEMA = 1
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """From schema n to a function that turns such a checkpoint into one of schema n + 1."""
 
-OPTIONS = {"model", "task", "optim", "seed"}
+OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
+
+
+class Files(TorchCheckpointIO):
+    """How the trainer writes and reads checkpoints: whole or not at all, and at today's schema."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        # Lightning's own way moves a file from $TMPDIR, which is a copy where that is another file system
+        super().save_checkpoint(checkpoint, f"{path}.tmp", storage_options)
+        os.replace(f"{path}.tmp", path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(Path(path))
 
 
 def find(path: str | Path, name: str) -> Path:
@@ -38,18 +53,17 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged files fail in many ways, none of which the user can tell apart
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or no checkpoint of this zoo ({reason[:120]})") from None
-    mark = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    if not isinstance(mark, dict) or not {"hyper_parameters", "state_dict"} <= set(checkpoint):
-        raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries zoo, hyper_parameters, state_dict")
-    schema = mark.get("schema")
-    while schema != SCHEMA:
-        if schema not in UPGRADES:
-            raise ValueError(f"{path} has schema {schema!r}; this zoo reads {sorted(UPGRADES)} and {SCHEMA}")
+    entries = ("zoo", "hyper_parameters", "state_dict")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in entries):
+        raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries {', '.join(entries)}")
+    while (schema := checkpoint["zoo"].get("schema")) != SCHEMA:
+        if not isinstance(schema, int) or schema not in UPGRADES:
+            known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
+            raise ValueError(f"{path} has schema {schema!r:.40}, this zoo ({__version__}) reads {known}")
         checkpoint = UPGRADES[schema](checkpoint)
-        schema = checkpoint["zoo"]["schema"]
     options = checkpoint["hyper_parameters"]
-    if not isinstance(options, dict) or set(options) != OPTIONS or not isinstance(options["model"], dict):
-        raise ValueError(f"{path} must hold the options {sorted(OPTIONS)}, got {options!r:.200}")
+    if {key: type(value) for key, value in options.items()} != OPTIONS:
+        raise ValueError(f"{path} must hold the options {', '.join(OPTIONS)}, got {options!r:.200}")
     return checkpoint
 
 
@@ -76,7 +90,9 @@ def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -
     lines = []
     for key, value in asked.items():
         old = saved.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
+        if key not in saved:
+            lines.append(f"{where}{key}={value!r} is not in the checkpoint")
+        elif isinstance(value, dict) and isinstance(old, dict):
             lines += differences(old, value, f"{where}{key}.")
         elif old != value:
             lines.append(f"{where}{key} is {old!r} in the checkpoint, {value!r} asked")

@@ -5,6 +5,7 @@ Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model; `*` the leading
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -51,24 +52,24 @@ def summarise(z_BTD: Tensor, source: str, n_context: int, chunk: int | None = No
     raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")
 
 
-class ContextToDelta(nn.Module):
+class ContextToDelta(nn.Module, ABC):
     """The seat of a family in the decoder: from the states before each FFN to the patch of that FFN."""
 
+    @abstractmethod
     def forward(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
         """The patch of layer `layer` for states z (B,T,D) whose first n_context tokens are a separate context."""
-        raise NotImplementedError
 
     def aux_loss(self, patches: list[Patch]) -> Tensor | float:
         """What training adds to the task's loss, 0 for most families."""
         return 0.0
 
-    def flops_per_token(self, tokens: int, n_context: int) -> float:
-        """FLOPs of making the update, shared by the tokens that use it; forward pass, all layers."""
-        raise NotImplementedError
+    @abstractmethod
+    def flops_per_token(self, tokens: int) -> float:
+        """FLOPs per token of making and applying the updates of all layers, for sequences of `tokens`; forward pass."""
 
     def metrics(self) -> dict[str, Metric]:
         """Fresh metrics of one layer; each has update(patch, ffn), and compute() gives a number or a dict of them."""
         return {}
 
     def after_step(self) -> None:
-        """Called once after each optimiser step, on every process."""
+        """Called once after each optimiser step, on every process; nothing to do for most families."""

@@ -8,6 +8,7 @@ per chunk and per token, and no update is ever repeated or formed in a forward p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,20 +31,20 @@ def _outer(u: Tensor, v: Tensor) -> Tensor:
     return u.unsqueeze(-1) * v.unsqueeze(-2)
 
 
-class Delta:
+class Delta(ABC):
     """An update ΔW (o×i) of one linear map, described by factors, applied without being formed."""
 
+    @abstractmethod
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
         """(W + ΔW) x for x (*,T,i): (*,T,o)."""
-        raise TypeError(f"{type(self).__name__} does not say how it acts on a vector")
 
+    @abstractmethod
     def dense(self, W: Tensor) -> Tensor:
         """ΔW itself, (*,o,i), for tests and analysis; raises ValueError where it differs from token to token."""
-        raise TypeError(f"{type(self).__name__} does not say what its matrix is")
 
+    @abstractmethod
     def at(self, tokens: Tensor, chunk: int | None = None) -> Delta:
         """The same update with one matrix for each of `tokens` (T,), leading dims (B,T)."""
-        raise TypeError(f"{type(self).__name__} does not say what it is for one token")
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """u (*,o,R) and v (*,i,R) with ΔW = u vᵀ, or None where no factors smaller than ΔW exist."""
@@ -121,6 +122,14 @@ class Scale(Delta):
     def dense(self, W: Tensor) -> Tensor:
         _refuse_core(self)
         return W * _outer(self.rows, self.columns) - W
+
+    def norm(self, W: Tensor) -> Tensor:
+        # Σ W²(rc−1)² with rc−1 = a + b + ab: exactly 0 for no scaling, and nothing of size (*,o,i) is formed
+        _refuse_core(self)
+        a, b, square = self.rows - 1, self.columns - 1, W.square()
+        rows = (a.square() * square.sum(1)).sum(-1) + (b.square() * square.sum(0)).sum(-1)
+        cross = ((a @ square) * (2 * b)).sum(-1) + ((a.square() @ square) * (b.square() + 2 * b)).sum(-1)
+        return (rows + cross + ((a @ square) * (2 * b.square())).sum(-1)).clamp(min=0).sqrt()
 
     def at(self, tokens: Tensor, chunk: int | None = None) -> Scale:
         rows, columns = _rows(self.rows, tokens, chunk), _rows(self.columns, tokens, chunk)

@@ -46,4 +46,4 @@ def flops_per_token(model: Model) -> float:
     pairs = task.tokens * (task.tokens + 1) / 2 if mask is None else int(mask.sum())
     scores = 4 * config.dim * config.layers * pairs / task.tokens
     seat = decoder.context_to_delta
-    return 2 * matrices + scores + (seat.flops_per_token(task.tokens, task.n_context) if seat else 0.0)
+    return 2 * matrices + scores + (seat.flops_per_token(task.tokens) if seat else 0.0)

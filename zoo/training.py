@@ -25,6 +25,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo import checkpoint, flops, report
 from zoo.callbacks import Clock, FiniteLoss, Interruption, MetricsFile
@@ -53,6 +54,20 @@ class RunConfig:
     overfit: bool = False
     out: str | None = None
     resume: str | None = None
+
+
+DECIDED_BY = {
+    "max_steps": "optim.steps",
+    "max_epochs": "optim.steps",
+    "accumulate_grad_batches": "optim.accumulate",
+    "gradient_clip_val": "optim.clip",
+    "val_check_interval": "validate_every",
+    "check_val_every_n_epoch": "validate_every",
+    "log_every_n_steps": "log_every",
+    "logger": "logger",
+    "default_root_dir": "out",
+}
+"""Arguments of lightning.Trainer that options of this project stand for."""
 
 
 class Stream:
@@ -102,22 +117,24 @@ class Data(L.LightningDataModule):
 
 
 def train(
-    model: str | Mapping[str, Any] = "transformer",
-    task: str | Mapping[str, Any] = "regression",
+    model: str | Mapping[str, Any] | None = None,
+    task: str | Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains and tests a model and returns its metrics, as train.py does; e.g. train(model="moe", task="regression").
 
-    model, task: a name, or a dict of options with the key `name`; optim: options of OptimConfig; trainer: options of
-    lightning.Trainer; further options: those of RunConfig. Raises ValueError for options that are wrong.
+    model, task: a name, or a dict of options with the key `name` (default: transformer and regression, or what the run
+    to resume was begun with); optim: options of OptimConfig; trainer: options of lightning.Trainer; further options:
+    those of RunConfig. Raises ValueError for options that are wrong.
     """
-    named = {
-        "model": {"name": model} if isinstance(model, str) else dict(model),
-        "task": {"name": task} if isinstance(task, str) else dict(task),
-    }
-    return run({**named, "optim": dict(optim or {}), **options}, dict(trainer or {}))
+    if not options.get("resume"):
+        model, task = model or "transformer", task or "regression"
+    for group, given in (("model", model), ("task", task)):
+        if given:
+            options[group] = {"name": given} if isinstance(given, str) else dict(given)
+    return run({"optim": dict(optim or {}), **options}, dict(trainer or {}))
 
 
 def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Logger] | None = None) -> dict[str, Any]:
@@ -127,10 +144,8 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     arguments of lightning.Trainer. Raises ValueError before anything starts if options are wrong, Interrupted if a
     signal stopped the run after its checkpoint was written.
     """
-    options, resumed = strict(RunConfig, config, "config"), None
-    if options.resume:
-        resumed = checkpoint.find(options.resume, "last")
-        options = _resume(config, resumed)
+    resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
+    options = _resume(config, resumed) if resumed else strict(RunConfig, config, "config")
     positive(
         "config",
         validate_every=options.validate_every,
@@ -153,7 +168,9 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     )
     clock = Clock({**asdict(options), "resume": None, "out": None}, command())
     rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
-    callbacks = [clock, FiniteLoss(folder), rows, Interruption(folder), saver, TQDMProgressBar(leave=True)]
+    callbacks = [clock, FiniteLoss(folder), rows, saver, Interruption(folder)]
+    if trainer.get("enable_progress_bar", True):
+        callbacks.append(TQDMProgressBar(leave=True))
     engine = _trainer(model, options, dict(trainer), loggers or [], callbacks, folder)
     share = model.optim.accumulate * engine.world_size
     if model.optim.batch_size % share:
@@ -221,11 +238,14 @@ def _trainer(
     }
     clash = sorted(set(fixed) & set(arguments))
     if clash:
-        raise ValueError(f"trainer.{clash[0]} is decided by other options (optim.steps, optim.clip, validate_every, …)")
+        option = DECIDED_BY.get(clash[0])
+        raise ValueError(f"trainer.{clash[0]} is {f'decided by the option {option}' if option else 'fixed here'}")
+    plugins = [checkpoint.Files(), *arguments.pop("plugins", [])]
+    given = {"accelerator": "auto", "devices": 1, **arguments, "precision": precision, "plugins": plugins}
     try:
-        return L.Trainer(**{"accelerator": "auto", "devices": 1, **arguments, "precision": precision, **fixed})
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"trainer: {error}") from error
+        return L.Trainer(**given, **fixed)
+    except (TypeError, RuntimeError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def default_folder(model: Model) -> Path:
@@ -243,7 +263,7 @@ def write(path: Path, text: str) -> None:
 
 def command() -> str:
     """What was typed, shell-quoted."""
-    return shlex.join([Path(sys.executable).name, *sys.argv])
+    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
 def _commit() -> str | None:

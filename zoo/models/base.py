@@ -110,9 +110,9 @@ class Model(L.LightningModule):
         self.decoder.context_to_delta = self.make_context_to_delta()
         self.validation_loss = MeanMetric()
         self.test_metrics: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
-        layer_metrics = (self.decoder.context_to_delta or ContextToDelta()).metrics
+        seat = self.decoder.context_to_delta
         self.layer_metrics: Sequence[Mapping[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
-            nn.ModuleDict(layer_metrics()) for _ in range(self.config.layers)
+            nn.ModuleDict(seat.metrics() if seat else {}) for _ in range(self.config.layers)
         )
 
     def decoder_options(self) -> dict[str, Any]:
@@ -167,13 +167,13 @@ class Model(L.LightningModule):
                 metric.update(patch, block.ffn)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("validation_loss", self.validation_loss.compute(), prog_bar=True, rank_zero_only=True)
+        self.log("validation_loss", self.validation_loss.compute(), prog_bar=True, sync_dist=True)
         self.validation_loss.reset()
         for layer, metrics in enumerate(self.layer_metrics):
             for name, metric in metrics.items():
                 value = metric.compute()
                 for key, number in (value if isinstance(value, dict) else {name: value}).items():
-                    self.log(f"layer{layer}/{key}", number, rank_zero_only=True)
+                    self.log(f"layer{layer}/{key}", number, sync_dist=True)
                 metric.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -185,7 +185,7 @@ class Model(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         for name, metric in self.test_metrics.items():
-            self.log(name, metric.compute(), rank_zero_only=True)
+            self.log(name, metric.compute(), sync_dist=True)
             metric.reset()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -150,7 +150,7 @@ class EmittedDelta(ContextToDelta):
         chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
         return Patch(weights=self.generator(summary, layer, core), chunk=chunk)
 
-    def flops_per_token(self, tokens: int, n_context: int) -> float:
+    def flops_per_token(self, tokens: int) -> float:
         config = self.config
         products = sum(m.weight.numel() for m in self.generator.modules() if isinstance(m, nn.Linear))
         updates = {"segment": 1, "chunk": tokens / (config.chunk or 1)}.get(str(config.context), tokens)

@@ -173,7 +173,7 @@ class RoutedDelta(ContextToDelta):
             bias_E -= bias_E.mean()
         self.counts = {}
 
-    def flops_per_token(self, tokens: int, n_context: int) -> float:
+    def flops_per_token(self, tokens: int) -> float:
         return 2.0 * self.config.layers * self.config.dim * self.config.experts
 
     def metrics(self) -> dict[str, Metric]:

@@ -5,6 +5,7 @@ Axes: B sequences, T tokens, C tokens of the context, Q query tokens, V output n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,7 +30,7 @@ Predict = Callable[[Tensor, int], Tensor]
 """From tokens and n_context to the model's output (B,T,V)."""
 
 
-class Task:
+class Task(ABC):
     """One training problem. Subclasses set the attributes below in __init__ and define batch, errors and evaluate."""
 
     Config: ClassVar[type]
@@ -52,18 +53,18 @@ class Task:
         state = np.random.SeedSequence([self.seed, SPLITS[split], k]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
+    @abstractmethod
     def batch(self, split: str, k: int, size: int) -> Batch:
         """Global batch k of a split, `size` sequences; the same on every machine and process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of each prediction, any shape; the training loss is its mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def references(self) -> dict[str, float]:
         """Losses to read a learning curve by, such as that of a trivial prediction."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Per-prediction values whose means over the test set are the metrics, the model's and its baselines'."""
-        raise NotImplementedError
