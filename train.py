@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-OPTION = re.compile(r"^(model|task|optim)\.[^=]*=")
+CONF = Path(__file__).parent / "conf"
+PRESETS = ("experiment", "debug")
+
+
+def added(argument: str) -> str:
+    """`argument` such that Hydra passes an unknown option on to zoo.config, which says "did you mean"."""
+    option = re.match(r"(\w+)(\.[^=]*)?=", argument)
+    if option is None or option[1] in ("hydra", "logger") or (not option[2] and (CONF / option[1]).is_dir()):
+        return argument
+    return f"++{argument}"
 
 
 def run_folder(out: str | None, resume: str | None, model: str, task: str) -> str:
@@ -31,11 +41,17 @@ def run_folder(out: str | None, resume: str | None, model: str, task: str) -> st
 
 def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The part of `config` that the command line named: a resumed run takes all else from its checkpoint."""
-    asked: dict[str, Any] = {}
+    paths: list[str] = []
     for override in overrides:
-        path = override.split("=")[0].lstrip("+").split("@")[0]
-        if path in ("model", "task"):
-            path += ".name"
+        path, _, value = override.lstrip("+").partition("=")
+        if path in PRESETS and value != "null":
+            preset: Any = OmegaConf.to_container(OmegaConf.load(CONF / path / f"{value}.yaml"))
+            for key, options in preset.items():
+                paths += [f"{key}.{option}" for option in options] if isinstance(options, dict) else [key]
+        else:
+            paths.append(f"{path}.name" if path in ("model", "task") else path)
+    asked: dict[str, Any] = {}
+    for path in paths:
         group, _, option = path.partition(".")
         if group in ("model", "task", "optim") and option:
             asked.setdefault(group, {})[option] = config[group][option]
@@ -46,7 +62,7 @@ def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 def train_alone(overrides: list[str], folder: str) -> dict[str, Any]:
     """One job of a sweep over several processes, in a process of its own: its ranks must not repeat the sweep."""
-    subprocess.run([sys.executable, __file__, *overrides, f"hydra.run.dir={folder}"], check=True)
+    subprocess.run([sys.executable, __file__, *overrides, f'hydra.run.dir="{folder}"'], check=True)
     return json.loads(Path(folder, "metrics.json").read_text())
 
 
@@ -73,6 +89,9 @@ def main(cfg: DictConfig) -> float:
         loggers = [hydra.utils.instantiate(logger, _convert_="all", save_dir=folder)] if logger else []
         metrics = run(config, arguments, loggers)
     except ValueError as error:
+        if not config.get("resume") and Path(folder) != Path.cwd():
+            with contextlib.suppress(OSError):  # Hydra made the folder before anything was checked; it stays if in use
+                os.rmdir(folder)
         if sweep or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -80,11 +99,13 @@ def main(cfg: DictConfig) -> float:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(stop.code)
+    finally:
+        if "wandb" in sys.modules:  # else the next job of a sweep would go on with this run
+            sys.modules["wandb"].finish()
     return metrics["test"][metrics["headline"]]
 
 
 if __name__ == "__main__":
     OmegaConf.register_new_resolver("run_folder", run_folder)
-    # Hydra refuses an unknown key without a hint; added with ++, it reaches zoo.config, which says "did you mean"
-    sys.argv[1:] = [f"++{argument}" if OPTION.match(argument) else argument for argument in sys.argv[1:]]
+    sys.argv[1:] = [added(argument) for argument in sys.argv[1:]]
     main()

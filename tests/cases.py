@@ -49,7 +49,7 @@ def options_of(case: Case) -> dict[str, Any]:
     hidden = 12 if case.family == "moe" else 24
     model = {"name": case.family, "dim": 16, "layers": 2, "heads": 2, "hidden": hidden, **case.options}
     if case.family == "hypernet":
-        model["code_dim"] = 8
+        model.setdefault("code_dim", 8)
     task = {"name": "regression", "points": 7, "queries": 5} if case.task == "regression" else {"tokens": 12}
     return {"model": model, "task": {"name": case.task, **task}, "optim": {"steps": 20, "warmup": 2, "batch_size": 8}}
 

@@ -125,26 +125,25 @@ class MetricsFile(Callback):
 def _row_step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a row cut short by a kill
+    except (ValueError, KeyError, TypeError):  # a row cut short by a kill
         return float("inf")
 
 
-class Interruption(Checkpoint):
-    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+class LastCheckpoint(Checkpoint):
+    """Writes last.ckpt after each validation (Lightning's save_last: after new bests alone), and when a signal comes.
 
-    A Checkpoint because Lightning calls those last: when it stops after a validation, the best one is already saved.
+    Ctrl-C and SIGTERM stop it after the current step; a second Ctrl-C stops it at once. It is a Checkpoint because
+    Lightning calls those last, in order: the best checkpoint is saved by then, and last.ckpt knows of it.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.path = folder, folder / "checkpoints" / "last.ckpt"
         self.signal = 0
-        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python delivers signals to the main thread alone
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():  # no other may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)  # Lightning puts all handlers back when the fit ends, however it ends
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
@@ -154,34 +153,24 @@ class Interruption(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert trainer.val_check_batch is not None
         # a step that is validated next is complete after that: a resumed run would not make up for it
         validated_next = (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.should_stop
-        if _step_done(trainer, batch_idx) and not validated_next:
-            self._stop(trainer)
+        if _step_done(trainer, batch_idx) and not validated_next and self._signalled(trainer):
+            self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop(trainer)
+        self._save(trainer)
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        """Writes the last checkpoint and raises Interrupted, if any process has got a signal."""
-        stop = bool(self.signal)
-        if trainer.world_size > 1:  # all processes must stop at the same step
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
-            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+    def _signalled(self, trainer: L.Trainer) -> bool:
+        """True in every process if any has got a signal: all must stop at the same step."""
+        return trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        if self._signalled(trainer):
             name = signal.Signals(self.signal or signal.SIGTERM).name
             raise Interrupted(
                 f"stopped by {name} at step {trainer.global_step}; continue with: python train.py resume={self.folder}",
                 128 + (self.signal or signal.SIGTERM),
             )
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()  # Lightning calls no teardown then
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}

@@ -34,7 +34,17 @@ class Files(TorchCheckpointIO):
         os.replace(f"{path}.tmp", path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read(Path(path))
+        checkpoint, here = read(Path(path)), str(Path(path).resolve().parent)
+        for name, state in checkpoint.get("callbacks", {}).items():
+            if "dirpath" in state:  # of a run folder that was moved, Lightning would forget the best score
+                checkpoint["callbacks"][name] = _moved(state, state["dirpath"], here)
+        return checkpoint
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {_moved(key, old, new): _moved(item, old, new) for key, item in value.items()}
+    return value.replace(old, new, 1) if isinstance(value, str) else value
 
 
 def find(path: str | Path, name: str) -> Path:

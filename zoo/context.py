@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -45,7 +46,8 @@ def summarise(z_BTD: Tensor, source: str, n_context: int, chunk: int | None = No
         return Summary((states.cumsum(1) / count_T1).to(z_BTD.dtype), ones)
     if source == "chunk" and chunk:
         sums_BSD = fold(states, chunk).sum(2)
-        before_BSD = sums_BSD.cumsum(1) - sums_BSD
+        # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
+        before_BSD = F.pad(sums_BSD.cumsum(1)[:, :-1], (0, 0, 1, 0))
         start_S1 = torch.arange(sums_BSD.shape[1], device=z_BTD.device, dtype=states.dtype)[:, None] * chunk
         mean_BSD = (before_BSD / start_S1.clamp(min=1)).to(z_BTD.dtype)
         return Summary(mean_BSD, (start_S1 > 0).to(z_BTD.dtype).expand(B, -1, 1))

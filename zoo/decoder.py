@@ -132,13 +132,13 @@ class Decoder(nn.Module):
         Goldwaser et al. 2025, arXiv 2511.17864, for gated blocks), so errors do not accumulate with depth.
         Raises ValueError where no patch exists: a zero state or zero hidden units.
         """
-        n_context = int(removed.sum()) if n_context is None else n_context
-        _check_context(tokens, n_context)
         if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
             raise ValueError(
                 f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
                 f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
             )
+        n_context = int(removed.sum()) if n_context is None else n_context
+        _check_context(tokens, n_context)
         kept = (~removed).nonzero().squeeze(1)
         full = self.layout(tokens.shape[1], n_context, tokens.device)
         reduced = full.keep(kept)

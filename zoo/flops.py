@@ -39,7 +39,9 @@ def flops_per_token(model: Model) -> float:
     """FLOPs of a forward pass per token of the task's sequences: matrices, attention scores, the family's own work."""
     decoder, task, config = model.decoder, model.task, model.config
     count = parameters(model)
-    matrices = count["attention"] + count["ffn"] * _used(model) + config.dim * task.output_dim
+    # the reference backend computes all experts, used or not
+    computed = 1.0 if decoder.blocks[0].ffn.backend == "reference" else _used(model)
+    matrices = count["attention"] + count["ffn"] * computed + config.dim * task.output_dim
     if task.token_dim:
         matrices += config.dim * task.token_dim
     mask = decoder.layout(task.tokens, task.n_context).mask

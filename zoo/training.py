@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo import checkpoint, flops, report
-from zoo.callbacks import Clock, FiniteLoss, Interruption, MetricsFile
+from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
 from zoo.config import lookup, positive, strict
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch, Task
@@ -83,10 +83,9 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         share = self.size // (self.parts * self.world)
         for k in range(self.start, self.batches):
-            tokens, targets, n_context = self.task.batch(self.split, 0 if self.repeat else k, self.size)
+            batch = self.task.batch(self.split, 0 if self.repeat else k, self.size)
             for part in range(self.parts):
-                first = (part * self.world + self.rank) * share
-                yield Batch(tokens[first : first + share], targets[first : first + share], n_context)
+                yield batch.rows((part * self.world + self.rank) * share, share)
 
 
 class Data(L.LightningDataModule):
@@ -145,9 +144,9 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     signal stopped the run after its checkpoint was written.
     """
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
-    options = _resume(config, resumed) if resumed else strict(RunConfig, config, "config")
+    options = _resume(config, resumed) if resumed else strict(RunConfig, config, "")
     positive(
-        "config",
+        "",
         validate_every=options.validate_every,
         log_every=options.log_every,
         validation_batches=options.validation_batches,
@@ -162,13 +161,12 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
         folder / "checkpoints",
         filename="best",
         monitor="validation_loss",
-        save_last=True,
         enable_version_counter=False,
         save_on_train_epoch_end=False,
     )
     clock = Clock({**asdict(options), "resume": None, "out": None}, command())
     rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
-    callbacks = [clock, FiniteLoss(folder), rows, saver, Interruption(folder)]
+    callbacks = [clock, FiniteLoss(folder), rows, saver, LastCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(TQDMProgressBar(leave=True))
     engine = _trainer(model, options, dict(trainer), loggers or [], callbacks, folder)
@@ -198,12 +196,14 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
 
 def _resume(config: Mapping[str, Any], file: Path) -> RunConfig:
     """The saved options, if nothing that was asked for contradicts them."""
+    if file.absolute().parent.name != "checkpoints":
+        raise ValueError(f"{file} lies in no RUN_DIR/checkpoints, and resume= continues in RUN_DIR")
     saved = checkpoint.read(file)["zoo"]["config"]
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
     changed = checkpoint.differences(saved, asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
-    options = strict(RunConfig, saved, "config")
+    options = strict(RunConfig, saved, "")
     return RunConfig(**{**asdict(options), "resume": str(file), "out": str(file.absolute().parent.parent)})
 
 

@@ -27,7 +27,7 @@ from zoo.tasks import TASKS, Batch, Task
 class ModelConfig:
     """The decoder's sizes; kv_heads: null for as many as heads; tied: one matrix embeds and unembeds tokens."""
 
-    name: str
+    name: str = ""
     dim: int = 64
     layers: int = 3
     heads: int = 4
@@ -101,6 +101,8 @@ class Model(L.LightningModule):
         super().__init__()
         self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
         self.config = strict(self.Config, model, "model").resolve(self.task)
+        if self.config.name != self.Config.name:
+            raise ValueError(f"model.name={self.config.name} is not {type(self).__name__}, which is {self.Config.name}")
         self.optim = strict(OptimConfig, optim, "optim")
         self.save_hyperparameters(
             {"model": _plain(self.config), "task": _plain(self.task.config), "optim": _plain(self.optim), "seed": seed}

@@ -53,7 +53,9 @@ class HypernetConfig(ModelConfig):
                 f"separate context (regression), chunk, running and token for running text"
             )
         if context != "segment" and self.attend_context is not None:
-            raise ValueError(f"model.attend_context needs model.context=segment, not {context}")
+            raise ValueError(
+                f"model.attend_context={str(self.attend_context).lower()} needs model.context=segment, not {context}"
+            )
         if context != "chunk" and self.chunk is not None:
             raise ValueError(f"model.chunk={self.chunk} needs model.context=chunk, not {context}")
         if self.emission != "low_rank" and self.rank is not None:
@@ -61,14 +63,16 @@ class HypernetConfig(ModelConfig):
         unknown = set(self.matrices) - set(MATRICES)
         if unknown or not self.matrices or len(set(self.matrices)) < len(self.matrices):
             raise ValueError(f"model.matrices={list(self.matrices)} must be different names out of {list(MATRICES)}")
-        rank = (self.rank or 4) if self.emission == "low_rank" else None
+        rank = (4 if self.rank is None else self.rank) if self.emission == "low_rank" else None
         if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
             raise ValueError(
                 f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
             )
-        chunk = (self.chunk or 32) if context == "chunk" else None
+        chunk = (32 if self.chunk is None else self.chunk) if context == "chunk" else None
         if chunk is not None and not 0 < chunk < task.tokens:
-            raise ValueError(f"model.chunk={chunk} must be below task.tokens={task.tokens}, else no token is patched")
+            raise ValueError(
+                f"model.chunk={chunk} must lie between 1 and task.tokens={task.tokens} - 1, else no token is patched"
+            )
         attend = bool(self.attend_context) if context == "segment" else None
         return replace(config, context=context, rank=rank, chunk=chunk, attend_context=attend)
 

@@ -59,8 +59,14 @@ class MoEConfig(ModelConfig):
         positive("model", experts=self.experts, top_k=self.top_k)
         if self.top_k > self.experts:
             raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}")
-        if min(self.shared, self.balance_weight, self.z_weight, self.bias_rate) < 0:
-            raise ValueError("model.shared, model.balance_weight, model.z_weight, model.bias_rate must not be negative")
+        for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
+        if self.backend == "grouped" and (self.dim % 4 or self.hidden % 4):
+            raise ValueError(
+                f"model.backend=grouped needs rows of 16 bytes: model.dim={self.dim} and model.hidden={self.hidden} "
+                f"must be multiples of 4 (8 in bfloat16)"
+            )
         if self.renormalise and self.top_k == 1:
             raise ValueError(
                 "model.renormalise=true with model.top_k=1 makes all weights 1: no gradient for the router"
@@ -70,7 +76,7 @@ class MoEConfig(ModelConfig):
         lagged = self.route_on == "context" and not task.n_context
         if self.chunk is not None and not lagged:
             raise ValueError(f"model.chunk={self.chunk} needs model.route_on=context and running text")
-        chunk = (self.chunk or 32) if lagged else None
+        chunk = (32 if self.chunk is None else self.chunk) if lagged else None
         if chunk is not None and not 0 < chunk < task.tokens:
             raise ValueError(
                 f"model.chunk={chunk} must be below task.tokens={task.tokens}, else all tokens route alike"

@@ -19,11 +19,19 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
 class Batch(NamedTuple):
-    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest."""
+    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest;
+    wrong_context: as many tokens of another sequence, (B,C,token_dim)."""
 
     tokens: Tensor
     targets: Tensor
     n_context: int
+    wrong_context: Tensor | None = None
+
+    def rows(self, first: int, count: int) -> Batch:
+        """The part of the batch that one process works on."""
+        part = slice(first, first + count)
+        wrong = None if self.wrong_context is None else self.wrong_context[part]
+        return Batch(self.tokens[part], self.targets[part], self.n_context, wrong)
 
 
 Predict = Callable[[Tensor, int], Tensor]

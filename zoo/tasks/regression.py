@@ -85,7 +85,8 @@ class Regression(Task):
                 y_BT = y_BT + config.noise * torch.randn(size, self.tokens, generator=generator)
         tokens = torch.cat([x_BTd, y_BT[:, :, None]], -1)
         tokens[:, self.n_context :, -1] = 0
-        return Batch(tokens, y_BT[:, self.n_context :], self.n_context)
+        # wrong within the global batch: the control must not depend on how processes share it
+        return Batch(tokens, y_BT[:, self.n_context :], self.n_context, tokens[:, : self.n_context].roll(1, 0))
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()
@@ -105,7 +106,8 @@ class Regression(Task):
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         tokens, n = batch.tokens, batch.n_context
-        wrong = torch.cat([tokens[:, :n].roll(1, 0), tokens[:, n:]], 1)
+        assert batch.wrong_context is not None
+        wrong = torch.cat([batch.wrong_context, tokens[:, n:]], 1)
         errors = {
             "nmse": self.errors(predict(tokens, n), batch),
             "nmse_without_context": self.errors(predict(tokens[:, n:], 0), batch),

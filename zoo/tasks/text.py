@@ -24,7 +24,7 @@ from zoo.tasks.base import SPLITS, Batch, Predict, Task
 
 START = 256
 HELD_OUT = 0.05
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 
 
 @dataclass(frozen=True)

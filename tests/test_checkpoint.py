@@ -1,0 +1,337 @@
+"""Checkpoints: what zoo.load gives back, what it refuses in one line, and that nothing in a file is ever run."""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from zoo import checkpoint, training
+from zoo.checkpoint import SCHEMA, UPGRADES, Files, differences, find, read
+from zoo.models import MODELS
+
+OPTIONS: dict[str, Any] = {
+    "task": {"name": "regression", "points": 5, "queries": 3},
+    "optim": {"steps": 3, "batch_size": 4, "warmup": 1},
+    "validate_every": 1,
+    "log_every": 1,
+    "validation_batches": 1,
+    "test_batches": 1,
+    "seed": 3,
+}
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+SIZES = {"dim": 8, "layers": 1, "heads": 1, "hidden": 8}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """A tiny run folder of each family, and the model as it stood at the end of its test."""
+    torch.set_num_threads(1)
+    kept: dict[str, tuple[Path, Any]] = {}
+    for name in MODELS:
+        folder, trained = tmp_path_factory.mktemp(name) / "run", []
+        build = MODELS[name]
+        original, build.on_test_end = build.on_test_end, lambda self, into=trained: into.append(self)  # type: ignore
+        try:
+            training.train(model={"name": name, **SIZES}, trainer=QUIET, out=str(folder), **OPTIONS)
+        finally:
+            build.on_test_end = original  # type: ignore[method-assign]
+        kept[name] = folder, trained[0]
+    return kept
+
+
+@pytest.fixture
+def best(runs: dict[str, tuple[Path, Any]]) -> Path:
+    return runs["hypernet"][0] / "checkpoints" / "best.ckpt"
+
+
+def one_line(call: Callable[[], Any]) -> str:
+    """The message of the ValueError that `call` raises."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (messages are compared by the callers)
+        call()
+    assert type(error.value) is ValueError
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 700
+    return str(error.value)
+
+
+def tampered(best: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of the checkpoint after `change`."""
+    content = torch.load(best, weights_only=True)
+    change(content)
+    torch.save(content, to / "tampered.ckpt")
+    return to / "tampered.ckpt"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_load_gives_the_trained_model_back(runs: dict[str, tuple[Path, Any]], name: str) -> None:
+    folder, trained = runs[name]
+    for path in (folder, str(folder), folder / "checkpoints" / "best.ckpt"):
+        model = zoo.load(path)
+        assert type(model) is MODELS[name]
+        assert not model.training
+        assert dict(model.hparams) == dict(trained.hparams)
+        batch = model.task.batch("test", 0, 4)
+        with torch.no_grad():
+            assert torch.equal(model(batch.tokens, 5), trained.eval()(batch.tokens, 5))
+    assert model.task.seed == 3
+
+
+def test_load_of_a_folder_is_the_best_not_the_last(runs: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    folder = runs["transformer"][0]
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("best", "last"):
+        content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        content["state_dict"] = {key: torch.full_like(value, len(name)) for key, value in content["state_dict"].items()}
+        content["state_dict"]["decoder.head.weight"] += name == "best"
+        torch.save(content, tmp_path / "checkpoints" / f"{name}.ckpt")
+    assert (zoo.load(tmp_path).decoder.head.weight == 5).all()
+    assert (zoo.load(tmp_path / "checkpoints" / "last.ckpt").decoder.head.weight == 4).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_holds_every_option_as_plain_data(runs: dict[str, tuple[Path, Any]], name: str) -> None:
+    content = torch.load(runs[name][0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["zoo"]["schema"] == SCHEMA
+    assert content["zoo"]["zoo"] == zoo.__version__
+    assert content["zoo"]["torch"] == torch.__version__
+    config = content["zoo"]["config"]
+    assert set(config) == set(training.RunConfig.__dataclass_fields__)
+    assert set(config["model"]) == set(MODELS[name].Config.__dataclass_fields__)
+    assert set(config["task"]) >= {"name", "points", "queries", "dimension", "function"}
+    assert config["optim"] == content["hyper_parameters"]["optim"]
+    assert config["model"]["kv_heads"] == 1
+    # what is asked of a run is no property of it: a checkpoint must not carry its folder along
+    assert (config["out"], config["resume"]) == (None, None)
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(type(key) is str and plain(item) for key, item in value.items())
+        return all(map(plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
+
+    assert plain(content["hyper_parameters"])
+    assert plain(content["zoo"])
+
+
+@pytest.mark.slow
+def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone.ckpt").write_bytes(best.read_bytes())
+    code = (
+        "import sys, zoo\n"
+        "model = zoo.load('alone.ckpt')\n"
+        "batch = model.task.batch('test', 0, 2)\n"
+        "print(tuple(model(batch.tokens, 5).shape))\n"
+        "assert not {'hydra', 'omegaconf', 'zoo.training', 'wandb'} & set(sys.modules)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (answer.returncode, answer.stdout) == (0, "(2, 8, 1)\n"), answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["hyper_parameters"]["model"].update(rnak=2), r"model.rnak is not an option .* did you mean rank"),
+        (lambda c: c["hyper_parameters"]["model"].pop("rank"), r"model.rank=4 is not in the checkpoint"),
+        (lambda c: c["hyper_parameters"]["optim"].pop("clip"), r"optim.clip=1.0 is not in the checkpoint"),
+        (lambda c: c["hyper_parameters"]["task"].update(pints=2), r"task.pints is not an option"),
+        (lambda c: c["hyper_parameters"]["model"].update(name="os.system"), r"model 'os.system' does not exist"),
+        (lambda c: c["hyper_parameters"]["task"].update(name="os.system"), r"task 'os.system' does not exist"),
+        (lambda c: c["hyper_parameters"]["model"].update(name=["moe"]), r"does not exist"),
+        (lambda c: c["hyper_parameters"]["model"].pop("name"), r"model None does not exist"),
+        (lambda c: c["hyper_parameters"]["model"].update(dim="8"), r"model.dim='8' must be of type int"),
+        (lambda c: c["hyper_parameters"]["model"].update(dim=-8), r"model.dim=-8 must be above 0"),
+        (lambda c: c["hyper_parameters"]["model"].update(_target_="os.system"), r"model._target_ is not an option"),
+        (lambda c: c["hyper_parameters"].update(extra=1), r"must hold the options model, task, optim, seed"),
+        (lambda c: c["hyper_parameters"].pop("seed"), r"must hold the options model, task, optim, seed"),
+        (lambda c: c["hyper_parameters"].update(seed="3"), r"must hold the options"),
+        (lambda c: c["hyper_parameters"].update(task="regression"), r"must hold the options"),
+        (lambda c: c["hyper_parameters"].update(model=[1]), r"must hold the options"),
+        (lambda c: c.update(hyper_parameters=[1]), r"is no checkpoint of this zoo"),
+        (lambda c: c.pop("hyper_parameters"), r"is no checkpoint of this zoo: it lacks"),
+        (lambda c: c.pop("state_dict"), r"is no checkpoint of this zoo"),
+        (lambda c: c.update(state_dict=[1]), r"is no checkpoint of this zoo"),
+        (lambda c: c.pop("zoo"), r"is no checkpoint of this zoo"),
+        (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 1"),
+        (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
+        (lambda c: c["zoo"].update(schema=[1]), r"has schema \[1\]"),
+        (lambda c: c["zoo"].update(schema="1"), r"has schema '1'"),
+        (lambda c: c["state_dict"].pop("decoder.head.weight"), r"Missing key.*decoder.head.weight"),
+        (lambda c: c["state_dict"].update(bogus=torch.zeros(1)), r"Unexpected key.*bogus"),
+        (lambda c: c["state_dict"].update({"decoder.head.weight": torch.zeros(2, 8)}), r"size mismatch"),
+        (lambda c: c["state_dict"].update({"decoder.head.weight": 3}), r"decoder.head.weight"),
+    ],
+)
+def test_a_tampered_checkpoint_is_refused(
+    best: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = tampered(best, tmp_path, change)
+    text = one_line(lambda: zoo.load(path))
+    assert str(path) in text
+    with pytest.raises(ValueError, match=message):
+        zoo.load(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(best: Path, tmp_path: Path, share: float) -> None:
+    content = best.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
+    assert "cut.ckpt is damaged or no checkpoint" in one_line(lambda: zoo.load(tmp_path / "cut.ckpt"))
+
+
+def test_a_flipped_byte_raises_nothing_but_valueerror(best: Path, tmp_path: Path) -> None:
+    content = bytearray(best.read_bytes())
+    for place in range(100, len(content), len(content) // 20):
+        (tmp_path / "flipped.ckpt").write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        # some bytes matter to nobody, such as the padding of the archive
+        with contextlib.suppress(ValueError):
+            zoo.load(tmp_path / "flipped.ckpt")
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    assert one_line(lambda: zoo.load(tmp_path / "no.ckpt")).startswith(f"no checkpoint at {tmp_path}/no.ckpt")
+    assert "checkpoints/best.ckpt" in one_line(lambda: zoo.load(tmp_path))
+    assert "checkpoints/last.ckpt" in one_line(lambda: find(tmp_path, "last"))
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.ckpt"
+    for content in (
+        b"step,loss\n1,2\n",
+        "größer".encode(),
+        b"\x00" * 1000,
+        pickle.dumps({"zoo": 1}),
+        pickle.dumps([1]),
+    ):
+        path.write_bytes(content)
+        assert "foreign.ckpt" in one_line(lambda: zoo.load(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.txt", "hello")
+    assert "foreign.ckpt" in one_line(lambda: zoo.load(path))
+    for other in ([1, 2], torch.zeros(3), {"state_dict": {}}):
+        torch.save(other, path)
+        assert "is no checkpoint of this zoo" in one_line(lambda: zoo.load(path))
+    torch.save(torch.nn.Linear(2, 2), path)
+    assert "is damaged or no checkpoint of this zoo" in one_line(lambda: zoo.load(path))
+
+
+class Malicious:
+    """Unpickled the ordinary way, this makes the folder `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_file_is_executed(best: Path, tmp_path: Path) -> None:
+    proof, path = tmp_path / "proof", tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps(Malicious(proof)))
+    pickle.loads(path.read_bytes())
+    assert proof.exists()  # the attack is a real one
+    proof.rmdir()
+    one_line(lambda: zoo.load(path))
+    torch.save(Malicious(proof), path)
+    one_line(lambda: zoo.load(path))
+    content = torch.load(best, weights_only=True)
+    for key in ("zoo", "state_dict", "callbacks", "bogus"):
+        torch.save({**content, key: Malicious(proof)}, path)
+        one_line(lambda: zoo.load(path))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    path.rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    one_line(lambda: training.train(resume=tmp_path / "run", trainer=QUIET))
+    assert not proof.exists()
+
+
+def test_no_module_is_imported_by_name(best: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        for group in ("model", "task"):
+            path = tampered(best, tmp_path, lambda c, g=group: c["hyper_parameters"][g].update(name="evil_module"))
+            one_line(lambda path=path: zoo.load(path))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "evil_module" not in sys.modules
+
+
+def test_upgrades_are_chained(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two schemas later, a file of today: one step renames an option, the next a weight."""
+
+    def forget(content: dict[str, Any]) -> None:
+        content["hyper_parameters"]["model"]["old_rank"] = content["hyper_parameters"]["model"].pop("rank")
+        content["state_dict"]["old_head"] = content["state_dict"].pop("decoder.head.weight")
+
+    def option(content: dict[str, Any]) -> dict[str, Any]:
+        assert content["zoo"]["schema"] == SCHEMA
+        content["hyper_parameters"]["model"]["rank"] = content["hyper_parameters"]["model"].pop("old_rank")
+        return {**content, "zoo": {**content["zoo"], "schema": SCHEMA + 1}}
+
+    def weight(content: dict[str, Any]) -> dict[str, Any]:
+        content["state_dict"]["decoder.head.weight"] = content["state_dict"].pop("old_head")
+        return {**content, "zoo": {**content["zoo"], "schema": SCHEMA + 2}}
+
+    old = tampered(best, tmp_path, forget)
+    one_line(lambda: zoo.load(old))
+    monkeypatch.setattr(checkpoint, "SCHEMA", SCHEMA + 2)
+    one_line(lambda: zoo.load(old))
+    monkeypatch.setitem(UPGRADES, SCHEMA, option)
+    assert f"has schema {SCHEMA + 1}" in one_line(lambda: zoo.load(old))
+    monkeypatch.setitem(UPGRADES, SCHEMA + 1, weight)
+    upgraded = zoo.load(old)
+    monkeypatch.undo()
+    today = zoo.load(best)
+    assert all(
+        torch.equal(a, b) for a, b in zip(upgraded.state_dict().values(), today.state_dict().values(), strict=True)
+    )
+    assert upgraded.config == today.config
+
+
+def test_the_trainer_reads_old_checkpoints_too(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+        return {**content, "upgraded": True, "zoo": {**content["zoo"], "schema": SCHEMA + 1}}
+
+    monkeypatch.setattr(checkpoint, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setitem(UPGRADES, SCHEMA, upgrade)
+    assert Files().load_checkpoint(best)["upgraded"]
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    Files().save_checkpoint({"step": 1}, path)
+
+    def die(source: str, target: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        Files().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    # the last act is a rename within the folder: from $TMPDIR it would be a copy, which a kill cuts short
+    monkeypatch.undo()
+    moves = []
+    monkeypatch.setattr(os, "replace", lambda source, target: moves.append((source, target)))
+    Files().save_checkpoint({"step": 3}, path)
+    assert moves == [(f"{path}.tmp", path)]
+
+
+def test_differences_name_both_values() -> None:
+    saved = {"model": {"rank": 4, "dim": 8}, "seed": 0}
+    assert differences(saved, {"model": {"dim": 8}, "seed": 0}) == []
+    assert differences(saved, {"model": {"rank": 2}}) == ["model.rank is 4 in the checkpoint, 2 asked"]
+    assert differences(saved, {"seed": 1, "sed": 2}) == [
+        "seed is 0 in the checkpoint, 1 asked",
+        "sed=2 is not in the checkpoint",
+    ]
+
+
+def test_read_is_strict_about_its_own_files(best: Path) -> None:
+    assert set(read(best)) >= {"zoo", "hyper_parameters", "state_dict", "optimizer_states", "loops", "callbacks"}

@@ -1,0 +1,337 @@
+"""The command line: messages and exit codes, kills, signals, processes and sweeps, with train.py itself."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning  # noqa: F401 (imported within a test, its log handler would keep that test's stderr)
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import zoo
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "train.py"
+TINY = [f"model.{key}={value}" for key, value in {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}.items()]
+SHORT = ["optim.batch_size=8", "task.points=5", "task.queries=3", "trainer.accelerator=cpu"]
+FEW = ["validate_every=2", "log_every=1", "validation_batches=1", "test_batches=1", "optim.warmup=1"]
+# slow enough, thanks to its many validation batches, to be killed in the middle
+LONG = ["model=moe", "model.bias_rate=0.01", *TINY, *SHORT, "optim.steps=60", "validate_every=10", "log_every=1"]
+LONG += ["validation_batches=80", "test_batches=2", "trainer.enable_progress_bar=false"]
+
+
+class Answer:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs train.py in this process: ten times faster than a process of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", [str(TRAIN), *arguments])
+        OmegaConf.clear_resolver("run_folder")
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Answer(code, *capfd.readouterr())
+
+    return run
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
+    environment.pop("WANDB_API_KEY", None)
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> Answer:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, out + err
+    return Answer(process.returncode, out, err)
+
+
+def wait_for(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Until metrics.jsonl holds a row of training step `step` or later."""
+    path, limit = folder / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if any(f'"step": {number},' in line for line in lines for number in range(step, step + 8)):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+def last_step(folder: Path) -> int:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Weights, rows and test numbers are equal, bit for bit."""
+    for name in ("last", "best"):
+        left, right = weights(a, name), weights(b, name)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == [], name
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    assert metrics_of(a)["test"] == metrics_of(b)["test"]
+
+
+WRONG = [
+    (["model=hypernet", "model.rnak=2"], "model.rnak is not an option of HypernetConfig; did you mean rank?"),
+    (["optim.lrr=0.1"], "optim.lrr is not an option of OptimConfig; did you mean lr?"),
+    (["task.pints=3"], "task.pints is not an option of RegressionConfig; did you mean points?"),
+    (["sed=1"], "sed is not an option of RunConfig; did you mean seed?"),
+    (["mdel=moe"], "mdel is not an option of RunConfig; did you mean model?"),
+    (["+bogus=1"], "bogus is not an option of RunConfig; known: model, task"),
+    (["model.dim=wide"], "model.dim='wide' must be of type int"),
+    (["model.dim=10"], "model.dim=10 must be a multiple of 2·model.heads=8"),
+    (["model=moe", "model.top_k=5"], "model.top_k=5 exceeds model.experts=4"),
+    (["optim.batch_size=7", "optim.accumulate=2"], "optim.batch_size=7 is no multiple of optim.accumulate=2"),
+    (
+        ["optim.batch_size=7", "trainer.devices=2", "trainer.accelerator=cpu"],
+        "optim.batch_size=7 must be a multiple of 2",
+    ),
+    (["trainer.max_steps=3"], "trainer.max_steps is decided by the option optim.steps"),
+    (["trainer.bogus=3"], "unexpected keyword argument 'bogus'"),
+    (["trainer.accelerator=gpu"], "trainer: No supported gpu backend found!"),
+    (["validate_every=0"], "validate_every=0 must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_options(command: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    answer = command(*arguments, "out=made/here")
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1].startswith("error: ")
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+    assert not list(tmp_path.rglob("here"))
+
+
+def test_an_unknown_choice_lists_those_that_exist(command: Any) -> None:
+    answer = command("model=hypernett")
+    assert answer.code != 0
+    assert "Could not find 'model/hypernett'" in answer.err
+    assert answer.err.split("Available options")[1].split()[2:5] == ["hypernet", "moe", "transformer"]
+
+
+def test_resume_of_nothing(command: Any, tmp_path: Path) -> None:
+    for path in ("nowhere", "nowhere/checkpoints/last.ckpt", str(tmp_path / "a" / "b")):
+        answer = command(f"resume={path}")
+        assert answer.code == 2
+        assert answer.err.startswith(f"error: no checkpoint at {path}: give a .ckpt file, or a run folder")
+        assert len(answer.err.splitlines()) == 1
+    assert tmp_path.is_dir()
+
+
+def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Path) -> None:
+    asked = ["model=hypernet", *TINY, *SHORT, "debug=fast"]
+    answer = command(*asked, "out=run")
+    assert answer.code == 0, answer.err
+    assert "load it with" in answer.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    first, rows = metrics_of(tmp_path / "run"), (tmp_path / "run/metrics.jsonl").read_text()
+
+    answer = command(*asked, "out=run")
+    assert answer.code == 2
+    assert f"{tmp_path}/run holds a run already: continue it with resume={tmp_path}/run" in answer.err
+
+    # nothing asked, the same asked, other options of the trainer: accepted
+    for more in ([], asked, ["trainer.enable_progress_bar=false", "trainer.precision=32-true"]):
+        answer = command("resume=run", *more)
+        assert answer.code == 0, answer.err
+        assert metrics_of(tmp_path / "run")["test"] == first["test"]
+    assert command("resume=run/checkpoints/best.ckpt").code == 0
+    assert (tmp_path / "run/metrics.jsonl").read_text() == rows
+
+    for more, message in (
+        (["model.rank=2"], "model.rank is 4 in the checkpoint, 2 asked"),
+        (
+            ["optim.lr=1", "seed=5"],
+            "optim.lr is 0.003 in the checkpoint, 1 asked; seed is 0 in the checkpoint, 5 asked",
+        ),
+        (["model=moe"], "model.name is 'hypernet' in the checkpoint, 'moe' asked"),
+        (["task=noise"], "task.name is 'regression' in the checkpoint, 'noise' asked"),
+        (["model=hypernet", "model.rnak=2"], "model.rnak=2 is not in the checkpoint"),
+        (
+            ["debug=overfit"],
+            "overfit is False in the checkpoint, True asked; optim.steps is 4 in the checkpoint, 200 asked",
+        ),
+        (["validate_every=3"], "validate_every is 2 in the checkpoint, 3 asked"),
+    ):
+        answer = command("resume=run", *more)
+        assert answer.code == 2
+        assert answer.err.splitlines()[-1].startswith("error: resume=run continues a run as it was begun, but ")
+        assert message in answer.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert zoo.load("run").config.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["task=text", "task.tokens=40", "debug=fast"], ["bits_per_byte", "bits_per_byte_unigram"]),
+        (["task=noise", "model=moe", "debug=fast"], ["nats", "nats_floor"]),
+        (["experiment=incontext", "model=transformer", "debug=fast"], None),
+        (["model=hypernet", "debug=overfit"], None),
+    ],
+)
+def test_presets(command: Any, tmp_path: Path, arguments: list[str], names: list[str] | None) -> None:
+    quiet = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    answer = command(*arguments, *TINY, *quiet, "optim.batch_size=8", "out=run")
+    assert answer.code == 0, answer.err
+    metrics = metrics_of(tmp_path / "run")
+    all_five = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_ridge", "nmse_zero"]
+    assert list(metrics["test"]) == (names or all_five)
+    assert metrics["steps"] == (200 if "debug=overfit" in arguments else 4)
+    if "debug=overfit" in arguments:
+        rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_default_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_RUN_ID", "job9")
+    assert command(*TINY, *SHORT, "debug=fast", "task=regression").code == 0
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("metrics.json")] == [
+        "runs/transformer-regression/job9/metrics.json"
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody interrupts, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(*LONG, "out=run", cwd=folder))
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_metrics_of_a_real_command(whole: Path) -> None:
+    metrics = metrics_of(whole)
+    assert metrics["command"] == f"python {TRAIN} {' '.join(LONG)} out=run"
+    assert metrics["tokens"] == 60 * 8 * 8
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
+    process = start(*LONG, "out=run", cwd=tmp_path)
+    wait_for(process, tmp_path / "run", 22)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert 10 <= last_step(tmp_path / "run") < 60
+    assert not (tmp_path / "run/metrics.json").exists()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # what a kill in the middle of a row leaves
+    finish(start("resume=run", *LONG, cwd=tmp_path))
+    assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 24)])
+def test_stopped_and_resumed(whole: Path, tmp_path: Path, number: signal.Signals, step: int) -> None:
+    """Step 2 is before the first validation."""
+    process = start(*LONG, "out=run", cwd=tmp_path)
+    wait_for(process, tmp_path / "run", step)
+    process.send_signal(number)
+    answer = finish(process, 128 + number)
+    stopped = last_step(tmp_path / "run")
+    assert step <= stopped < 60
+    message = f"stopped by {number.name} at step {stopped}; continue with: python train.py resume={tmp_path}/run"
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+    finish(start(f"resume={tmp_path}/run", cwd=tmp_path))
+    assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_profile(tmp_path: Path) -> None:
+    answer = finish(start("model=hypernet", "debug=profile", *TINY, *SHORT, "out=run", cwd=tmp_path))
+    assert metrics_of(tmp_path / "run")["steps"] == 50
+    assert "run_training_batch" in answer.out + answer.err
+
+
+PAIR = ["model=moe", "model.bias_rate=0.01", *TINY, *SHORT, *FEW, "optim.steps=6", "optim.accumulate=2", "trainer=ddp"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """A sweep whose one job needs two processes."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, finish(start("-m", *PAIR, "seed=3", cwd=folder))
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path: Path, command: Any) -> None:
+    finish(start(*PAIR, "seed=3", "out=pair", cwd=tmp_path))
+    one = [option for option in PAIR if option != "trainer=ddp"]
+    assert command(*one, "seed=3", "out=one").code == 0
+    a, b = weights(tmp_path / "one", "last"), weights(tmp_path / "pair", "last")
+    assert a.keys() == b.keys()
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+    assert any("bias" in key and a[key].any() for key in a)
+    pair_test, one_test = (metrics_of(tmp_path / name)["test"] for name in ("pair", "one"))
+    for test in (pair_test, one_test):
+        test.pop("nmse_wrong_context")  # whose context is wrong depends on who else is in the process
+    assert pair_test == pytest.approx(one_test, abs=1e-5)
+    # every row once, and no folder of the second process
+    steps = [json.loads(line)["step"] for line in (tmp_path / "pair/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pair"]
+    files = {path.name for path in (tmp_path / "pair").rglob("*") if path.is_file()}
+    assert files == {"best.ckpt", "last.ckpt", "metrics.jsonl", "metrics.json", "curve.png"}
+
+
+@pytest.mark.slow
+def test_a_job_of_a_sweep_over_two_processes(sweep: tuple[Path, Answer]) -> None:
+    folder, answer = sweep
+    found = list(folder.rglob("metrics.json"))
+    assert len(found) == 1
+    assert [path.name for path in folder.iterdir()] == ["multirun"]
+    metrics = metrics_of(found[0].parent)
+    assert (metrics["seed"], metrics["steps"]) == (3, 6)
+    # its ranks know the run folder from their own command line and do not sweep again
+    assert "hydra.run.dir=" in metrics["command"]
+    assert " -m " not in metrics["command"]
+    assert answer.out.count("load it with") == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_with_wandb_without_account(tmp_path: Path) -> None:
+    arguments = ["-m", "model=transformer,moe", "debug=fast", *TINY, *SHORT, "logger=wandb"]
+    finish(start(*arguments, cwd=tmp_path))
+    folders = sorted(path.parent for path in tmp_path.rglob("metrics.json"))
+    assert [metrics_of(folder)["model"] for folder in folders] == ["transformer", "moe"]
+    # a wandb run of its own in each run folder, and nowhere else
+    runs = [path.parent.parent for path in tmp_path.rglob("offline-run-*")]
+    assert sorted(runs) == folders
+    assert all(any(folder.rglob("*.wandb")) for folder in folders)
+    assert [path.name for path in tmp_path.iterdir()] == ["multirun"]

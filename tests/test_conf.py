@@ -1,0 +1,153 @@
+"""conf/ says what the code says: every option with its default, every name, and every choice composes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from zoo.config import strict
+from zoo.models import MODELS
+from zoo.models.base import OptimConfig
+from zoo.tasks import TASKS
+from zoo.training import RunConfig
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def read(path: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / path).read_text()) or {}
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = OmegaConf.to_container(compose("config", [*overrides, "out=somewhere"]), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def defaults(config: type) -> dict[str, Any]:
+    """The defaults of a dataclass as YAML writes them."""
+    values = {field.name: field.default for field in fields(config)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+GROUPS = [(f"model/{name}.yaml", MODELS[name].Config) for name in MODELS]
+GROUPS += [(f"task/{name}.yaml", TASKS[name].Config) for name in TASKS]
+GROUPS += [("optim/adamw.yaml", OptimConfig)]
+
+
+@pytest.mark.parametrize(("group", "table"), [("model", MODELS), ("task", TASKS)])
+def test_files_and_tables_name_the_same(group: str, table: dict[str, type]) -> None:
+    assert choices(group) == sorted(table)
+    for name in table:
+        assert read(f"{group}/{name}.yaml")["name"] == name
+
+
+@pytest.mark.parametrize(("path", "config"), GROUPS, ids=[path for path, _ in GROUPS])
+def test_each_file_lists_every_option_with_its_default(path: str, config: type) -> None:
+    values = read(path)
+    assert values == defaults(config)
+    assert list(values) == [field.name for field in fields(config)]  # in the same order, too
+    for name, value in values.items():
+        assert type(value) is type(defaults(config)[name]), name
+    assert strict(config, values, "options") == config(**{f.name: f.default for f in fields(config)})
+
+
+def test_top_level_is_run_config() -> None:
+    values = {key: value for key, value in read("config.yaml").items() if key not in ("defaults", "hydra")}
+    assert values == {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING}
+    groups = {f.name for f in fields(RunConfig) if f.default is MISSING}
+    assert groups == {"model", "task", "optim"}
+    assert set(composed()) - {"trainer", "logger"} == groups | set(values)
+
+
+def every_choice() -> Iterator[str]:
+    for folder in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
+        yield from (f"{folder}={name}" for name in choices(folder))
+
+
+@pytest.mark.parametrize("choice", list(every_choice()))
+def test_every_choice_composes_into_valid_options(choice: str) -> None:
+    config = composed(choice)
+    trainer, logger = config.pop("trainer"), config.pop("logger")
+    options = strict(RunConfig, config, "config")
+    assert isinstance(trainer, dict)
+    assert isinstance(logger, dict)
+    model = MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
+    group, name = choice.split("=")
+    if group in ("model", "task"):
+        assert config[group]["name"] == name
+    assert next(model.parameters()).dtype.is_floating_point
+
+
+@pytest.mark.parametrize("name", choices("debug"))
+def test_debugging_overrides_what_it_names(name: str) -> None:
+    def check(asked: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> None:
+        for key, value in asked.items():
+            if isinstance(value, dict):
+                check(value, before[key], after[key])
+            else:
+                assert after[key] == value
+                assert before.get(key) != value, f"{key} does not change anything"
+
+    check(read(f"debug/{name}.yaml"), composed(), composed(f"debug={name}"))
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_an_experiment_chooses_its_groups(name: str) -> None:
+    config = composed(f"experiment={name}")
+    for choice in read(f"experiment/{name}.yaml")["defaults"]:
+        ((group, value),) = choice.items()
+        assert config[group.removeprefix("override /")]["name"] == value
+
+
+def test_the_command_line_beats_an_experiment() -> None:
+    assert composed("experiment=incontext", "task=noise")["task"]["name"] == "noise"
+    assert composed("debug=fast", "optim.steps=7")["optim"]["steps"] == 7
+
+
+def targets(values: Any) -> Iterator[str]:
+    if isinstance(values, dict):
+        if "_target_" in values:
+            yield values["_target_"]
+        for value in values.values():
+            yield from targets(value)
+
+
+def test_every_target_exists_and_takes_its_arguments() -> None:
+    named = {
+        t
+        for folder in ("trainer", "logger")
+        for name in choices(folder)
+        for t in targets(read(f"{folder}/{name}.yaml"))
+    }
+    assert any("FSDP" in target for target in named)
+    for target in named:
+        module, _, name = target.rpartition(".")
+        assert callable(getattr(import_module(module), name))
+
+
+def test_targets_stand_in_trainer_and_logger_alone() -> None:
+    for path in CONF.rglob("*.yaml"):
+        if path.parent.name not in ("trainer", "logger"):
+            assert not list(targets(yaml.safe_load(path.read_text()) or {})), path
+
+
+def test_fsdp_strategy_takes_the_options_given() -> None:
+    strategy = read("trainer/fsdp.yaml")["strategy"]
+    module, _, name = strategy.pop("_target_").rpartition(".")
+    made = getattr(import_module(module), name)(**strategy)
+    assert made._state_dict_type == "full"
+    assert made.kwargs["use_orig_params"] is True

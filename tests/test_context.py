@@ -1,0 +1,98 @@
+"""The summary of a context equals a loop over its tokens, and reads no token later than those it serves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.context import SOURCES, summarise
+
+B, T, D = 2, 13, 4
+
+# source, n_context, chunk; 13 tokens are no multiple of 4 or 5, and fewer than 20
+SETTINGS = [
+    ("segment", 5, None),
+    ("segment", T, None),
+    ("segment", 0, None),
+    ("chunk", 0, 4),
+    ("chunk", 0, 5),
+    ("chunk", 0, 1),
+    ("chunk", 0, T),
+    ("chunk", 0, 20),
+    ("running", 0, None),
+    ("token", 0, None),
+]
+every_setting = pytest.mark.parametrize(("source", "n_context", "chunk"), SETTINGS)
+
+
+def read_by(source: str, n_context: int, chunk: int | None) -> list[range]:
+    """The tokens that each entry of a summary is the mean of, by definition."""
+    if source == "segment":
+        return [range(n_context)]
+    if source == "chunk":
+        assert chunk
+        return [range(start) for start in range(0, T, chunk)]
+    return [range(0 if source == "running" else t, t + 1) for t in range(T)]
+
+
+def as_entries(mean: Tensor) -> Tensor:
+    """(B,D) or (B,S,D) as (B,S,D)."""
+    return mean if mean.dim() == 3 else mean[:, None]
+
+
+@every_setting
+def test_mean_equals_a_loop_over_tokens(source: str, n_context: int, chunk: int | None) -> None:
+    z = torch.randn(B, T, D, dtype=torch.float64)
+    mean, filled = summarise(z, source, n_context, chunk)
+    reads = read_by(source, n_context, chunk)
+    for b in range(B):
+        for s, tokens in enumerate(reads):
+            expected = sum((z[b, t] for t in tokens), torch.zeros(D, dtype=z.dtype)) / max(len(tokens), 1)
+            torch.testing.assert_close(as_entries(mean)[b, s], expected, rtol=0, atol=1e-14)
+            assert as_entries(filled)[b, s].tolist() == [float(len(tokens) > 0)]
+    assert as_entries(mean).shape == (B, len(reads), D)
+    assert mean.dim() == (2 if source == "segment" else 3)
+
+
+@every_setting
+def test_gradient_reaches_exactly_the_tokens_of_the_context(source: str, n_context: int, chunk: int | None) -> None:
+    z = torch.randn(B, T, D, requires_grad=True)
+    entries = as_entries(summarise(z, source, n_context, chunk).mean)
+    for s, tokens in enumerate(read_by(source, n_context, chunk)):
+        (gradient,) = torch.autograd.grad(entries[:, s].sum(), z, retain_graph=True)
+        assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(tokens)
+
+
+def test_rows_do_not_mix() -> None:
+    z = torch.randn(B, T, D)
+    other = torch.cat([z[:1], torch.randn(1, T, D)])
+    for source, n_context, chunk in SETTINGS:
+        before, after = (summarise(x, source, n_context, chunk).mean for x in (z, other))
+        assert torch.equal(before[0], after[0])
+
+
+def test_first_chunk_has_no_context() -> None:
+    mean, filled = summarise(torch.randn(B, T, D), "chunk", 0, 4)
+    assert not mean[:, 0].any()
+    assert filled[:, :, 0].tolist() == [[0, 1, 1, 1]] * B
+
+
+def test_empty_segment() -> None:
+    mean, filled = summarise(torch.randn(B, T, D), "segment", 0)
+    assert not mean.any()
+    assert not filled.any()
+
+
+@pytest.mark.parametrize(("source", "chunk"), [("segment", None), ("chunk", 100), ("running", None), ("token", None)])
+def test_bfloat16_sums_do_not_stall(source: str, chunk: int | None) -> None:
+    # adding ones one by one in bfloat16 ends at 256
+    mean = summarise(torch.ones(1, 3000, 1, dtype=torch.bfloat16), source, 3000, chunk).mean
+    assert mean.dtype == torch.bfloat16
+    assert as_entries(mean)[0, -1].item() == 1
+
+
+@pytest.mark.parametrize(("source", "chunk"), [("future", None), ("chunk", None)])
+def test_unknown_source_names_those_that_exist(source: str, chunk: int | None) -> None:
+    with pytest.raises(ValueError, match=f"'{source}' with chunk=None.*{', '.join(SOURCES)}"):
+        summarise(torch.randn(B, T, D), source, 0, chunk)

@@ -1,0 +1,155 @@
+"""The shared body: who sees whom, what it refuses, and that every family starts as the transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, batch_of, build, options_of
+from torch import Tensor
+
+from zoo.decoder import Decoder
+from zoo.models import MODELS
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in CASES}
+SIZES: dict[str, Any] = {"dim": 8, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 8, "output_dim": 1}
+
+
+def decoder(**options: Any) -> Decoder:
+    return Decoder(**SIZES, **{"token_dim": 3, **options})
+
+
+def test_layout_of_running_text_is_causal() -> None:
+    layout = decoder().layout(4, 2)
+    assert layout.positions.tolist() == [0, 1, 2, 3]
+    assert layout.mask is None
+
+
+def test_layout_of_independent_queries() -> None:
+    """Tokens 2 and 3 are queries, both at the position after the context, and blind to each other."""
+    layout = decoder(independent_queries=True).layout(4, 2)
+    assert layout.positions.tolist() == [0, 1, 2, 2]
+    assert layout.mask is not None
+    assert layout.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_layout_where_queries_do_not_attend_to_the_context(independent: bool) -> None:
+    layout = decoder(independent_queries=independent, attend_context=False).layout(4, 2)
+    assert layout.positions.tolist() == [0, 1, 2, 2 if independent else 3]
+    assert layout.mask is not None
+    last = [0, 0, 0, 1] if independent else [0, 0, 1, 1]
+    assert layout.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], last]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.task == "regression"], ids=lambda case: case.name)
+def test_a_query_depends_on_the_context_and_on_no_other_query(case: Case) -> None:
+    model = build(case)
+    batch = batch_of(model)
+    tokens, n = batch.tokens.requires_grad_(), batch.n_context
+    output = model(tokens, n)
+    for i in range(n, tokens.shape[1]):
+        gradient = torch.autograd.grad(output[:, i].sum(), tokens, retain_graph=True)[0].abs().sum(-1)
+        assert (gradient[:, i] > 0).all()
+        assert (gradient[:, :n] > 0).all() or case.name == "hypernet-constant"
+        gradient[:, :n], gradient[:, i] = 0, 0
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("n_context", [-1, 13])
+def test_n_context_must_lie_in_the_sequence(n_context: int) -> None:
+    model = build(BY_NAME["transformer-regression"])
+    tokens = batch_of(model).tokens
+    for call in (lambda: model(tokens, n_context), lambda: model.deltas(tokens, torch.arange(12) < 7, n_context)):
+        with pytest.raises(ValueError, match=f"n_context={n_context} must lie between 0 and the 12 tokens given"):
+            call()
+
+
+def test_one_patch_per_layer_is_needed() -> None:
+    model = build(BY_NAME["transformer-regression"])
+    tokens = batch_of(model).tokens
+    patches = model.deltas(tokens, torch.arange(12) < 7)
+    with pytest.raises(ValueError, match="1 patches for 2 layers"):
+        model(tokens[:, 7:], patches=patches[:1])
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [torch.arange(11) < 7, torch.ones(3, 12) > 0, (torch.arange(12) < 7).long(), torch.arange(12) < 12],
+    ids=["too short", "per row", "not boolean", "all removed"],
+)
+def test_removed_must_be_a_mask_that_keeps_a_token(removed: Tensor) -> None:
+    model = build(BY_NAME["transformer-regression"])
+    with pytest.raises(ValueError, match="removed must be a boolean mask of 12 tokens that keeps at least one"):
+        model.deltas(batch_of(model).tokens, removed)
+
+
+def test_states_that_no_rank_1_patch_can_move_are_named() -> None:
+    model = build(BY_NAME["hypernet-segment-low-rank"])
+    tokens, removed = batch_of(model).tokens, torch.arange(12) < 7
+    zero = tokens.clone()
+    zero[1, 8] = 0  # a query that sees itself alone and has no state
+    with pytest.raises(ValueError, match="layer 0: the state before the FFN"):
+        model.deltas(zero, removed)
+    torch.nn.init.zeros_(model.decoder.blocks[1].ffn.up)
+    torch.nn.init.zeros_(model.decoder.context_to_delta.generator.heads["up_u"][0].weight)  # type: ignore
+    with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN"):
+        model.deltas(tokens, removed)
+
+
+def test_tokens_are_ids_or_continuous() -> None:
+    wrong: list[dict[str, Any]] = [{}, {"vocabulary": 5, "token_dim": 3}]
+    for options in wrong:
+        with pytest.raises(ValueError, match="tokens are either ids or continuous"):
+            Decoder(**SIZES, **options)
+
+
+def as_transformer(case: Case) -> Case:
+    shared = {key: value for key, value in case.options.items() if key in ("kv_heads", "tied")}
+    return Case("baseline", "transformer", case.task, shared)
+
+
+# the same mask as the baseline's, and no chunk that ends in padding
+SAME = [c for c in CASES if c.family == "hypernet" and (c.task == "noise" or "attend_context" in c.options)]
+
+
+@pytest.mark.parametrize("case", SAME, ids=lambda case: case.name)
+@torch.no_grad()
+def test_step_0_is_the_transformer_bit_for_bit(case: Case) -> None:
+    model, baseline = (build(c, random=False).float() for c in (case, as_transformer(case)))
+    batch = model.task.batch("test", 0, 3)
+    assert torch.equal(model(batch.tokens, batch.n_context), baseline(batch.tokens, batch.n_context))
+    sensitive = build(case).float()
+    difference = sensitive(batch.tokens, batch.n_context) - baseline(batch.tokens, batch.n_context)
+    assert difference.abs().max() > 1e-2
+
+
+@every_case
+def test_builds_on_the_meta_device(case: Case) -> None:
+    with torch.device("meta"):
+        model = MODELS[case.family](**options_of(case))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in build(case).state_dict().items()
+    }
+
+
+@every_case
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@torch.no_grad()
+def test_low_precision_is_near_float32(case: Case, autocast: bool) -> None:
+    model = build(case).float()
+    batch = model.task.batch("test", 0, 8)
+    expected = model(batch.tokens, batch.n_context)
+    tokens = batch.tokens
+    if not autocast:
+        model = model.bfloat16()
+        tokens = tokens.bfloat16() if tokens.is_floating_point() else tokens
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, patches = model.decoder(tokens, batch.n_context)
+    assert output.dtype == torch.bfloat16
+    assert 0 < (output.float() - expected).norm() < 0.1 * expected.norm()
+    for patch in patches:
+        assert patch.routing is None or patch.routing.logits.dtype == torch.float32

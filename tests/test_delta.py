@@ -1,0 +1,194 @@
+"""Each kind of update acts as its matrix does, whoever shares it: a sequence, a chunk or one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, batch_of, build
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zoo.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
+from zoo.layers import FeedForward
+
+B, S, C, T, OUT, IN, R = 3, 2, 4, 7, 6, 5, 2  # T is no whole number of chunks: S = ceil(T / C)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# from the leading dims *, and the core where there is one
+Make = Callable[[tuple[int, ...], Any], Delta]
+WITH_CORE: dict[str, Make] = {
+    "low-rank": lambda dims, core: LowRank(draw(*dims, OUT, R), draw(*dims, IN, R), core and core(R)),
+    "scale": lambda dims, core: Scale(draw(*dims, OUT), draw(*dims, IN), core and core(1)),
+    "full": lambda dims, core: Full(draw(*dims, OUT, IN), core and core(1)),
+}
+KINDS: dict[str, Make] = {
+    **WITH_CORE,
+    "shear": lambda dims, core: Shear(draw(*dims, IN), draw(*dims, IN)),
+    "low-rank + low-rank": lambda dims, core: WITH_CORE["low-rank"](dims, None) + low_rank(dims),
+    "scale + low-rank": lambda dims, core: WITH_CORE["scale"](dims, None) + low_rank(dims),
+    "full + low-rank + low-rank": lambda dims, core: WITH_CORE["full"](dims, None) + low_rank(dims) + low_rank(dims),
+}
+# leading dims of an update, and tokens that share one: None for all
+LEADS = {"sequence": ((B,), None), "chunk": ((B, S), C), "token": ((B, T), 1)}
+every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+every_lead = pytest.mark.parametrize(("dims", "chunk"), LEADS.values(), ids=LEADS)
+
+
+def low_rank(dims: tuple[int, ...]) -> LowRank:
+    return LowRank(draw(*dims, OUT, R), draw(*dims, IN, R))
+
+
+def multiplied(W: Tensor, dense: Tensor, x: Tensor) -> Tensor:
+    """(W + ΔW) x, one matrix and one row of x (*,c,i) after the other."""
+    pairs = zip(dense.flatten(0, -3), x.flatten(0, -3), strict=True)
+    return torch.stack([x_i @ (W + delta).T for delta, rows in pairs for x_i in rows]).view(*x.shape[:-1], -1)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@every_kind
+@every_lead
+def test_linear_equals_the_dense_matrix(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
+    delta, W, x = make(dims, None), draw(OUT, IN), draw(*dims, T if chunk is None else chunk, IN)
+    assert delta.dense(W).shape == (*dims, OUT, IN)
+    close(delta.linear(W, x), multiplied(W, delta.dense(W), x))
+    assert (delta.linear(W, x) - x @ W.T).abs().amin(-1).max() > 1e-2
+    close(delta.norm(W), torch.linalg.matrix_norm(delta.dense(W)))
+
+
+@every_kind
+@every_lead
+def test_at_repeats_the_matrix_of_the_sequence_or_chunk(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
+    delta, W, tokens = make(dims, None), draw(OUT, IN), torch.tensor([0, 3, 4, 6])
+    dense = delta.dense(W)
+    expected = torch.stack([dense if chunk is None else dense[:, t // chunk] for t in tokens], 1)
+    close(delta.at(tokens, chunk).dense(W), expected)
+
+
+@pytest.mark.parametrize("make", WITH_CORE.values(), ids=WITH_CORE)
+@pytest.mark.parametrize(("dims", "chunk"), list(LEADS.values())[:2], ids=list(LEADS)[:2])
+def test_a_core_gates_each_token(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
+    width, gates = T if chunk is None else C, {}
+
+    def core(rank: int) -> Tensor:
+        gates["core"] = draw(*dims, width, rank)
+        gates["core"][:, ..., 1, :] = 0
+        return gates["core"]
+
+    delta, W, x = make(dims, core), draw(OUT, IN), draw(*dims, width, IN)
+    y = delta.linear(W, x)
+    close(y[..., 1, :], x[..., 1, :] @ W.T)
+    tokens = torch.arange(T)
+    per_token = delta.at(tokens, chunk)
+    by_token = [t.flatten(1, -2)[:, :T] for t in (x, y)]
+    close(multiplied(W, per_token.dense(W), by_token[0].unsqueeze(2)).squeeze(2), by_token[1])
+    assert not per_token.dense(W)[:, 1].any()
+    for refused in (lambda: delta.dense(W), lambda: delta.norm(W), lambda: delta.svdvals(W)):
+        with pytest.raises(ValueError, match=r"differs from token to token: take delta\.at\(tokens\) first"):
+            refused()
+
+
+def test_low_rank_updates_concatenate_their_ranks() -> None:
+    first, second, W = low_rank((B,)), low_rank((B,)), draw(OUT, IN)
+    total = first + second
+    assert total.u.shape[-1] == 2 * R
+    close(total.dense(W), first.dense(W) + second.dense(W))
+    gated = LowRank(first.u, first.v, draw(B, T, R))
+    for pair in ((gated, second), (second, gated)):
+        with pytest.raises(ValueError, match="take delta"):
+            pair[0] + pair[1]
+
+
+def test_a_sum_is_relative_to_the_same_matrix() -> None:
+    scale, extra, W = Scale(draw(B, OUT), draw(B, IN)), low_rank((B,)), draw(OUT, IN)
+    total = scale + extra
+    assert isinstance(total, Sum)
+    close(total.dense(W), scale.dense(W) + extra.dense(W))
+
+
+def test_a_shear_moves_its_own_token_exactly_and_orthogonal_ones_not_at_all() -> None:
+    a, shift, W = draw(B, IN), draw(B, IN), draw(OUT, IN)
+    shear = Shear(a, shift)
+    close(shear.move(a[:, None]), (a + shift)[:, None])
+    orthogonal = draw(B, IN)
+    orthogonal = orthogonal - a * (orthogonal * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True)
+    close(shear.move(orthogonal[:, None]), orthogonal[:, None])
+    close(W @ (a + shift).unsqueeze(-1), (W + shear.dense(W)) @ a.unsqueeze(-1))
+
+
+def test_routing_scatters_weights_to_blocks() -> None:
+    routing = Routing(torch.tensor([[[2, 0], [1, 3]]]), torch.tensor([[[0.25, 0.75], [1.0, -2.0]]]), draw(1, 2, 4))
+    assert routing.scales(4).tolist() == [[[0.75, 0, 0.25, 0], [0, 1, 0, -2]]]
+    at = routing.at(torch.tensor([1]))
+    assert at.index.tolist() == [[[[1, 3]]]]
+    assert at.scales(4).tolist() == [[[[0, 1, 0, -2]]]]
+
+
+def test_a_dense_routing_must_be_of_one_token() -> None:
+    ffn = FeedForward(IN, OUT, blocks=4)
+    patch = Patch(routing=Routing(torch.zeros(B, T, 1, dtype=torch.long), torch.ones(B, T, 1), torch.ones(B, T, 4)))
+    with pytest.raises(ValueError, match=r"take patch\.at\(tokens\) first"):
+        ffn.dense(patch)
+    assert ffn.dense(patch.at(torch.arange(T)))["down"].shape == (B, T, IN, 4 * OUT)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest output of any operation has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(part):
+                self.numel = max(self.numel, part.numel())
+        return result
+
+
+@contextmanager
+def at_most(numel: int) -> Iterator[None]:
+    with LargestTensor() as largest:
+        yield
+    assert largest.numel <= numel
+
+
+LARGE = {"sequence": ((2,), None, 16), "chunk": ((2, 4), 4, 4), "token": ((2, 16), 1, 1)}
+
+
+@pytest.mark.parametrize(("dims", "chunk", "width"), LARGE.values(), ids=LARGE)
+def test_no_update_is_formed_in_a_forward_pass(dims: tuple[int, ...], chunk: int | None, width: int) -> None:
+    """Neither one matrix per token (B·T·o·i) nor one per update: nothing is larger than the factors or the states."""
+    tokens, rank, o, i = 32, 2, 64, 48
+    x, W = torch.randn(*dims, width, i), torch.randn(o, i)
+    delta = LowRank(torch.randn(*dims, o, rank), torch.randn(*dims, i, rank))
+    shear = Shear(torch.randn(*dims, i), torch.randn(*dims, i))
+    limit = max(tokens * o, delta.u.numel(), W.numel())
+    with at_most(limit):
+        delta.linear(W, x)
+        shear.linear(W, x)
+        delta.norm(W)
+    with pytest.raises(AssertionError), at_most(2 * o * i - 1):  # the recorder sees what it should
+        delta.dense(W)
+    ffn = FeedForward(i, o)
+    torch.nn.init.normal_(ffn.gate)
+    down = LowRank(torch.randn(*dims, i, rank), torch.randn(*dims, o, rank))
+    with at_most(limit):
+        ffn(torch.randn(2, 16, i), Patch(shear, {"gate": delta, "up": delta, "down": down}, chunk=chunk))
+
+
+@pytest.mark.parametrize("name", ["transformer-noise-tied", "hypernet-segment-low-rank", "hypernet-running"])
+@torch.no_grad()
+def test_no_update_is_formed_where_the_total_is_made(name: str) -> None:
+    model = build(next(case for case in CASES if case.name == name))
+    with at_most(3 * 5 * model.config.hidden * model.config.dim - 1):
+        model.deltas(batch_of(model).tokens, torch.arange(12) < 7)

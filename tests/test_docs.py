@@ -1,0 +1,257 @@
+"""The pages of docs/: links lead somewhere, commands compose, code runs, tables and messages are those of the code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import hydra
+import lightning as L
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from test_readme import README, ROOT, blocks, tiny_run
+
+from zoo import flops
+from zoo.config import strict
+from zoo.models import MODELS
+from zoo.models.base import ModelConfig, OptimConfig
+from zoo.tasks import TASKS
+from zoo.training import RunConfig, run
+
+PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
+QUICKSTART, RECIPE = PAGES["docs/quickstart.md"], PAGES["docs/add-a-model.md"]
+
+SPEC = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+assert SPEC
+assert SPEC.loader
+train_script = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(train_script)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run where the pages expect one."""
+    folder = tmp_path_factory.mktemp("docs")
+    tiny_run(folder)
+    return folder
+
+
+def composed(arguments: list[str]) -> dict[str, Any]:
+    """What train.py makes of its arguments before it trains."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("config", overrides=[train_script.added(argument) for argument in arguments])
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def jobs(arguments: list[str]) -> list[list[str]]:
+    """The jobs of a sweep, -m a=1,2 b=3; a single job where there is no -m."""
+    if "-m" not in arguments:
+        return [arguments]
+    choices = []
+    for key, _, values in (argument.partition("=") for argument in arguments if argument != "-m"):
+        choices.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every `python train.py …` of every page but mistakes, and but the recipe's own family."""
+    found = []
+    for page, text in PAGES.items():
+        for line in re.findall(r"^(?!\$).*?(?<!\$ )\bpython train\.py ([^`\n]+)", text, re.M):
+            if not re.search(r"--(help|hydra-help|cfg)|model=film", line):
+                found.append((page, line.strip()))
+    return found
+
+
+def table(text: str, mark: str) -> list[list[str]]:
+    """The cells of the table after <!-- mark -->, without its header."""
+    after = text.split(f"<!-- {mark} -->\n", 1)[1]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), after.splitlines())
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in itertools.islice(rows, 2, None)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)", prose)
+    assert targets
+    missing = [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_compose(page: str, line: str) -> None:
+    for job in jobs(shlex.split(line)):
+        config = composed(job)
+        config.pop("trainer"), config.pop("logger")
+        options = strict(RunConfig, config, "config")
+        MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) > 20
+
+
+def test_quickstart_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    names: dict[str, Any] = {}
+    for code in blocks(QUICKSTART, "python"):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        if "for mistake in" in code:
+            assert printed.getvalue() in blocks(QUICKSTART, "")
+    assert (names["patched"] - names["contextual"]).abs().max() < 1e-12
+    assert (names["unpatched"] - names["contextual"]).abs().max() > 1e-3
+
+
+def test_quickstart_names_the_keys_of_metrics_json(workplace: Path) -> None:
+    named = [key for row in table(QUICKSTART, "keys of metrics.json") for key in re.findall(r"`(\w+)`", row[0])]
+    path = workplace / "runs" / "hypernet-regression" / "ID" / "metrics.json"
+    assert sorted(named) == sorted(yaml.safe_load(path.read_text()))
+
+
+def start(arguments: list[str]) -> None:
+    """What train.py does, with its errors still exceptions."""
+    config = composed(arguments)
+    trainer = hydra.utils.instantiate(config.pop("trainer"), _convert_="all")
+    config.pop("logger")
+    if config["resume"]:
+        config = {**train_script.asked_for(config, arguments), "resume": config["resume"]}
+    run({"out": "runs/mistake"} | {key: value for key, value in config.items() if value is not None}, trainer)
+
+
+MISTAKES = re.findall(r"^\$ python train\.py (.+)\n(.+)", QUICKSTART, re.M)
+
+
+@pytest.mark.parametrize(("line", "answer"), MISTAKES)
+def test_mistakes_get_the_answer_of_the_page(
+    line: str, answer: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"{line} starts a training")
+
+    if "fsdp" in line and torch.cuda.is_available():
+        pytest.skip("the answer of a machine without a GPU")
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(L.Trainer, "fit", fit)
+    with pytest.raises((ValueError, MissingConfigException)) as caught:
+        start(shlex.split(line))
+    prefix = "error: " if caught.type is ValueError else ""
+    message = prefix + str(caught.value).splitlines()[0]
+    assert message.replace(str(workplace), "/home/you/zoo") == answer
+
+
+def test_the_page_of_the_idea_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", sys.path)
+    (code,) = blocks(PAGES["docs/idea.md"], "python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["worst"] < 1e-10
+    assert names["control"] > 1e-2
+
+
+def test_parameter_table_of_the_models_page() -> None:
+    text = PAGES["docs/models.md"]
+    header = text.split("<!-- parameters -->\n", 1)[1].splitlines()[0]
+    families = [cell.strip() for cell in header.strip("|").split("|")][1:]
+    rows = table(text, "parameters")
+    assert set(families) <= set(MODELS)
+    for column, family in enumerate(families, 1):
+        model = MODELS[family](model={"name": family}, task={"name": "regression"}, optim={})
+        count = flops.parameters(model) | {"FLOPs per token, forward": round(flops.flops_per_token(model))}
+        assert {row[0]: int(row[column].replace(",", "")) for row in rows} == count
+
+
+def documented(mark: str, cls: type, fixed: set[str]) -> None:
+    """Asserts that a table names every option of `cls` but `fixed`, with its default and its choices."""
+    hints = get_type_hints(cls)
+    expected = {f.name: f.default for f in fields(cls) if f.name not in fixed}
+    rows = {row[0].strip("`"): row for row in table(PAGES["docs/configuration.md"], f"table: {mark}")}
+    assert list(rows) == list(expected)
+    for name, default in expected.items():
+        written = yaml.safe_load(rows[name][1].strip("`"))
+        assert written == (list(default) if isinstance(default, tuple) else default), name
+        choices = [hint for hint in (hints[name], *get_args(hints[name])) if get_origin(hint) is Literal]
+        if choices:
+            assert re.findall(r"`(\w+)`", rows[name][2]) == list(get_args(choices[0])), name
+        assert rows[name][3]
+
+
+def test_option_tables_are_complete() -> None:
+    documented("RunConfig", RunConfig, {"model", "task", "optim"})
+    documented("OptimConfig", OptimConfig, set())
+    documented("ModelConfig", ModelConfig, {"name"})
+    for cls in TASKS.values():
+        documented(cls.Config.__name__, cls.Config, {"name"})
+    shared = {f.name: f.default for f in fields(ModelConfig)}
+    for model in MODELS.values():
+        same = {f.name for f in fields(model.Config) if f.name in shared and f.default == shared[f.name]} | {"name"}
+        if len(same) < len(fields(model.Config)):
+            documented(model.Config.__name__, model.Config, same)
+
+
+def test_trainer_table_is_that_of_conf() -> None:
+    file, described = "", {}
+    for name, option, value, _ in table(PAGES["docs/configuration.md"], "table: trainer"):
+        file = name.strip("`").removeprefix("trainer=") or file
+        described[file, option.strip("`")] = value
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / "trainer").glob("*.yaml")}
+    assert set(described) == {(file, option) for file, options in read.items() for option in options}
+    for (file, option), value in described.items():
+        if not isinstance(read[file][option], dict):
+            assert value.strip("`") == str(read[file][option])
+
+
+@pytest.mark.slow
+def test_the_recipe_for_a_new_model_followed_literally(tmp_path: Path) -> None:
+    for name in ("zoo", "conf", "tests", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "pyproject.toml", "constraints.txt", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, code in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", RECIPE, re.M | re.S):
+        assert not (tmp_path / name).exists()
+        (tmp_path / name).write_text(code)
+    (diff,) = blocks(RECIPE, "diff")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
+    ((name, cases),) = re.findall(r"<!-- in the list CASES: (\S+) -->\n```text\n(.*?)^```$", RECIPE, re.M | re.S)
+    before = (tmp_path / name).read_text()
+    start = before.index("\n]\n", before.index("CASES = [")) + 1
+    (tmp_path / name).write_text(before[:start] + cases + before[start:])
+    ((name, options),) = re.findall(r"<!-- at the end: (\S+) -->\n```markdown\n(.*?)^```$", RECIPE, re.M | re.S)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n" + options)
+
+    def do(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        return done.stdout
+
+    (line,) = re.findall(r"^python (train\.py .*)$", RECIPE, re.M)
+    small = "model.dim=16 model.layers=2 model.heads=2 model.hidden=24 optim.batch_size=8 out=runs/film"
+    assert "film on regression" in do(*shlex.split(line), *small.split())
+    checked = do("check_film.py")
+    assert checked.count("with the patch") == 2
+    load = "import zoo; model = zoo.load('runs/film'); print(model.config, zoo.__file__)"
+    loaded = do("-c", load)
+    assert "FilmConfig" in loaded
+    assert str(tmp_path) in loaded
+    (line,) = re.findall(r"^python (-m pytest .*)$", RECIPE, re.M)
+    assert " passed" in do(*shlex.split(line), "-p", "no:cacheprovider")
+    assert " passed" in do("-m", "pytest", "tests/test_docs.py", "-k", "option_tables", "-p", "no:cacheprovider")

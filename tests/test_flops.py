@@ -1,0 +1,144 @@
+"""Counted parameters add up, and the formula for FLOPs equals what PyTorch counts, attention scores aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases import Case, build, options_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.flops import flops_per_token, parameters
+from zoo.models import MODELS, Model
+
+REGRESSION = [
+    ("transformer", {}),
+    ("transformer", {"kv_heads": 1}),
+    ("hypernet", {}),
+    ("hypernet", {"attend_context": True, "matrices": ["down"], "rank": 3}),
+    ("hypernet", {"emission": "full"}),
+    ("hypernet", {"emission": "scale"}),
+    ("hypernet", {"code": "constant"}),
+    # grouped products are not counted by PyTorch, the loop does the same work
+    ("moe", {"backend": "loop"}),
+    ("moe", {"backend": "loop", "top_k": 1, "shared": 2, "route_on": "context"}),
+    ("moe", {"backend": "reference"}),
+]
+NOISE = [
+    ("transformer", {"tied": True}),
+    ("hypernet", {"chunk": 4}),
+    ("hypernet", {"chunk": 3, "emission": "full"}),
+    ("hypernet", {"context": "running"}),
+    ("hypernet", {"context": "token", "emission": "scale"}),
+    ("moe", {"backend": "loop", "route_on": "context", "chunk": 4}),
+]
+CASES = [Case("", f, "regression", o) for f, o in REGRESSION] + [Case("", f, "noise", o) for f, o in NOISE]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}-{case.task}-{case.options}")
+
+
+def make(family: str, task: str = "regression", task_options: dict[str, Any] | None = None, **options: Any) -> Model:
+    arguments = options_of(Case("", family, task, options))
+    arguments["task"].update(task_options or {})
+    return MODELS[family](**arguments)
+
+
+def counted(model: Model) -> float:
+    """FLOPs per token of a forward pass as PyTorch counts them, attention scores as products of all T×T pairs."""
+    tokens, _, n_context = model.task.batch("test", 0, 2)[:3]
+    tokens = tokens.double() if tokens.is_floating_point() else tokens
+    model.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, n_context)
+    return counter.get_total_flops() / (2 * model.task.tokens)
+
+
+def pairs(model: Model) -> int:
+    """How many (query, key) pairs the mask leaves, from the task's description."""
+    T, C = model.task.tokens, model.task.n_context
+    if not C:
+        return T * (T + 1) // 2
+    seen = 1 + C * (getattr(model.config, "attend_context", True) is not False)  # queries are blind to each other
+    return C * (C + 1) // 2 + (T - C) * seen
+
+
+@every_case
+def test_formula_equals_pytorchs_count(case: Case) -> None:
+    # PyTorch counts all T×T scores though a causal kernel needs half: that part is taken out of both and compared
+    # with the pairs of the mask. It leaves elementwise work out, which is all that scaling costs.
+    model = build(case)
+    T, D, L = model.task.tokens, model.config.dim, model.config.layers
+    scores = 4 * D * L * pairs(model) / T
+    elementwise = 0
+    if case.options.get("emission") == "scale":
+        elementwise = L * 3 * (D + model.config.hidden)
+    assert flops_per_token(model) - scores - elementwise == pytest.approx(counted(model) - 4 * D * L * T)
+
+
+@every_case
+def test_parts_add_up(case: Case) -> None:
+    model = build(case)
+    parts = parameters(model)
+    total, active = parts.pop("total"), parts.pop("active")
+    assert sum(parts.values()) == total == sum(p.numel() for p in model.parameters())
+    assert 0 < active <= total
+    assert (parts["head"] == 0) == model.config.tied
+    assert (parts["context_to_delta"] == 0) == (case.family == "transformer")
+
+
+@pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 0), (2, 1), (4, 1)])
+def test_active_parameters_leave_idle_experts_out(top_k: int, shared: int) -> None:
+    counts = parameters(make("moe", top_k=top_k, shared=shared))
+    expert = 3 * 16 * 12 * 2  # three matrices in two layers
+    assert counts["ffn"] == (4 + shared) * expert
+    assert counts["total"] - counts["active"] == (4 - top_k) * expert
+
+
+def test_experts_cost_what_is_chosen() -> None:
+    one, two = (flops_per_token(make("moe", top_k=k)) for k in (1, 2))
+    assert two - one == pytest.approx(2 * 3 * 16 * 12 * 2)
+    assert flops_per_token(make("moe", experts=8)) - two == pytest.approx(2 * 2 * 16 * 4)  # the router's rows
+
+
+def test_the_reference_backend_costs_all_experts() -> None:
+    loop, reference = (make("moe", backend=backend) for backend in ("loop", "reference"))
+    idle = 2 * 2 * 3 * 16 * 12 * 2
+    assert counted(reference.double()) - counted(loop.double()) == pytest.approx(idle)
+    assert flops_per_token(reference) - flops_per_token(loop) == pytest.approx(idle)
+    assert parameters(reference) == parameters(loop)
+
+
+def generation(model: Model) -> float:
+    """FLOPs per token of making ΔW: what is left when applying it, the limit of many queries, is taken out."""
+    seat = model.decoder.context_to_delta
+    assert seat
+    return seat.flops_per_token(model.task.tokens) - seat.flops_per_token(10**12)
+
+
+def test_generation_is_shared_by_all_tokens_of_a_context() -> None:
+    few, many = (make("hypernet", task_options={"points": 4, "queries": n}) for n in (6, 16))
+    assert generation(few) == pytest.approx(2 * generation(many), rel=1e-6)
+    per_context = 2 * 2 * (16 * 8 + 3 * 8 * 4 * (16 + 24))  # encoder and six heads of rank 4, two layers
+    assert generation(many) * 20 == pytest.approx(per_context, rel=1e-6)
+
+
+def test_generation_is_shared_by_the_tokens_of_a_chunk() -> None:
+    def seat(**options: Any) -> float:
+        model = make("hypernet", "noise", **options)
+        assert model.decoder.context_to_delta
+        return model.decoder.context_to_delta.flops_per_token(12)
+
+    every_token = seat(context="token")
+    assert seat(context="running") == every_token
+    applied = 2 * 2 * 3 * 4 * (16 + 24)
+    assert every_token - applied == pytest.approx(4 * (seat(chunk=4) - applied))
+    assert every_token - applied == pytest.approx(2 * (seat(chunk=2) - applied))
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_twice_the_rank_costs_the_predicted_difference(rank: int) -> None:
+    half, whole = (make("hypernet", rank=r) for r in (rank, 2 * rank))
+    D, F, C, L, T = 16, 24, 8, 2, 12
+    more = 3 * rank * (D + F)  # entries of the factors of three matrices
+    assert flops_per_token(whole) - flops_per_token(half) == pytest.approx(L * (2 * C * more / T + 2 * more))
+    assert parameters(whole)["total"] - parameters(half)["total"] == C * more

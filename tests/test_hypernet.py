@@ -1,0 +1,240 @@
+"""The hypernetwork starts as the transformer, keeps sizes and rows apart, and each option does what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, batch_of, options_of
+from torch import Tensor
+
+from zoo.context import Summary, summarise
+from zoo.delta import Full, LowRank, Patch, Scale
+from zoo.models.hypernet import EmittedDelta, Generator, Hypernet, RelativeNorm
+from zoo.models.transformer import Transformer
+
+EMISSIONS = {"low_rank": LowRank, "full": Full, "scale": Scale}
+every_emission = pytest.mark.parametrize("emission", EMISSIONS)
+ZERO_HEADS = {"low_rank": ("_u",), "full": ("_full",), "scale": ("_rows", "_columns")}
+# every source of context, with the task it belongs to
+SOURCES = [
+    ("regression", {}),
+    ("noise", {"chunk": 4}),
+    ("noise", {"context": "running"}),
+    ("noise", {"context": "token"}),
+]
+every_source = pytest.mark.parametrize(("task", "options"), SOURCES, ids=["segment", "chunk", "running", "token"])
+
+
+def hypernet(task: str = "regression", random: bool = True, **options: Any) -> Hypernet:
+    arguments = options_of(Case("", "hypernet", task, options))
+    arguments["model"].update(options)
+    torch.manual_seed(0)
+    model = Hypernet(**arguments).double().eval()
+    for parameter in model.parameters() if random else ():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def seat_of(model: Hypernet) -> EmittedDelta:
+    assert isinstance(model.decoder.context_to_delta, EmittedDelta)
+    return model.decoder.context_to_delta
+
+
+def states(model: Hypernet, size: int = 3) -> Tensor:
+    return torch.randn(size, model.task.tokens, model.config.dim, dtype=torch.float64)
+
+
+def dense(model: Hypernet, z: Tensor, layer: int = 0, n_context: int | None = None) -> dict[str, Tensor]:
+    """ΔW of each matrix at the last token, (B,o,i)."""
+    patch = model.decoder.emit(z, layer, model.task.n_context if n_context is None else n_context)
+    ffn, last = model.decoder.blocks[layer].ffn, torch.tensor([z.shape[1] - 1])
+    return {name: delta.dense(ffn.weight(name))[:, 0] for name, delta in patch.at(last).weights.items()}
+
+
+@every_emission
+@every_source
+def test_update_is_exactly_zero_at_the_start(task: str, options: dict[str, Any], emission: str) -> None:
+    model = hypernet(task, random=False, emission=emission, **options)
+    for delta in dense(model, states(model)).values():
+        assert not delta.any()
+
+
+@every_emission
+@pytest.mark.parametrize(("task", "options"), [("regression", {"attend_context": True}), *SOURCES[1:]])
+def test_step_0_is_the_transformer(task: str, options: dict[str, Any], emission: str) -> None:
+    case = options_of(Case("", "hypernet", task, {"emission": emission, **options}))
+    plain = options_of(Case("", "transformer", task, {}))
+    models = []
+    for cls, arguments in ((Hypernet, case), (Transformer, plain)):
+        torch.manual_seed(3)
+        models.append(cls(**arguments).eval())
+    batch = models[0].task.batch("test", 0, 3)
+    with torch.no_grad():
+        ours, theirs = (model(batch.tokens, batch.n_context) for model in models)
+    assert torch.equal(ours, theirs)
+
+
+def gradients(model: Hypernet) -> set[str]:
+    """The parameters whose gradient of the task's loss is not zero."""
+    model.zero_grad()
+    batch = batch_of(model, 8)
+    output = model(batch.tokens, batch.n_context)
+    model.task.errors(output.float(), batch).mean().backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@every_emission
+@pytest.mark.parametrize("code", ["context", "constant"])
+@every_source
+def test_gradients_at_step_0_and_1(task: str, options: dict[str, Any], emission: str, code: str) -> None:
+    model = hypernet(task, random=False, emission=emission, code=code, **options)
+    heads = "decoder.context_to_delta"
+    first = {name for name in gradients(model) if name.startswith(heads)}
+    expected = {n for n, _ in model.named_parameters() if f"{heads}.generator.heads" in n}
+    assert first == {n for n in expected if n.split(".")[-3].endswith(ZERO_HEADS[emission])}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * (0 if parameter.grad is None else parameter.grad)
+    assert gradients(model) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("code_dim", [16, 64])
+def test_v_factors_have_unit_fan_in_variance_at_any_scale_of_the_context(scale: float, code_dim: int) -> None:
+    model = hypernet(random=False, dim=64, hidden=96, code_dim=code_dim)
+    context = scale * torch.randn(64, 64, dtype=torch.float64)
+    filled = torch.ones(64, 1, dtype=torch.float64)
+    deltas = seat_of(model).generator(Summary(context, filled), 1, None)
+    for name, fan_in in (("gate", 64), ("up", 64), ("down", 96)):
+        delta = deltas[name]
+        assert isinstance(delta, LowRank)
+        assert delta.v.std().item() == pytest.approx(fan_in**-0.5, rel=0.1)
+        assert delta.v.shape == (64, fan_in, 4)
+
+
+@every_emission
+@every_source
+def test_rows_of_a_batch_do_not_mix(task: str, options: dict[str, Any], emission: str) -> None:
+    model = hypernet(task, emission=emission, **options)
+    z = states(model, 2)
+    other = torch.cat([z[:1], torch.randn_like(z[1:])])
+    for (name, before), after in zip(dense(model, z).items(), dense(model, other).values(), strict=True):
+        assert torch.equal(before[0], after[0]), name
+        assert not torch.allclose(before[1], after[1]), name
+
+
+@every_emission
+def test_context_tokens_pass_through_the_unpatched_ffn(emission: str) -> None:
+    model = hypernet(emission=emission)
+    z, n, ffn = states(model), model.task.n_context, model.decoder.blocks[0].ffn
+    patched, plain = ffn(z, model.decoder.emit(z, 0, n)), ffn(z)
+    torch.testing.assert_close(patched[:, :n], plain[:, :n], rtol=0, atol=1e-14)
+    assert ((patched - plain)[:, n:].abs().amax(-1) > 1e-3).all()
+
+
+@every_emission
+def test_without_context_no_update(emission: str) -> None:
+    model = hypernet(emission=emission)
+    for delta in dense(model, states(model), n_context=0).values():
+        assert not delta.any()
+
+
+def test_layer_embedding_makes_layers_differ() -> None:
+    model = hypernet()
+    generator, z = seat_of(model).generator, states(model)
+    assert isinstance(generator, Generator)
+    summary = summarise(z, "segment", model.task.n_context)
+    W = model.decoder.blocks[0].ffn.gate
+    first, second = (generator(summary, layer, None)["gate"].dense(W) for layer in (0, 1))
+    assert (first - second).norm() > 0.1 * first.norm()
+    with torch.no_grad():
+        generator.layer.weight[1] = generator.layer.weight[0]
+    assert torch.equal(first, generator(summary, 1, None)["gate"].dense(W))
+
+
+@every_emission
+def test_emission_is_the_form_of_the_update(emission: str) -> None:
+    model = hypernet(emission=emission)
+    patch = model.decoder.emit(states(model), 0, model.task.n_context)
+    assert {type(delta) for delta in patch.weights.values()} == {EMISSIONS[emission]}
+    rank = torch.linalg.matrix_rank(dense(model, states(model))["gate"])
+    assert (rank == (4 if emission == "low_rank" else 16)).all()
+
+
+@pytest.mark.parametrize("matrices", [["down"], ["gate", "up"], ["up", "down", "gate"]])
+def test_matrices_are_those_that_change(matrices: list[str]) -> None:
+    model = hypernet(matrices=matrices)
+    assert list(dense(model, states(model))) == matrices
+    assert list(seat_of(model).metrics()) == [f"delta_norm_{name}" for name in matrices]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_rank_is_the_rank_of_the_update(rank: int) -> None:
+    model = hypernet(rank=rank)
+    for delta in dense(model, states(model)).values():
+        assert (torch.linalg.matrix_rank(delta) == rank).all()
+
+
+@pytest.mark.parametrize("code_dim", [4, 12])
+def test_code_dim_counts_in_the_generator(code_dim: int) -> None:
+    model = hypernet(code_dim=code_dim, rank=2)
+    D, F, C, R, L = 16, 24, code_dim, 2, 2
+    count = sum(p.numel() for p in seat_of(model).parameters())
+    assert count == D * C + L * C + 3 * C * R * (D + F) + D + C  # the last two are the norms
+
+
+READS = [  # which tokens decide ΔW of the last of 12 tokens
+    ("noise", {"chunk": 4}, range(8)),
+    ("noise", {"chunk": 5}, range(10)),
+    ("noise", {"context": "running"}, range(12)),
+    ("noise", {"context": "token"}, range(11, 12)),
+    ("regression", {}, range(7)),
+    ("regression", {"code": "constant"}, range(0)),
+    ("noise", {"chunk": 4, "code": "constant"}, range(0)),
+]
+
+
+@pytest.mark.parametrize(("task", "options", "expected"), READS)
+def test_context_decides_what_the_update_reads(task: str, options: dict[str, Any], expected: range) -> None:
+    model = hypernet(task, **options)
+    z = states(model).requires_grad_()
+    total = sum((delta.square().sum() for delta in dense(model, z).values()), torch.zeros(()))
+    (gradient,) = torch.autograd.grad(total, z, allow_unused=True, materialize_grads=True)
+    assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(expected)
+    assert total > 0
+
+
+@pytest.mark.parametrize("attend", [True, False])
+def test_attend_context_is_the_only_other_way_in(attend: bool) -> None:
+    model = hypernet(random=False, attend_context=attend)  # ΔW = 0, so only attention can carry the context
+    tokens, _, n = batch_of(model)[:3]
+    other = torch.cat([tokens.roll(1, 0)[:, :n], tokens[:, n:]], 1)
+    same = torch.equal(model(tokens, n)[:, n:], model(other, n)[:, n:])
+    assert same == (not attend)
+
+
+def test_constant_code_ignores_the_context_but_not_the_query() -> None:
+    tokens = batch_of(model := hypernet(code="constant")).tokens
+    n = model.task.n_context
+    other = torch.cat([tokens.roll(1, 0)[:, :n], tokens[:, n:]], 1)
+    assert torch.equal(model(tokens, n)[:, n:], model(other, n)[:, n:])
+    assert sum(delta.norm() for delta in dense(model, states(model)).values()) > 0
+
+
+@every_emission
+@every_source
+def test_relative_norm_is_that_of_the_dense_update(task: str, options: dict[str, Any], emission: str) -> None:
+    model = hypernet(task, emission=emission, **options)
+    z, n, ffn = states(model), model.task.n_context, model.decoder.blocks[1].ffn
+    patch = model.decoder.emit(z, 1, n)
+    for name, delta in patch.weights.items():
+        metric, W = RelativeNorm(name), ffn.weight(name)
+        metric.update(patch, ffn)
+        metric.update(Patch(weights=patch.weights), ffn)
+        whole = replace(delta, core=None).dense(W)  # type: ignore[type-var]
+        expected = (whole.flatten(-2).norm(dim=-1) / W.norm()).mean()
+        assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)

@@ -1,0 +1,249 @@
+"""The laws: a context equals a weight update, no context equals none, and its form and size are as described."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, batch_of, build
+from torch import Tensor
+
+from zoo.delta import Delta, LowRank, Patch, Shear
+from zoo.layers import Attention, Layout
+from zoo.models import Model
+
+EXACT, MISS = 1e-10, 1e-2
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def context_of(model: Model) -> tuple[Tensor, int]:
+    """Tokens and how many of them are the context; running text has no border, so any will do."""
+    batch = batch_of(model)
+    return batch.tokens, batch.n_context or 7
+
+
+def prefix(tokens: Tensor, length: int) -> Tensor:
+    return torch.arange(tokens.shape[1]) < length
+
+
+def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Layout) -> Tensor:
+    """The decoder written out once more, with a dense matrix per token and no notion of a patch."""
+    x = model.decoder.embed(query)
+    for block, patch in zip(model.decoder.blocks, patches, strict=True):
+        v = block.attend(x, layout)
+        z, W = block.norm2(v), block.ffn.dense(patch)
+        hidden = F.silu(torch.einsum("btfd,btd->btf", W["gate"], z)) * torch.einsum("btfd,btd->btf", W["up"], z)
+        x = v + torch.einsum("btdf,btf->btd", W["down"], hidden)
+    return model.decoder.unembed(x)
+
+
+def equivalence(model: Model, tokens: Tensor, n_context: int, removed: Tensor) -> dict[str, float]:
+    """Largest distance from the contextual output: with the dense weights, the patch, none, and a wrong one."""
+    kept = ~removed
+    query, layout = tokens[:, kept], model.decoder.layout(tokens.shape[1], n_context).keep(kept)
+    n_kept = int(kept[:n_context].sum()) if model.task.n_context else 0
+    other = torch.where(removed.view(1, -1, *[1] * (tokens.dim() - 2)), tokens.roll(1, 0), tokens)
+    patches, wrong = (model.deltas(t, removed, n_context) for t in (tokens, other))
+    outputs = {
+        "dense": plain_forward(model, query, patches, layout),
+        "patched": model(query, n_kept, patches, layout.positions),
+        "unpatched": model(query, n_kept, [Patch()] * len(patches), layout.positions),
+        "reduced": model(query, n_kept, positions=layout.positions),
+        "wrong": model(query, n_kept, wrong, layout.positions),
+    }
+    contextual = model(tokens, n_context)[:, kept]
+    return {name: (output - contextual).abs().max().item() for name, output in outputs.items()}
+
+
+def assert_equivalent(errors: dict[str, float]) -> None:
+    assert max(errors.pop("dense"), errors.pop("patched")) <= EXACT
+    assert min(errors.values()) > MISS, errors
+
+
+@every_case
+@torch.no_grad()
+def test_equivalence(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    assert_equivalent(equivalence(model, tokens, n_context, prefix(tokens, n_context)))
+
+
+@pytest.mark.parametrize("case", {c[1:3]: c for c in reversed(CASES)}.values(), ids=lambda case: case.name)
+def test_equivalence_after_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(case, random=False).float().train()
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
+    for step in range(20):
+        optimizer.zero_grad()
+        model.training_step(model.task.batch("train", step, 8), step).backward()
+        optimizer.step()
+    model.double().eval().requires_grad_(False)
+    tokens, n_context = context_of(model)
+    assert_equivalent(equivalence(model, tokens, n_context, prefix(tokens, n_context)))
+
+
+@every_case
+@pytest.mark.parametrize("gone", [[0, 1, 2], [1, 4, 5]], ids=["first", "scattered"])
+@torch.no_grad()
+def test_equivalence_when_part_of_the_context_goes(case: Case, gone: list[int]) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    removed = torch.zeros(tokens.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(gone), True)
+    assert_equivalent(equivalence(model, tokens, n_context, removed))
+
+
+@every_case
+@torch.no_grad()
+def test_equivalence_at_every_length_of_the_context(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    for length in range(1, n_context + 1):
+        growing = torch.cat([tokens[:, :length], tokens[:, n_context:]], 1)
+        assert_equivalent(equivalence(model, growing, length, prefix(growing, length)))
+
+
+@torch.no_grad()
+def test_a_growing_context_is_the_delta_rule() -> None:
+    """Theory §2.1: W ← W + (u − W k) kᵀ with k = a0/|a0|, u = W0 a_{i+1}/|a0|, a_i what attention gives after i."""
+    attention = Attention(8, 2, 2, theta=100.0).double()
+    W0, x, context = torch.randn(12, 8).double(), torch.randn(1, 1, 8).double(), torch.randn(1, 6, 8).double()
+
+    def attended(length: int) -> Tensor:
+        sequence = torch.cat([context[:, :length], x], 1)
+        return attention(sequence, Layout(torch.arange(length + 1), None))[0, -1]
+
+    a0 = attended(0)
+    W, key = W0, a0 / a0.norm()
+    for length in range(1, 7):
+        a = attended(length)
+        W = W + torch.outer(W0 @ a / a0.norm() - W @ key, key)
+        torch.testing.assert_close(Shear(a0, a - a0).dense(W0), W - W0, rtol=0, atol=1e-13)
+        torch.testing.assert_close(W @ a0, W0 @ a, rtol=0, atol=1e-13)
+
+
+@every_case
+@torch.no_grad()
+def test_an_output_bias_alone_also_stands_for_the_context(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    decoder, kept, patches = model.decoder, ~prefix(tokens, n_context), []
+    full = decoder.layout(tokens.shape[1], n_context)
+    reduced = full.keep(kept)
+    xC, x = decoder.embed(tokens), decoder.embed(tokens[:, kept])
+    for layer, block in enumerate(decoder.blocks):
+        vC, v = block.attend(xC, full), block.attend(x, reduced)
+        xC = vC + block.ffn(block.norm2(vC), decoder.emit(block.norm2(vC), layer, n_context))
+        x = xC[:, kept]
+        patches.append(Patch(biases={"down": x - v - block.ffn(block.norm2(v))}, chunk=1))
+    output = model(tokens[:, kept], patches=patches, positions=reduced.positions)
+    assert (output - model(tokens, n_context)[:, kept]).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "hypernet-constant"], ids=lambda case: case.name)
+@torch.no_grad()
+def test_null_no_context_is_no_update(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    query = tokens[:, n_context:]
+    output, emitted = model.decoder(query)
+    nothing = torch.zeros(query.shape[1], dtype=torch.bool)
+    assert (model(query, patches=model.deltas(query, nothing)) - output).abs().max() <= 1e-12
+    for block, patch in zip(model.decoder.blocks, emitted, strict=True):
+        assert case.reads_query or patch.weights
+        for name, delta in patch.weights.items():
+            assert bool(delta.dense(block.ffn.weight(name)).any()) == case.reads_query
+
+
+SHARED = [("moe-context-linear", 0), ("moe-context-linear", 7), ("moe-context-chunk", 0)]
+
+
+@pytest.mark.parametrize(("name", "length"), SHARED)
+@torch.no_grad()
+def test_null_a_context_that_all_tokens_share_routes_them_alike(name: str, length: int) -> None:
+    model = build(BY_NAME[name])
+    tokens, n_context = context_of(model)
+    # four queries: one chunk, as the second chunk of text has the first as its context
+    for patch in model.decoder(tokens[:, n_context - length : n_context + 4], length)[1]:
+        weight, index = patch.routing.weight[:, length:], patch.routing.index[:, length:]
+        assert torch.equal(weight, weight[:, :1].expand_as(weight))
+        assert torch.equal(index, index[:, :1].expand_as(index))
+        assert torch.equal(weight, weight[:1].expand_as(weight)) == (length == 0)
+
+
+def rank(matrix: Tensor) -> int:
+    ranks = (torch.linalg.svdvals(matrix) > 1e-10).sum(-1)
+    assert (ranks == ranks.flatten()[0]).all()
+    return int(ranks.flatten()[0])
+
+
+@every_case
+@torch.no_grad()
+def test_structure_rank(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    totals = model.deltas(tokens, prefix(tokens, n_context))
+    later = torch.arange(n_context, tokens.shape[1])
+    # what attention adds to the emitted update has rank 1, or 0 where queries do not attend to the context
+    implicit = int(model.decoder.attend_context)
+    for block, emitted, total in zip(model.decoder.blocks, model.decoder(tokens, n_context)[1], totals, strict=True):
+        patch, W = replace(emitted.at(later), routing=None), block.ffn.dense(Patch())
+        explicit, dense = block.ffn.dense(patch), block.ffn.dense(replace(total, routing=None))
+        for name in W:
+            assert rank(dense[name] - explicit[name]) == implicit
+            if isinstance(patch.weights.get(name), LowRank):
+                assert rank(explicit[name] - W[name]) == model.config.rank
+                assert rank(dense[name] - W[name]) == model.config.rank + implicit
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.family == "moe"], ids=lambda case: case.name)
+@torch.no_grad()
+def test_structure_routing(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    config, query = model.config, tokens[:, n_context:]
+    totals = model.deltas(tokens, prefix(tokens, n_context))
+    empty = model.deltas(query, torch.zeros(query.shape[1], dtype=torch.bool))
+    for block, total, null in zip(model.decoder.blocks, totals, empty, strict=True):
+        scales, null_scales = (p.routing.scales(block.ffn.blocks) for p in (total, null) if p.routing)
+        assert (scales.count_nonzero(-1) == config.top_k + config.shared).all()
+        down, null_down = (block.ffn.dense(Patch(routing=p.routing, chunk=1))["down"] for p in (total, null))
+        touched = (down - null_down).unflatten(-1, (block.ffn.blocks, -1)).abs().sum((-3, -1)) > 0
+        assert torch.equal(touched, (scales != null_scales).squeeze(-2))
+        assert (touched.sum(-1) <= 2 * config.top_k).all()
+        assert touched.any()
+
+
+def updates(case: Case) -> list[tuple[Tensor, Delta]]:
+    """The first layer's total updates, one per token, each with a matrix that it acts on."""
+    model = build(case)
+    tokens, n_context = context_of(model)
+    patch, ffn = model.deltas(tokens, prefix(tokens, n_context))[0], model.decoder.blocks[0].ffn
+    assert patch.input is not None
+    return [(ffn.gate, patch.input), *((ffn.weight(name), delta) for name, delta in patch.weights.items())]
+
+
+def with_other_row_1(value: Any) -> Any:
+    if torch.is_tensor(value):
+        return torch.cat([value[:1], value[1:2] + 1, value[2:]])
+    return value and type(value)(*(with_other_row_1(part) for part in vars(value).values()))
+
+
+@every_case
+@torch.no_grad()
+def test_apply_and_norms_equal_those_of_dense_row_by_row(case: Case) -> None:
+    for W, delta in updates(case):
+        dense = delta.dense(W)
+        x = torch.randn(*dense.shape[:2], 2, W.shape[1]).double()
+        y, changed = delta.linear(W, x), with_other_row_1(delta).linear(W, x)
+        for b, t in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:2])):
+            torch.testing.assert_close(y[b, t], x[b, t] @ (W + dense[b, t]).T, rtol=1e-11, atol=1e-11)
+        assert torch.equal(changed[::2], y[::2])
+        assert (changed[1] - y[1]).abs().max() > MISS
+        torch.testing.assert_close(delta.norm(W), torch.linalg.matrix_norm(dense), rtol=1e-10, atol=1e-10)
+        largest = delta.svdvals(W)  # all others are zero: the norm is theirs alone
+        torch.testing.assert_close(largest, torch.linalg.svdvals(dense)[..., : largest.shape[-1]], rtol=0, atol=1e-10)
+        torch.testing.assert_close(largest.norm(dim=-1), delta.norm(W), rtol=1e-10, atol=1e-10)

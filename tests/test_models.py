@@ -1,0 +1,138 @@
+"""Every family on every task: shapes, gradients, options that rebuild the model, groups and rates of the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, options_of
+
+from zoo.models import MODELS, Model
+from zoo.models.base import OptimConfig
+from zoo.tasks import TASKS
+
+PAIRS = [(family, task) for family in MODELS for task in TASKS]
+every_pair = pytest.mark.parametrize(("family", "task"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+
+
+def arguments_of(family: str, task: str) -> dict[str, Any]:
+    chunk = {"chunk": 4} if family == "hypernet" and task != "regression" else {}
+    return options_of(Case("", family, task, chunk))
+
+
+def make(family: str, task: str, seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return MODELS[family](**arguments_of(family, task))
+
+
+@every_pair
+def test_output_and_loss(family: str, task: str) -> None:
+    model = make(family, task)
+    batch = model.task.batch("train", 0, 3)
+    output = model(batch.tokens, batch.n_context)
+    assert output.shape == (3, model.task.tokens, model.task.output_dim)
+    errors = model.task.errors(output, batch)
+    assert errors.isfinite().all()
+    assert errors.numel() <= batch.targets.numel()
+    values = model.task.evaluate(lambda tokens, n_context: model(tokens, n_context), batch)
+    assert model.task.headline in values
+    assert all(value.isfinite().all() for value in values.values())
+
+
+@every_pair
+def test_every_parameter_learns(family: str, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "log", lambda *args, **kwargs: None)  # there is no trainer
+    model = make(family, task).train()
+    optimizer = model.configure_optimizers()["optimizer"]  # type: ignore[call-overload,index]
+    for k in range(2):  # at the first step a hypernetwork's update is zero, and so are some gradients
+        optimizer.zero_grad()
+        model.training_step(model.task.batch("train", k, 8), k).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return type(value) is dict and all(type(key) is str and is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return type(value) is list and all(map(is_plain, value))
+    return value is None or type(value) in (int, float, str, bool)
+
+
+@every_pair
+def test_saved_options_are_plain_and_rebuild_the_model(family: str, task: str) -> None:
+    model = make(family, task)
+    saved = dict(model.hparams)
+    assert is_plain(saved)
+    assert set(saved) == {"model", "task", "optim", "seed"}
+    for group, config in (("model", model.config), ("task", model.task.config), ("optim", model.optim)):
+        assert set(saved[group]) == {field.name for field in fields(config)}  # defaults are written down, too
+    assert saved["model"]["kv_heads"] == 2
+    other = MODELS[saved["model"]["name"]](**saved)
+    assert type(other) is type(model)
+    assert dict(other.hparams) == saved
+    assert (other.config, other.task.config, other.optim) == (model.config, model.task.config, model.optim)
+    other.load_state_dict(model.state_dict())
+    batch = model.task.batch("test", 0, 2)
+    assert torch.equal(model(batch.tokens, batch.n_context), other(batch.tokens, batch.n_context))
+
+
+@every_pair
+def test_seed_decides_the_weights(family: str, task: str) -> None:
+    first, same, other = (make(family, task, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    weight = "decoder.blocks.0.ffn.gate"
+    assert not torch.equal(first[weight], other[weight])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_families_start_from_the_same_decoder(task: str) -> None:
+    plain, hyper = (make(family, task).state_dict() for family in ("transformer", "hypernet"))
+    assert all(torch.equal(value, hyper[name]) for name, value in plain.items())
+
+
+@every_pair
+def test_weight_decay_acts_on_matrices_alone(family: str, task: str) -> None:
+    model = make(family, task)
+    matrices, others = model.configure_optimizers()["optimizer"].param_groups  # type: ignore[call-overload,index]
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    assert matrices["betas"] == (0.9, 0.95)
+    decayed = {id(p) for p in matrices["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
+    assert len(matrices["params"]) + len(others["params"]) == len(list(model.parameters()))
+    norms = {id(p) for name, p in model.named_parameters() if "norm" in name}
+    assert norms
+    assert not norms & decayed
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 1e-3])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_rate_warms_up_then_decays_to_min_lr(warmup: int, min_lr: float) -> None:
+    optim = OptimConfig(steps=40, warmup=warmup, lr=0.01, min_lr=min_lr)
+    rates = [optim.lr * optim.lr_at(step) for step in range(optim.steps + 1)]
+    up, down = rates[:warmup], rates[warmup:]
+    assert up == pytest.approx([0.01 * (step + 1) / 5 for step in range(warmup)])
+    assert down[0] == pytest.approx(0.01)
+    assert all(later < earlier for earlier, later in pairwise(down))
+    assert down[len(down) // 2] == pytest.approx((0.01 + min_lr) / 2, rel=0.05)
+    assert rates[-1] == pytest.approx(min_lr, abs=1e-12)
+    assert optim.lr * optim.lr_at(10 * optim.steps) == pytest.approx(min_lr, abs=1e-12)
+
+
+def test_the_optimiser_follows_the_schedule() -> None:
+    model = make("transformer", "noise")
+    configured: Any = model.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    assert configured["lr_scheduler"]["interval"] == "step"
+    seen = []
+    for _ in range(model.optim.steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([model.optim.lr * model.optim.lr_at(step) for step in range(model.optim.steps)])
+    assert len(set(seen)) > 15

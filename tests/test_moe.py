@@ -1,0 +1,249 @@
+"""Routing chooses and weighs as described, stays balanced, sees no future, and its metrics match hand computation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, batch_of, options_of
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from zoo.delta import Patch, Routing
+from zoo.layers import FeedForward
+from zoo.models.moe import ExpertLoad, MoE, MoEConfig, RoutedDelta, Router, RouterEntropy, balance_loss, expert_counts
+
+D, E = 8, 4
+every_backend = pytest.mark.parametrize("backend", ["reference", "loop", "grouped"])
+every_score = pytest.mark.parametrize("score", ["softmax", "sigmoid", "linear"])
+FFN = FeedForward(D, 12, E)
+
+
+def config(**options: Any) -> MoEConfig:
+    return MoEConfig(**{"dim": D, "layers": 2, "experts": E, "renormalise": False, **options})
+
+
+def moe(task: str = "regression", **options: Any) -> MoE:
+    torch.manual_seed(0)
+    return MoE(**options_of(Case("", "moe", task, options))).double().eval()
+
+
+def seat_of(model: MoE) -> RoutedDelta:
+    assert isinstance(model.decoder.context_to_delta, RoutedDelta)
+    return model.decoder.context_to_delta
+
+
+def routing_of(index: list[list[int]], logits: Tensor | None = None) -> Routing:
+    """One row of tokens that chose the experts `index` (T,K)."""
+    chosen = torch.tensor([index])
+    return Routing(chosen, torch.ones(chosen.shape), torch.zeros(1, len(index), E) if logits is None else logits)
+
+
+def emitted(model: MoE, z: Tensor) -> Routing:
+    routing = model.decoder.emit(z, 0, model.task.n_context).routing
+    assert routing
+    return routing
+
+
+def states(model: MoE, size: int = 3) -> Tensor:
+    return torch.randn(size, model.task.tokens, model.config.dim, dtype=torch.float64)
+
+
+@every_score
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_balance_loss_is_1_at_balance_and_more_when_collapsed(top_k: int, score: str) -> None:
+    options = config(top_k=top_k, score=score)
+    even = [[(t + k) % E for k in range(top_k)] for t in range(E)]
+    assert balance_loss(routing_of(even), options).item() == pytest.approx(1)
+    # everyone prefers the first K experts, so strongly that the others get no probability
+    preferred = torch.tensor([30.0] * top_k + [-30.0] * (E - top_k)).expand(1, E, E)
+    collapsed = balance_loss(routing_of([list(range(top_k))] * E, preferred), options)
+    assert collapsed.item() == pytest.approx(E / top_k, rel=1e-4)
+
+
+def test_balance_gradient_pushes_towards_idle_experts() -> None:
+    logits = torch.zeros(1, 4, E, requires_grad=True)
+    balance_loss(routing_of([[0], [0], [0], [1]], logits), config(top_k=1)).backward()
+    assert logits.grad is not None
+    towards = -logits.grad[0, 0]  # what a step of gradient descent adds to the logits
+    assert towards[0] < towards[1] < towards[2]
+    assert towards[2] == towards[3] > 0
+
+
+def part_of_balance(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(balance_of(slice(rank, rank + 1)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def balance_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and bias from these rows of a batch."""
+    seat = RoutedDelta(config(bias_rate=0.1, z_weight=0.0, balance_weight=1.0, layers=1, top_k=1)).train()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        seat.routers[0].weight.copy_(torch.randn(E, D, generator=generator))
+    z = torch.randn(2, 6, D, generator=generator)[rows]
+    loss = seat.aux_loss([seat(z, 0, 0)])
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    seat.after_step()
+    assert seat.routers[0].weight.grad is not None
+    return loss.detach(), seat.routers[0].weight.grad, seat.routers[0].bias
+
+
+@pytest.mark.slow
+def test_two_processes_balance_as_one(tmp_path: Path) -> None:
+    spawn(part_of_balance, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    whole = balance_of(slice(None))
+    for ours, first, second in zip(whole[:2], *(part[:2] for part in parts), strict=True):
+        torch.testing.assert_close((first + second) / 2, ours)  # DDP takes the mean, too
+    assert torch.equal(parts[0][2], whole[2])
+    assert torch.equal(parts[1][2], whole[2])
+
+
+def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
+    seat = RoutedDelta(config(balance_weight=0.0, z_weight=0.5))
+    logits = torch.randn(2, 2, 6, E)
+    loss = seat.aux_loss([Patch(routing=routing_of([[0]] * 6, part)) for part in logits])
+    torch.testing.assert_close(loss, 0.5 * logits.exp().sum(-1).log().square().mean())
+
+
+@every_score
+def test_bias_evens_out_a_skewed_router(score: str) -> None:
+    seat = RoutedDelta(config(bias_rate=0.005, layers=1, top_k=1, score=score)).train()
+    with torch.no_grad():
+        seat.routers[0].weight[0, 0] += 4
+    z = torch.randn(2, 64, D)
+    z[..., 0] += 1
+    busiest = []
+    for _ in range(1000):
+        busiest.append(expert_counts(seat(z, 0, 0).routing, E).max().item() / 32)
+        seat.after_step()
+        assert abs(seat.routers[0].bias.mean().item()) < 1e-6
+    assert busiest[0] > 2
+    assert max(busiest[-10:]) < 1.3
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_bias_moves_the_choice_but_not_the_weights(renormalise: bool) -> None:
+    router = Router(config(renormalise=renormalise))
+    router.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 10.0]))
+    forced = router(torch.randn(2, 5, D))
+    assert forced.index.flatten(0, 1).tolist() == [[3, 2]] * 10
+    score = forced.logits.softmax(-1)[..., [3, 2]]
+    expected = score / score.sum(-1, keepdim=True) if renormalise else score
+    torch.testing.assert_close(forced.weight, expected)
+
+
+def test_counts_while_training_alone_and_over_accumulated_parts() -> None:
+    seat, z = RoutedDelta(config(bias_rate=0.1)), torch.randn(2, 5, D)
+    seat.eval()(z, 0, 0)
+    with torch.no_grad():
+        seat.train()(z, 0, 0)
+    assert not seat.counts
+    seat(z, 0, 0)
+    seat(z, 0, 0)
+    assert seat.counts[0].sum() == 2 * 10 * seat.config.top_k
+    seat.after_step()
+    assert not seat.counts
+    assert [bool(router.bias.any()) for router in seat.routers] == [True, False]
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@every_score
+def test_weights_are_the_scores_of_the_best(score: str, renormalise: bool) -> None:
+    router, z = Router(config(score=score, renormalise=renormalise)), torch.randn(2, 5, D)
+    routing, logits = router(z), z @ router.weight.T
+    kinds = {"softmax": logits.softmax(-1), "sigmoid": 1 / (1 + (-logits).exp()), "linear": logits}
+    best = kinds[score].sort(-1, descending=True).values[..., :2]
+    torch.testing.assert_close(routing.weight, best / best.sum(-1, keepdim=True) if renormalise else best)
+    torch.testing.assert_close(logits.gather(-1, routing.index), logits.sort(-1, descending=True).values[..., :2])
+
+
+@every_score
+def test_gradient_of_the_task_reaches_a_top_1_router(score: str) -> None:
+    model = moe(top_k=1, score=score, balance_weight=0.0, z_weight=0.0)
+    batch = batch_of(model)
+    model.task.errors(model(batch.tokens, batch.n_context), batch).mean().backward()
+    gradients = [router.weight.grad for router in seat_of(model).routers]
+    assert all(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
+
+
+def test_shared_expert_serves_every_token_with_weight_1() -> None:
+    model = moe(shared=1)
+    z, ffn = states(model), model.decoder.blocks[0].ffn
+    routing = emitted(model, z)
+    assert (routing.index[..., -1] == 4).all()
+    assert (routing.weight[..., -1] == 1).all()
+    torch.testing.assert_close(routing.weight[..., :-1].sum(-1), torch.ones(3, 12, dtype=torch.float64))
+    alone = FeedForward(16, 12).double()
+    with torch.no_grad():
+        for name in ("gate", "up", "down"):
+            getattr(alone, name).copy_(getattr(ffn, name)[-12:])
+    routed = Routing(routing.index[..., :-1], routing.weight[..., :-1], routing.logits)
+    torch.testing.assert_close(ffn(z, Patch(routing=routing)) - ffn(z, Patch(routing=routed)), alone(z))
+
+
+@pytest.mark.parametrize("task", ["regression", "noise"])
+def test_routing_on_the_context_is_shared_and_lags(task: str) -> None:
+    model = moe(task, route_on="context", top_k=1, **({} if task == "regression" else {"chunk": 5}))
+    n, z = model.task.n_context, states(model, 16).requires_grad_()
+    routing = emitted(model, z)
+    # tokens of a separate context route on what they have seen; a chunk on all chunks before it
+    expected = [range(min(t + 1, n)) if n else range(t // 5 * 5) for t in range(12)]
+    for t, reads in enumerate(expected):
+        total = routing.logits[:, t].square().sum()
+        (gradient,) = torch.autograd.grad(total, z, retain_graph=True, materialize_grads=True)
+        assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(reads)
+    together = range(n, 12) if n else range(5, 10)  # all queries of a context, all tokens of a chunk
+    for chosen in (routing.logits, routing.index):
+        assert all(torch.equal(chosen[:, t], chosen[:, together[0]]) for t in together)
+    assert len(routing.index[:, together[0]].unique()) > 1
+    assert n or torch.equal(routing.logits[0, :5], routing.logits[1, :5])  # the first chunk has no context
+
+
+@every_backend
+def test_an_expert_without_tokens_gets_a_zero_gradient(backend: str) -> None:
+    model = moe(backend=backend, top_k=2).float()
+    for router in seat_of(model).routers:
+        router.bias[3] = -100
+    batch = model.task.batch("train", 0, 4)
+    model.task.errors(model(batch.tokens, batch.n_context), batch).mean().backward()
+    for parameter in (p for block in model.decoder.blocks for p in block.ffn.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.unflatten(0, (4, -1)).flatten(1).any(1).tolist() == [True, True, True, False]
+
+
+@every_backend
+def test_a_broken_token_stays_in_its_row(backend: str) -> None:
+    model = moe(backend=backend).float()
+    z, ffn = states(model).float(), model.decoder.blocks[0].ffn
+    broken = z.clone()
+    broken[0, 2] = math.nan
+    whole, spoilt = (ffn(x, Patch(routing=emitted(model, x))) for x in (z, broken))
+    assert spoilt[0, 2].isnan().all()
+    spoilt[0, 2] = whole[0, 2]
+    torch.testing.assert_close(spoilt, whole)
+
+
+def test_expert_load_by_hand() -> None:
+    metric = ExpertLoad(E)
+    metric.update(Patch(routing=routing_of([[0, 1], [0, 1], [0, 4]])), FFN)  # 4 is a shared expert
+    metric.update(Patch(routing=routing_of([[0, 2]])), FFN)
+    values = metric.compute()
+    assert values["load_max_over_mean"].item() == pytest.approx(4 / (7 / 4))
+    assert values["dead_fraction"].item() == 0.25
+
+
+def test_router_entropy_by_hand() -> None:
+    metric = RouterEntropy()
+    metric.update(Patch(routing=routing_of([[0]], torch.tensor([[[0.0] * E]]))), FFN)
+    assert metric.compute().item() == pytest.approx(math.log(E))
+    metric.update(Patch(routing=routing_of([[0]], torch.tensor([[[math.log(3.0), 0.0, -1e9, -1e9]]]))), FFN)
+    assert 2 * metric.compute().item() == pytest.approx(math.log(E) + 0.75 * math.log(4 / 3) + 0.25 * math.log(4))

@@ -1,0 +1,247 @@
+"""No option is dead: changing any of them changes a result; options that contradict each other are refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.models import MODELS, Model
+from zoo.models.base import OptimConfig
+from zoo.tasks import TASKS
+
+TINY = {"dim": 16, "layers": 2, "heads": 2, "hidden": 24}
+BASE: dict[str, dict[str, Any]] = {
+    "transformer": TINY,
+    "hypernet": {**TINY, "code_dim": 8},
+    "moe": {**TINY, "hidden": 12, "bias_rate": 0.001},
+    "regression": {"points": 7, "queries": 5},
+    "text": {"tokens": 40},
+    "noise": {"tokens": 40},
+}
+SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
+
+# option: a value other than that of BASE; a tuple adds what the option needs, on both sides of the comparison
+MODEL_CHANGES: dict[str, dict[str, Any]] = {
+    "transformer": SIZES,
+    "hypernet": {
+        **SIZES,
+        **{"emission": "full", "matrices": ["down"], "rank": 2, "code_dim": 4, "context": "running", "chunk": 8},
+        **{"attend_context": (True, {"task": "regression"}), "code": "constant"},
+    },
+    "moe": {
+        **SIZES,
+        **{"experts": 5, "top_k": 1, "shared": 1, "score": "sigmoid", "renormalise": False, "backend": "reference"},
+        **{"route_on": "context", "chunk": (8, {"route_on": "context"})},
+        **{"balance_weight": 1.0, "z_weight": 1.0, "bias_rate": 0.1},
+    },
+}
+TASK_CHANGES: dict[str, dict[str, Any]] = {
+    "regression": {
+        "function": "network",
+        "dimension": 4,
+        "points": 8,
+        "queries": 6,
+        "nonzero": (2, {"function": "sparse"}),
+        "noise": (0.1, {"function": "noisy"}),
+        "units": (5, {"function": "network"}),
+    },
+    "text": {"tokens": 41},
+    "noise": {"vocabulary": 9, "tokens": 41},
+}
+OPTIM_CHANGES = {
+    **{"steps": 5, "batch_size": 8, "accumulate": 2, "lr": 0.01, "min_lr": 0.001, "warmup": 2},
+    **{"betas": [0.5, 0.6], "weight_decay": 10.0, "clip": 0.01},
+}
+
+
+def split(change: Any) -> tuple[Any, dict[str, Any]]:
+    return change if isinstance(change, tuple) else (change, {})
+
+
+def rows(tables: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(name, option) for name, table in tables.items() for option in table]
+
+
+def test_the_tables_cover_every_option() -> None:
+    tables = {name: (MODELS[name].Config, table) for name, table in MODEL_CHANGES.items()}
+    tables |= {name: (TASKS[name].Config, table) for name, table in TASK_CHANGES.items()}
+    assert set(tables) == set(MODELS) | set(TASKS)
+    tables["optim"] = (OptimConfig, OPTIM_CHANGES)
+    for name, (config, table) in tables.items():
+        # `name` chooses the class itself
+        assert set(table) == {field.name for field in fields(config)} - {"name"}, name
+
+
+def differ(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The keys of results that are not equal up to rounding."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor):
+            return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        return a == b
+
+    return {key for key in before if not same(before[key], after[key])}
+
+
+def trained(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a model gives after three steps, and what these cost."""
+    monkeypatch.setattr(Model, "log", lambda *args, **kwargs: None)  # there is no trainer
+    options = dict(options)
+    task = options.pop("task", "noise")
+    torch.manual_seed(0)
+    model = MODELS[name](
+        {"name": name, **BASE[name], **options}, {"name": task, **BASE[task]}, {"steps": 10, "warmup": 0}
+    ).train()
+    configured: Any = model.configure_optimizers()
+    optimizer, losses = configured["optimizer"], []
+    for k in range(3):
+        optimizer.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            loss = model.training_step(model.task.batch("train", k, 4), k)
+        loss.backward()
+        optimizer.step()
+        if model.decoder.context_to_delta:
+            model.decoder.context_to_delta.after_step()
+        losses.append(loss.detach())
+    batch = model.task.batch("test", 0, 4)
+    return {
+        "output": model(batch.tokens, batch.n_context).detach(),
+        "losses": torch.stack(losses),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "buffers": torch.cat([torch.zeros(1), *(b.flatten().float() for n, b in model.named_buffers() if "bias" in n)]),
+        "work": counter.get_total_flops(),
+    }
+
+
+@pytest.mark.parametrize(("name", "option"), rows(MODEL_CHANGES))
+def test_model_option_matters(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, needs = split(MODEL_CHANGES[name][option])
+    before = trained(name, needs, monkeypatch)
+    assert not differ(before, trained(name, needs, monkeypatch))
+    changed = differ(before, trained(name, {**needs, option: value}, monkeypatch))
+    # the way in which experts are computed is the one option that must not change the result
+    assert changed == {"work"} if option == "backend" else changed - {"work"}, changed
+
+
+@pytest.mark.parametrize(("name", "option"), rows(TASK_CHANGES))
+def test_task_option_matters(name: str, option: str) -> None:
+    value, needs = split(TASK_CHANGES[name][option])
+
+    def batch(**changes: Any) -> dict[str, Any]:
+        made = TASKS[name]({"name": name, **BASE[name], **needs, **changes}, 0)
+        return made.batch("train", 0, 32)._asdict()
+
+    assert not differ(batch(), batch())
+    assert differ(batch(), batch(**{option: value}))
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """From options of the optimiser to what a real run gives; each is run once."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(**changes: Any) -> dict[str, Any]:
+        key = json.dumps(changes)
+        if key not in done:
+            out = tmp_path_factory.mktemp("run") / "out"
+            metrics = zoo.train(
+                {"name": "moe", **BASE["moe"]},
+                {"name": "noise", "tokens": 8},
+                {"steps": 4, "batch_size": 4, "warmup": 1, "lr": 0.003, **changes},
+                {"accelerator": "cpu", "enable_progress_bar": False},
+                out=str(out),
+                log_every=1,
+                validation_batches=1,
+                test_batches=1,
+            )
+            logged = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+            losses = torch.tensor([row["loss"] for row in logged if "loss" in row])
+            best = torch.load(metrics["checkpoint"], weights_only=True)["state_dict"]
+            weights = torch.cat([t.flatten() for t in best.values() if t.is_floating_point()])
+            done[key] = {"losses": losses, "weights": weights, "steps": metrics["steps"], "tokens": metrics["tokens"]}
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize("option", OPTIM_CHANGES)
+def test_optim_option_matters(option: str, run_once: Any) -> None:
+    assert differ(run_once(), run_once(**{option: OPTIM_CHANGES[option]}))
+
+
+# family, task, changed options, and what the message must name: both options with both values
+REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
+    ("transformer", "noise", {"model.dim": 18, "model.heads": 4}, ["model.dim=18", "2·model.heads=8"]),
+    ("transformer", "noise", {"model.dim": 20, "model.heads": 4}, ["model.dim=20", "2·model.heads=8"]),
+    ("transformer", "noise", {"model.heads": 2, "model.kv_heads": 3}, ["model.heads=2", "model.kv_heads=3"]),
+    ("transformer", "noise", {"model.kv_heads": 0}, ["model.heads=2", "model.kv_heads=0"]),
+    ("transformer", "noise", {"model.layers": 0}, ["model.layers=0"]),
+    ("transformer", "noise", {"model.heads": -1}, ["model.heads=-1"]),
+    ("transformer", "regression", {"model.tied": True}, ["model.tied=true", "task.name=regression"]),
+    ("hypernet", "noise", {"model.rank": 17}, ["model.rank=17", "model.dim=16", "model.hidden=24"]),
+    ("hypernet", "noise", {"model.rank": 9, "model.hidden": 8}, ["model.rank=9", "model.dim=16", "model.hidden=8"]),
+    ("hypernet", "noise", {"model.rank": 0}, ["model.rank=0"]),
+    ("hypernet", "noise", {"model.rank": 2, "model.emission": "full"}, ["model.rank=2", "model.emission", "full"]),
+    ("hypernet", "noise", {"model.chunk": 4, "model.context": "token"}, ["model.chunk=4", "model.context", "token"]),
+    ("hypernet", "regression", {"model.chunk": 4}, ["model.chunk=4", "model.context", "segment"]),
+    ("hypernet", "noise", {"model.chunk": 0}, ["model.chunk=0"]),
+    ("hypernet", "noise", {"model.chunk": 40}, ["model.chunk=40", "task.tokens=40"]),
+    ("hypernet", "noise", {"model.attend_context": True}, ["model.attend_context=true", "model.context", "chunk"]),
+    ("hypernet", "text", {"model.context": "segment"}, ["model.context=segment", "task.name=text"]),
+    ("hypernet", "regression", {"model.context": "chunk"}, ["model.context=chunk", "task.name=regression"]),
+    ("hypernet", "noise", {"model.matrices": []}, ["model.matrices=[]", "gate"]),
+    ("hypernet", "noise", {"model.matrices": ["up", "up"]}, ["model.matrices=['up', 'up']"]),
+    ("hypernet", "noise", {"model.matrices": ["q"]}, ["model.matrices=['q']", "gate"]),
+    ("moe", "noise", {"model.top_k": 5}, ["model.top_k=5", "model.experts=4"]),
+    ("moe", "noise", {"model.top_k": 0}, ["model.top_k=0"]),
+    ("moe", "noise", {"model.shared": -1}, ["model.shared=-1"]),
+    ("moe", "noise", {"model.balance_weight": -0.5}, ["model.balance_weight=-0.5"]),
+    ("moe", "noise", {"model.renormalise": True, "model.top_k": 1}, ["model.renormalise=true", "model.top_k=1"]),
+    ("moe", "noise", {"model.renormalise": True, "model.score": "linear"}, ["renormalise=true", "model.score=linear"]),
+    ("moe", "noise", {"model.chunk": 4}, ["model.chunk=4", "model.route_on=context"]),
+    ("moe", "regression", {"model.chunk": 4, "model.route_on": "context"}, ["model.chunk=4", "running text"]),
+    ("moe", "noise", {"model.chunk": 0, "model.route_on": "context"}, ["model.chunk=0"]),
+    ("moe", "noise", {"model.chunk": 41, "model.route_on": "context"}, ["model.chunk=41", "task.tokens=40"]),
+    ("moe", "noise", {"model.backend": "grouped", "model.hidden": 10}, ["model.backend=grouped", "model.hidden=10"]),
+    ("moe", "regression", {"task.points": 0}, ["task.points=0"]),
+    ("moe", "regression", {"task.noise": 0.1}, ["task.noise=0.1", "task.function=noisy", "linear"]),
+    ("moe", "regression", {"task.nonzero": 2}, ["task.nonzero=2", "task.function=sparse", "linear"]),
+    ("moe", "regression", {"task.units": 2}, ["task.units=2", "task.function=network", "linear"]),
+    ("moe", "regression", {"task.function": "sparse", "task.nonzero": 4}, ["task.nonzero=4", "task.dimension=3"]),
+    ("moe", "text", {"task.tokens": -4}, ["task.tokens=-4"]),
+    ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
+    ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
+    ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),
+    ("moe", "text", {"optim.lr": 0.1, "optim.min_lr": 0.2}, ["optim.min_lr=0.2", "optim.lr=0.1"]),
+    ("moe", "text", {"optim.betas": [0.9, 1.0]}, ["optim.betas=[0.9, 1.0]"]),
+    ("moe", "text", {"optim.betas": [0.9]}, ["optim.betas=[0.9]"]),
+    ("moe", "text", {"optim.clip": -1.0}, ["optim.clip=-1.0"]),
+    ("moe", "text", {"optim.clip": math.nan}, ["optim.clip=nan"]),
+    ("moe", "text", {"optim.lr": math.inf}, ["optim.lr=inf"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "changes", "named"), REFUSED, ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in REFUSED]
+)
+def test_contradictions_are_refused_by_name(family: str, task: str, changes: dict[str, Any], named: list[str]) -> None:
+    groups: dict[str, Any] = {
+        "model": {"name": family, **BASE[family]},
+        "task": {"name": task, **BASE[task]},
+        "optim": {},
+    }
+    for key, value in changes.items():
+        group, option = key.split(".")
+        groups[group][option] = value
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared below
+        MODELS[family](**groups)
+    assert all(name in str(error.value) for name in named), error.value

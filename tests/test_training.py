@@ -1,0 +1,401 @@
+"""Training from Python: what a run writes, what it refuses, and that a run cut short ends like one that was not."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from zoo import training
+from zoo.callbacks import Interrupted
+from zoo.models import MODELS
+from zoo.models.base import OptimConfig
+from zoo.training import Stream
+
+SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
+OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+OFTEN = {"validate_every": 2, "log_every": 1, "validation_batches": 1, "test_batches": 2}
+FAMILIES = {
+    "transformer": {"name": "transformer"},
+    "hypernet": {"name": "hypernet", "code_dim": 8},
+    "moe": {"name": "moe", "bias_rate": 0.01},
+}
+TASKS = {
+    "regression": {"name": "regression", "points": 5, "queries": 3},
+    "noise": {"name": "noise", "tokens": 12},
+    "text": {"name": "text", "tokens": 40},
+}
+
+
+def small(out: Path | None, model: str = "transformer", task: str = "regression", **options: Any) -> dict[str, Any]:
+    """A run of a second; options go to zoo.train, those of optim, trainer and model_options on top of the defaults."""
+    return zoo.train(
+        model={**FAMILIES[model], **SIZES, **options.pop("model_options", {})},
+        task=TASKS[task],
+        optim={**OPTIM, **options.pop("optim", {})},
+        trainer={**QUIET, **options.pop("trainer", {})},
+        **{**OFTEN, **options, "out": str(out) if out else None},
+    )
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def same_weights(a: Path, b: Path) -> None:
+    for name in ("last", "best"):
+        left, right = weights(a, name), weights(b, name)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == [], name
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal in the middle of optimiser step `step`, once."""
+    original = OptimConfig.lr_at
+
+    def lr_at(self: OptimConfig, at: int) -> float:
+        if at == step:
+            monkeypatch.setattr(OptimConfig, "lr_at", original)
+            signal.raise_signal(number)
+        return original(self, at)
+
+    monkeypatch.setattr(OptimConfig, "lr_at", lr_at)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One finished run of each family."""
+    folders = {name: tmp_path_factory.mktemp(name) / "run" for name in FAMILIES}
+    torch.set_num_threads(1)
+    for name, folder in folders.items():
+        small(folder, name)
+    return folders
+
+
+def test_every_family_is_run_here() -> None:
+    assert set(FAMILIES) == set(MODELS)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_metrics_json(runs: dict[str, Path], model: str) -> None:
+    metrics = json.loads((runs[model] / "metrics.json").read_text())
+    assert (metrics["task"], metrics["model"], metrics["seed"], metrics["steps"]) == ("regression", model, 0, 6)
+    assert metrics["tokens"] == 6 * 8 * 8
+    assert metrics["seconds"] > 0
+    # rounding of seconds to milliseconds is all that may differ
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.02)
+    loaded = zoo.load(metrics["checkpoint"])
+    assert metrics["params_total"] == sum(p.numel() for p in loaded.parameters())
+    assert 0 < metrics["params_active"] <= metrics["params_total"]
+    assert (metrics["params_active"] < metrics["params_total"]) == (model == "moe")
+    assert metrics["flops_per_token"] > 2 * (metrics["params_active"] - metrics["params"]["context_to_delta"]) * 0.9
+    assert "pytest" in metrics["command"]
+    assert {"python", "zoo", "torch", "lightning", "commit"} == set(metrics["versions"])
+    baselines = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_ridge", "nmse_zero"]
+    assert list(metrics["test"]) == baselines
+    assert metrics["headline"] == "nmse"
+    assert all(math.isfinite(value) for value in metrics["test"].values())
+    assert metrics["test"]["nmse_ridge"] < 1e-6 < metrics["test"]["nmse"]
+
+
+@pytest.mark.parametrize(
+    ("task", "names"), [("noise", ["nats", "nats_floor"]), ("text", ["bits_per_byte", "bits_per_byte_unigram"])]
+)
+def test_tasks_of_running_text(tmp_path: Path, task: str, names: list[str]) -> None:
+    metrics = small(tmp_path / "run", "moe", task)
+    assert list(metrics["test"]) == names
+    assert metrics["test"][metrics["headline"]] > 0
+
+
+def test_the_returned_metrics_are_those_of_the_file(tmp_path: Path) -> None:
+    metrics = small(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+
+
+def test_a_run_folder_holds_these_files_and_no_others(runs: dict[str, Path]) -> None:
+    folder = runs["transformer"]
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "curve.png", "metrics.json", "metrics.jsonl"]
+
+
+def test_the_tested_model_is_the_best_validated_one(tmp_path: Path) -> None:
+    # a learning rate that ruins the model after its first steps: the last checkpoint is worse than the best
+    metrics = small(tmp_path / "run", optim={"lr": 3.0, "warmup": 5, "clip": 0.0}, validate_every=1)
+    validated = {row["step"]: row["validation_loss"] for row in rows(tmp_path / "run") if "validation_loss" in row}
+    best = min(validated, key=lambda step: validated[step])
+    assert best < 6
+    assert torch.load(metrics["checkpoint"], weights_only=True)["global_step"] == best
+    # Lightning's own save_last would stop at the best one, and a run killed here would lose all after it
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    model = zoo.load(tmp_path / "run").requires_grad_(False)
+    batches = [model.task.batch("test", k, 8) for k in range(2)]
+    nmse = torch.stack([model.task.errors(model(b.tokens, b.n_context), b) for b in batches]).mean() / 3
+    assert metrics["test"]["nmse"] == pytest.approx(float(nmse), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+def test_rows_and_validations(tmp_path: Path, steps: int) -> None:
+    small(tmp_path / "run", optim={"steps": steps})
+    training_rows = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
+    validated = [row["step"] for row in rows(tmp_path / "run") if "validation_loss" in row]
+    assert training_rows == list(range(1, steps + 1))
+    # the last step is always validated, and once
+    assert validated == sorted({2, 4, steps})
+
+
+def test_the_learning_rate_moves(runs: dict[str, Path]) -> None:
+    optim = OptimConfig(steps=6, batch_size=8, warmup=2)
+    recorded = {row["step"]: row["lr"] for row in rows(runs["transformer"]) if "lr" in row}
+    # a row is written after its step: it holds the rate of the next one
+    assert recorded == pytest.approx({step: optim.lr * optim.lr_at(step) for step in range(1, 7)})
+    assert recorded[6] == 0 < recorded[5] < recorded[1]
+
+
+def test_the_schedule_reaches_the_weights(tmp_path: Path) -> None:
+    """The first step moves no weight further than its own rate, which is half of lr at warmup=2."""
+    small(tmp_path / "run", optim={"steps": 3, "lr": 0.01, "weight_decay": 0.0}, validate_every=1)
+    torch.manual_seed(0)
+    options = {"model": {**FAMILIES["transformer"], **SIZES}, "task": TASKS["regression"], "optim": OPTIM}
+    model = MODELS["transformer"](**options).requires_grad_(False)
+    first = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    moved = max(float((first["state_dict"][n] - p).abs().max()) for n, p in model.named_parameters())
+    # Adam's step is at most the sum of the rates so far: 0.005, 0.01, 0.0
+    assert 0 < moved <= sum([0.005, 0.01, 0.01][: first["global_step"]]) * 1.001
+    assert moved > 0.004
+
+
+def test_accumulated_parts_train_like_one_batch(tmp_path: Path) -> None:
+    # the load balancing loss is a product of two means over the batch, so it alone depends on the parts
+    options = {"model_options": {"balance_weight": 0.0}, "optim": {"steps": 6}}
+    whole = small(tmp_path / "whole", "moe", **options)
+    options["optim"]["accumulate"] = 2
+    parts = small(tmp_path / "parts", "moe", **options)
+    a, b = weights(tmp_path / "whole", "last"), weights(tmp_path / "parts", "last")
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+    assert any(key.endswith("bias") and a[key].any() for key in a)
+    assert parts["test"] == pytest.approx(whole["test"], abs=1e-5)
+    assert parts["tokens"] == whole["tokens"]
+
+
+@pytest.mark.parametrize(("parts", "world"), [(1, 2), (2, 2), (4, 1)])
+def test_slices_unite_to_the_global_batch(parts: int, world: int) -> None:
+    model = MODELS["transformer"](model=FAMILIES["transformer"], task=TASKS["regression"], optim=OPTIM)
+    slices = [list(Stream(model.task, "train", 8, 3, parts, rank, world)) for rank in range(world)]
+    for k in range(3):
+        whole = model.task.batch("train", k, 8)
+        seen = [slices[rank][k * parts + part] for part in range(parts) for rank in range(world)]
+        assert torch.equal(torch.cat([batch.tokens for batch in seen]), whole.tokens)
+        assert torch.equal(torch.cat([batch.targets for batch in seen]), whole.targets)
+        assert {batch.n_context for batch in seen} == {5}
+
+
+def test_a_stream_continues_where_it_stopped() -> None:
+    model = MODELS["transformer"](model=FAMILIES["transformer"], task=TASKS["regression"], optim=OPTIM)
+    stream = Stream(model.task, "train", 8, 6)
+    whole = [batch.tokens for batch in stream]
+    stream.start = 4
+    assert all(torch.equal(a.tokens, b) for a, b in zip(stream, whole[4:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "accumulate", "step"),
+    # steps 2 and 4 are validated; 3 is not; 1 comes before the first checkpoint
+    [("transformer", 1, 3), ("hypernet", 1, 4), ("moe", 1, 1), ("moe", 2, 3), ("moe", 2, 2), ("transformer", 1, 6)],
+)
+def test_a_signal_then_resume_is_as_if_nothing_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, accumulate: int, step: int
+) -> None:
+    whole = small(tmp_path / "whole", model, optim={"accumulate": accumulate})
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signalled(monkeypatch, step)
+    with pytest.raises(Interrupted, match=rf"SIGTERM at step {step}; .*resume=.*/cut") as stop:
+        small(tmp_path / "cut", model, optim={"accumulate": accumulate})
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    resumed = zoo.train(resume=tmp_path / "cut", trainer=QUIET)
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert resumed["test"] == whole["test"]
+    assert (resumed["steps"], resumed["tokens"]) == (whole["steps"], whole["tokens"])
+
+
+def test_a_crash_between_checkpoints_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps after the last checkpoint are lost with their rows, a cut row too, and done again exactly."""
+    small(tmp_path / "whole", "moe")
+    original = OptimConfig.lr_at
+
+    def lr_at(self: OptimConfig, step: int) -> float:
+        if step == 5:
+            raise MemoryError
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimConfig, "lr_at", lr_at)
+        with pytest.raises(MemoryError):
+            small(tmp_path / "cut", "moe", validate_every=2, log_every=1)
+    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    zoo.train(resume=str(tmp_path / "cut"), trainer=QUIET)
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_resume_of_a_finished_run_tests_again(tmp_path: Path) -> None:
+    first = small(tmp_path / "run", "hypernet")
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    (tmp_path / "run/metrics.json").unlink()
+    again = zoo.train(resume=tmp_path / "run/checkpoints/last.ckpt", trainer=QUIET)
+    assert again["test"] == first["test"]
+    assert (again["steps"], again["seconds"]) == (first["steps"], first["seconds"])
+    assert (tmp_path / "run/metrics.json").exists()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_resume_keeps_to_the_saved_options(runs: dict[str, Path]) -> None:
+    folder = str(runs["hypernet"])
+    saved = json.loads((runs["hypernet"] / "metrics.json").read_text())["config"]
+    with pytest.raises(ValueError, match=r"model\.dim is 16 in the checkpoint, 8 asked; optim\.lr is 0\.003 .* 0\.1 a"):
+        training.run({"resume": folder, "model": {"dim": 8}, "optim": {"lr": 0.1}}, QUIET)
+    with pytest.raises(ValueError, match=r"model\.name is 'hypernet' in the checkpoint, 'moe' asked"):
+        zoo.train("moe", resume=folder, trainer=QUIET)
+    with pytest.raises(ValueError, match="seed is 0 in the checkpoint, 1 asked"):
+        zoo.train(resume=folder, seed=1, trainer=QUIET)
+    with pytest.raises(ValueError, match=r"model\.rnak=2 is not in the checkpoint"):
+        training.run({"resume": folder, "model": {"rnak": 2}}, QUIET)
+    same = {key: saved[key] for key in ("model", "task", "optim", "seed", "validate_every", "overfit")}
+    assert training.run({**same, "resume": folder}, {**QUIET, "precision": "32-true"})["steps"] == 6
+
+
+def test_a_run_folder_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best checkpoint so far stays the best: it is at step 2 here, and the rest of the run is worse."""
+    small(tmp_path / "whole", "hypernet")
+    assert torch.load(tmp_path / "whole/checkpoints/best.ckpt", weights_only=True)["global_step"] == 2
+    signalled(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        small(tmp_path / "cut", "hypernet")
+    (tmp_path / "cut").rename(tmp_path / "elsewhere")
+    zoo.train(resume=tmp_path / "elsewhere", trainer=QUIET)
+    same_weights(tmp_path / "whole", tmp_path / "elsewhere")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint at .*/nowhere: give a \.ckpt file, or a run folder"):
+        zoo.train(resume=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no checkpoint at .*/empty/checkpoints/last\.ckpt"):
+        zoo.train(resume=tmp_path / "empty")
+    (tmp_path / "stray.ckpt").touch()
+    with pytest.raises(ValueError, match=r"stray\.ckpt lies in no RUN_DIR/checkpoints"):
+        zoo.train(resume=tmp_path / "stray.ckpt")
+
+
+def test_a_finished_run_is_not_overwritten(runs: dict[str, Path]) -> None:
+    folder = runs["transformer"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds a run already: continue it with resume=.*, or choose another out="):
+        small(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_options": {"rnak": 2}}, r"model\.rnak is not an option of TransformerConfig"),
+        ({"model_options": {"layerss": 2}}, r"layerss is not .*; did you mean layers\?"),
+        ({"optim": {"lrr": 1.0}}, r"optim\.lrr is not an option of OptimConfig; did you mean lr\?"),
+        ({"sed": 1}, r"sed is not an option of RunConfig; did you mean seed\?"),
+        ({"seed": "x"}, r"seed='x' must be of type int, got str"),
+        ({"model_options": {"dim": 10, "heads": 4}}, r"model\.dim=10 must be a multiple of 2·model\.heads=8"),
+        ({"optim": {"batch_size": 7, "accumulate": 2}}, r"optim\.batch_size=7 .* optim\.accumulate=2"),
+        ({"optim": {"batch_size": 6}, "trainer": {"devices": 4}}, r"optim\.batch_size=6 .* multiple of 4.*4 processes"),
+        ({"optim": {"warmup": 6}}, r"optim\.warmup=6 .* below optim\.steps=6"),
+        ({"validate_every": 0}, r"validate_every=0 must be above 0"),
+        ({"test_batches": -1}, r"test_batches=-1 must be above 0"),
+        ({"trainer": {"max_steps": 3}}, r"trainer\.max_steps is decided by the option optim\.steps"),
+        ({"trainer": {"gradient_clip_val": 3}}, r"trainer\.gradient_clip_val is decided by the option optim\.clip"),
+        ({"trainer": {"val_check_interval": 3}}, r"trainer\.val_check_interval .* option validate_every"),
+        ({"trainer": {"accumulate_grad_batches": 3}}, r"accumulate_grad_batches .* option optim\.accumulate"),
+        ({"trainer": {"callbacks": []}}, r"trainer\.callbacks is fixed"),
+        ({"trainer": {"bogus": 3}}, r"^trainer: .*'bogus'"),
+        ({"trainer": {"accelerator": "gpu"}}, r"^trainer: No supported gpu"),
+        ({"trainer": {"precision": "8-maybe"}}, r"8-maybe"),
+    ],
+)
+def test_wrong_options_leave_no_trace(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        small(tmp_path / "run", **options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["transformers", "os.system", "", None, 3])
+def test_unknown_names(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(ValueError, match=r"model .* does not exist"):
+        training.run({"model": {"name": name}, "task": {"name": "noise"}, "optim": {}}, {})
+    with pytest.raises(ValueError, match=r"task .* does not exist"):
+        training.run({"model": {"name": "moe"}, "task": {"name": name}, "optim": {}}, {})
+
+
+def test_bf16_with_clipping_on_the_cpu(tmp_path: Path) -> None:
+    # AdamW(fused=True) would refuse to be clipped at this precision
+    metrics = small(tmp_path / "run", "hypernet", trainer={"precision": "bf16-mixed"}, optim={"clip": 0.1})
+    assert all(math.isfinite(value) for value in metrics["test"].values())
+    full = small(tmp_path / "full", "hypernet", optim={"clip": 0.1})
+    assert metrics["test"]["nmse"] != full["test"]["nmse"]
+
+
+def test_clipping_is_applied(tmp_path: Path) -> None:
+    tiny, none = small(tmp_path / "tiny", optim={"clip": 1e-12}), small(tmp_path / "none", optim={"clip": 0.0})
+    # at a gradient below Adam's epsilon the weights hardly move
+    assert abs(tiny["test"]["nmse"] - none["test"]["nmse"]) > 1e-4
+    first, *_, last = [row["validation_loss"] for row in rows(tmp_path / "tiny") if "validation_loss" in row]
+    assert last == pytest.approx(first, rel=1e-3)
+
+
+def test_overfit_sees_the_first_batch_alone(tmp_path: Path) -> None:
+    small(tmp_path / "run", overfit=True, optim={"steps": 60, "lr": 0.01}, validate_every=60)
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_run_is_reproducible_and_the_seed_matters(runs: dict[str, Path], tmp_path: Path) -> None:
+    small(tmp_path / "again", "moe")
+    same_weights(runs["moe"], tmp_path / "again")
+    small(tmp_path / "other", "moe", seed=1)
+    assert rows(tmp_path / "other")[0]["loss"] != rows(tmp_path / "again")[0]["loss"]
+
+
+def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZOO_RUN_ID", "job7")
+    metrics = small(None, task="noise")
+    folder = tmp_path / "runs" / "transformer-noise" / "job7"
+    assert Path(metrics["checkpoint"]) == folder / "checkpoints" / "best.ckpt"
+    monkeypatch.delenv("ZOO_RUN_ID")
+    assert training.default_folder(zoo.load(folder)).parent == Path("runs/transformer-noise")
+
+
+def test_metrics_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    training.write(path, "old")
+
+    def die(self: Path, text: str) -> int:
+        with self.open("w") as file:
+            return file.write(text[:2]) and 1 // 0
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(ZeroDivisionError):
+        training.write(path, "new text")
+    assert path.read_text() == "old"
