@@ -69,9 +69,12 @@ def test_before_the_first_checkpoint_none_is_promised(tmp_path: Path, monkeypatc
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, "validation", 0, math.inf)
-    with pytest.raises(ValueError, match="the validation loss is inf at step 2; no checkpoint"):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    poisoned(monkeypatch, "validation", 0, value)
+    with pytest.raises(ValueError, match=f"the validation loss is {value} at step 2; no checkpoint"):
         small(tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))
 

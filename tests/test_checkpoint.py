@@ -219,7 +219,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         torch.save(other, path)
         assert "is no checkpoint of this zoo" in one_line(lambda: zoo.load(path))
     torch.save(torch.nn.Linear(2, 2), path)
-    assert "is damaged or no checkpoint of this zoo" in one_line(lambda: zoo.load(path))
+    assert "is damaged or no checkpoint" in one_line(lambda: zoo.load(path))
 
 
 class Malicious:

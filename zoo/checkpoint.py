@@ -60,9 +60,8 @@ def read(path: Path) -> dict[str, Any]:
     """The checkpoint's plain contents at today's schema; raises ValueError for files that are not ours or damaged."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in many ways, none of which the user can tell apart
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint of this zoo ({reason[:120]})") from None
+    except Exception:  # damaged files fail in many ways, none of which the user can tell apart
+        raise ValueError(f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it") from None
     entries = ("zoo", "hyper_parameters", "state_dict")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in entries):
         raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries {', '.join(entries)}")

@@ -47,16 +47,20 @@ def closing(metrics: dict[str, Any]) -> str:
         ("run folder", str(Path(metrics["checkpoint"]).parent.parent)),
         ("load it with", f'zoo.load("{metrics["checkpoint"]}")'),
     ]
-    width = max(len(name) for name, _ in rows)
-    title = f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
-    return "\n".join(["", title, "─" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
+    width, head = max(len(name) for name, _ in rows), title(metrics)
+    return "\n".join(["", head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def title(metrics: dict[str, Any]) -> str:
+    """One line that names a run."""
+    return f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
 
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
-def curve(folder: Path, references: dict[str, float]) -> None:
+def curve(folder: Path, head: str, references: dict[str, float]) -> None:
     """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
     import matplotlib
 
@@ -65,13 +69,14 @@ def curve(folder: Path, references: dict[str, float]) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, colour, marker in (("loss", "#0072B2", ""), ("validation_loss", "#D55E00", "o")):
+    styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
+    for name, (label, colour, marker) in styles.items():
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, marker=marker)
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
     for name, level in references.items():
         axes.axhline(level, color="0.4", linestyle="--", label=name)
-    axes.set(xlabel="optimiser steps", ylabel="loss", yscale="log", title=folder.name)
+    axes.set(xlabel="optimiser steps", ylabel="loss", yscale="log", title=head)
     axes.legend()
     temporary = folder / "curve.tmp.png"
     figure.savefig(temporary, dpi=120)

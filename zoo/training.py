@@ -189,7 +189,7 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     metrics = _metrics(model, options, engine, clock, folder)
     if engine.is_global_zero:
         write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        report.curve(folder, model.task.references())
+        report.curve(folder, report.title(metrics), model.task.references())
         print(report.closing(metrics), flush=True)
     return metrics
 

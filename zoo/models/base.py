@@ -110,7 +110,7 @@ class Model(L.LightningModule):
         # the decoder draws its weights first: families start from the same decoder at the same seed
         self.decoder = Decoder(**self.decoder_options())
         self.decoder.context_to_delta = self.make_context_to_delta()
-        self.validation_loss = MeanMetric()
+        self.validation_loss = MeanMetric(nan_strategy="disable")
         self.test_metrics: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
         seat = self.decoder.context_to_delta
         self.layer_metrics: Sequence[Mapping[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
@@ -182,7 +182,7 @@ class Model(L.LightningModule):
         values = self.task.evaluate(lambda tokens, n_context: self(tokens, n_context), batch)
         for name, value in values.items():
             if name not in self.test_metrics:
-                self.test_metrics[name] = MeanMetric().to(self.device)
+                self.test_metrics[name] = MeanMetric(nan_strategy="disable").to(self.device)
             self.test_metrics[name].update(value)
 
     def on_test_epoch_end(self) -> None:
