@@ -61,7 +61,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # damaged files fail in many ways, none of which the user can tell apart
-        raise ValueError(f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it") from None
+        raise ValueError(
+            f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it"
+        ) from None
     entries = ("zoo", "hyper_parameters", "state_dict")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in entries):
         raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries {', '.join(entries)}")
