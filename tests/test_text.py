@@ -100,7 +100,7 @@ def test_law_holds_neither_near_copies_nor_french() -> None:
         seen.append(runs)
         names.append(name)
     assert {"Apache-2.0", "OLDAP-2.5"} <= set(names)
-    assert not {"README", "CECILL-2.1", "OLDAP-2.6"} & set(names)  # no licence; French; a copy
+    assert not {"README", "LiLiQ-P-1.1", "OLDAP-2.6"} & set(names)  # no licence; French; a copy
 
 
 def test_code_is_read_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

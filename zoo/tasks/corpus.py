@@ -53,7 +53,7 @@ def prepare(domain: str, origin: str, documents: Callable[[], Iterable[tuple[str
 
 
 def _build(folder: Path, key: str, splits: dict[str, np.ndarray]) -> None:
-    """Each file is moved into place whole, the hashes last; processes that build at once replace equal files."""
+    """Each file is moved into place whole; processes that build at once replace equal files."""
     files = {f"{split}.bin": ids.tobytes() for split, ids in splits.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["manifest.json"] = json.dumps({"key": key, "sha256": hashes}, indent=2).encode()
