@@ -1,7 +1,8 @@
-"""Every test: one thread, no network, no hub."""
+"""Every test: one thread, no network, no hub, a cache of its own session."""
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,3 +18,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

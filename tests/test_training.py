@@ -28,7 +28,7 @@ FAMILIES = {
 TASKS = {
     "regression": {"name": "regression", "points": 5, "queries": 3},
     "noise": {"name": "noise", "tokens": 12},
-    "text": {"name": "text", "tokens": 40},
+    "text": {"name": "text", "tokens": 40, "domains": ["law"]},
 }
 
 
@@ -107,8 +107,11 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     assert metrics["test"]["nmse_ridge"] < 1e-6 < metrics["test"]["nmse"]
 
 
+BITS = ["bits_per_byte", "bits_per_byte_trigram"]
+
+
 @pytest.mark.parametrize(
-    ("task", "names"), [("noise", ["nats", "nats_floor"]), ("text", ["bits_per_byte", "bits_per_byte_unigram"])]
+    ("task", "names"), [("noise", ["nats", "nats_floor"]), ("text", BITS + [f"{name}_law" for name in BITS])]
 )
 def test_tasks_of_running_text(tmp_path: Path, task: str, names: list[str]) -> None:
     metrics = small(tmp_path / "run", "moe", task)

@@ -18,10 +18,18 @@ EXPLANATIONS = {
     "nmse_ridge": "  ridge regression, closed form",
     "nmse_zero": "  predicting zero",
     "bits_per_byte": "test bits per byte",
-    "bits_per_byte_unigram": "  of the best fixed byte distribution",
+    "bits_per_byte_trigram": "  of a byte trigram",
     "nats": "test loss in nats per token",
     "nats_floor": "  floor, ln of the vocabulary",
 }
+
+
+def explain(metric: str) -> str:
+    """What a metric says; NAME_PART is the metric NAME of one part of the data."""
+    name, _, part = metric.rpartition("_")
+    if metric not in EXPLANATIONS and name in EXPLANATIONS:
+        return f"{EXPLANATIONS[name]}, {part}"
+    return EXPLANATIONS.get(metric, metric)
 
 
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
@@ -39,7 +47,7 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
 
 def closing(metrics: dict[str, Any]) -> str:
     """The table at the end of a run."""
-    rows = [(EXPLANATIONS.get(name, name), _number(value)) for name, value in metrics["test"].items()]
+    rows = [(explain(name), _number(value)) for name, value in metrics["test"].items()]
     rows += [
         ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),
         ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),

