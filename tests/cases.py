@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,20 @@ def build(case: Case, seed: int = 0, random: bool = True) -> Model:
                 if not parameter.any():
                     parameter.normal_(std=0.3)
     return model
+
+
+@functools.cache
+def trained(name: str) -> Model:
+    """The model of the case `name` after 60 steps of AdamW from its own start, in float64 and eval mode."""
+    model = build(next(case for case in CASES if case.name == name), random=False).float().train()
+    object.__setattr__(model, "log", lambda *args, **kwargs: None)  # there is no trainer to log to
+    optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
+    with torch.enable_grad():
+        for step in range(60):
+            optimizer.zero_grad()
+            model.training_step(model.task.batch("train", step, 8), step).backward()
+            optimizer.step()
+    return model.double().eval().requires_grad_(False)
 
 
 def batch_of(model: Model, size: int = 3) -> Batch:

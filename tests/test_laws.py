@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, batch_of, build
+from cases import CASES, Case, batch_of, build, trained
 from torch import Tensor
 
 from zoo.delta import Delta, LowRank, Patch, Shear
@@ -18,6 +18,12 @@ from zoo.models import Model
 EXACT, MISS = 1e-10, 1e-2
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(params=["random", "trained"])
+def model(request: pytest.FixtureRequest, case: Case) -> Model:
+    """The case's model with drawn weights, and after a short training."""
+    return build(case) if request.param == "random" else trained(case.name)
 
 
 def context_of(model: Model) -> tuple[Tensor, int]:
@@ -66,22 +72,7 @@ def assert_equivalent(errors: dict[str, float]) -> None:
 
 @every_case
 @torch.no_grad()
-def test_equivalence(case: Case) -> None:
-    model = build(case)
-    tokens, n_context = context_of(model)
-    assert_equivalent(equivalence(model, tokens, n_context, prefix(tokens, n_context)))
-
-
-@pytest.mark.parametrize("case", {c[1:3]: c for c in reversed(CASES)}.values(), ids=lambda case: case.name)
-def test_equivalence_after_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(case, random=False).float().train()
-    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
-    optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
-    for step in range(20):
-        optimizer.zero_grad()
-        model.training_step(model.task.batch("train", step, 8), step).backward()
-        optimizer.step()
-    model.double().eval().requires_grad_(False)
+def test_equivalence(case: Case, model: Model) -> None:
     tokens, n_context = context_of(model)
     assert_equivalent(equivalence(model, tokens, n_context, prefix(tokens, n_context)))
 
@@ -89,8 +80,7 @@ def test_equivalence_after_training(case: Case, monkeypatch: pytest.MonkeyPatch)
 @every_case
 @pytest.mark.parametrize("gone", [[0, 1, 2], [1, 4, 5]], ids=["first", "scattered"])
 @torch.no_grad()
-def test_equivalence_when_part_of_the_context_goes(case: Case, gone: list[int]) -> None:
-    model = build(case)
+def test_equivalence_when_part_of_the_context_goes(case: Case, model: Model, gone: list[int]) -> None:
     tokens, n_context = context_of(model)
     removed = torch.zeros(tokens.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(gone), True)
     assert_equivalent(equivalence(model, tokens, n_context, removed))
@@ -98,8 +88,7 @@ def test_equivalence_when_part_of_the_context_goes(case: Case, gone: list[int]) 
 
 @every_case
 @torch.no_grad()
-def test_equivalence_at_every_length_of_the_context(case: Case) -> None:
-    model = build(case)
+def test_equivalence_at_every_length_of_the_context(case: Case, model: Model) -> None:
     tokens, n_context = context_of(model)
     for length in range(1, n_context + 1):
         growing = torch.cat([tokens[:, :length], tokens[:, n_context:]], 1)
@@ -127,8 +116,7 @@ def test_a_growing_context_is_the_delta_rule() -> None:
 
 @every_case
 @torch.no_grad()
-def test_an_output_bias_alone_also_stands_for_the_context(case: Case) -> None:
-    model = build(case)
+def test_an_output_bias_alone_also_stands_for_the_context(case: Case, model: Model) -> None:
     tokens, n_context = context_of(model)
     decoder, kept, patches = model.decoder, ~prefix(tokens, n_context), []
     full = decoder.layout(tokens.shape[1], n_context)
@@ -145,8 +133,7 @@ def test_an_output_bias_alone_also_stands_for_the_context(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "hypernet-constant"], ids=lambda case: case.name)
 @torch.no_grad()
-def test_null_no_context_is_no_update(case: Case) -> None:
-    model = build(case)
+def test_null_no_context_is_no_update(case: Case, model: Model) -> None:
     tokens, n_context = context_of(model)
     query = tokens[:, n_context:]
     output, emitted = model.decoder(query)
@@ -182,8 +169,7 @@ def rank(matrix: Tensor) -> int:
 
 @every_case
 @torch.no_grad()
-def test_structure_rank(case: Case) -> None:
-    model = build(case)
+def test_structure_rank(case: Case, model: Model) -> None:
     tokens, n_context = context_of(model)
     totals = model.deltas(tokens, prefix(tokens, n_context))
     later = torch.arange(n_context, tokens.shape[1])
@@ -201,8 +187,7 @@ def test_structure_rank(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.family == "moe"], ids=lambda case: case.name)
 @torch.no_grad()
-def test_structure_routing(case: Case) -> None:
-    model = build(case)
+def test_structure_routing(case: Case, model: Model) -> None:
     tokens, n_context = context_of(model)
     config, query = model.config, tokens[:, n_context:]
     totals = model.deltas(tokens, prefix(tokens, n_context))
@@ -217,9 +202,8 @@ def test_structure_routing(case: Case) -> None:
         assert touched.any()
 
 
-def updates(case: Case) -> list[tuple[Tensor, Delta]]:
+def updates(model: Model) -> list[tuple[Tensor, Delta]]:
     """The first layer's total updates, one per token, each with a matrix that it acts on."""
-    model = build(case)
     tokens, n_context = context_of(model)
     patch, ffn = model.deltas(tokens, prefix(tokens, n_context))[0], model.decoder.blocks[0].ffn
     assert patch.input is not None
@@ -234,8 +218,8 @@ def with_other_row_1(value: Any) -> Any:
 
 @every_case
 @torch.no_grad()
-def test_apply_and_norms_equal_those_of_dense_row_by_row(case: Case) -> None:
-    for W, delta in updates(case):
+def test_apply_and_norms_equal_those_of_dense_row_by_row(case: Case, model: Model) -> None:
+    for W, delta in updates(model):
         dense = delta.dense(W)
         x = torch.randn(*dense.shape[:2], 2, W.shape[1]).double()
         y, changed = delta.linear(W, x), with_other_row_1(delta).linear(W, x)
