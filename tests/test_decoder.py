@@ -9,7 +9,8 @@ import torch
 from cases import CASES, Case, batch_of, build, options_of
 from torch import Tensor
 
-from zoo.decoder import Decoder
+from zoo.decoder import Decoder, shear_and_down
+from zoo.delta import Patch
 from zoo.models import MODELS
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -153,3 +154,132 @@ def test_low_precision_is_near_float32(case: Case, autocast: bool) -> None:
     assert 0 < (output.float() - expected).norm() < 0.1 * expected.norm()
     for patch in patches:
         assert patch.routing is None or patch.routing.logits.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_parallel_extraction_equals_the_sequential_one() -> None:
+    model = build(CASES[0])
+    tokens, n = batch_of(model).tokens, 7
+    removed = torch.arange(tokens.shape[1]) < n
+    totals = [model.decoder.replace_context(tokens, removed, shear_and_down, n, parallel) for parallel in (False, True)]
+    outputs = [model(tokens[:, n:], patches=patches, positions=torch.full((5,), n)) for patches in totals]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(outputs[1], model(tokens, n)[:, n:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
+    model = build(BY_NAME["hypernet-segment-low-rank"])
+    tokens = batch_of(model).tokens
+    bias = Patch(biases={"down": torch.ones(1, 16).double()})
+    plain, emitted = model.decoder(tokens, 7)
+    output, used = model.decoder(tokens, 7, added=[bias, bias])
+    assert (output - plain).abs().max() > 1e-2
+    assert used[0].biases == bias.biases
+    assert torch.equal(used[0].weights["up"].u, emitted[0].weights["up"].u)
+    torch.testing.assert_close(model.decoder(tokens, 7, patches=used)[0], output)
+    with pytest.raises(ValueError, match="1 patches for 2 layers"):
+        model(tokens[:, 7:], patches=patches[:1])
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [torch.arange(11) < 7, torch.ones(3, 12) > 0, (torch.arange(12) < 7).long(), torch.arange(12) < 12],
+    ids=["too short", "per row", "not boolean", "all removed"],
+)
+def test_removed_must_be_a_mask_that_keeps_a_token(removed: Tensor) -> None:
+    model = build(BY_NAME["transformer-regression"])
+    with pytest.raises(ValueError, match="removed must be a boolean mask of 12 tokens that keeps at least one"):
+        model.deltas(batch_of(model).tokens, removed)
+
+
+def test_states_that_no_rank_1_patch_can_move_are_named() -> None:
+    model = build(BY_NAME["hypernet-segment-low-rank"])
+    tokens, removed = batch_of(model).tokens, torch.arange(12) < 7
+    zero = tokens.clone()
+    zero[1, 8] = 0  # a query that sees itself alone and has no state
+    with pytest.raises(ValueError, match="layer 0: the state before the FFN"):
+        model.deltas(zero, removed)
+    torch.nn.init.zeros_(model.decoder.blocks[1].ffn.up)
+    torch.nn.init.zeros_(model.decoder.context_to_delta.generator.heads["up_u"][0].weight)  # type: ignore
+    with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN"):
+        model.deltas(tokens, removed)
+
+
+def test_tokens_are_ids_or_continuous() -> None:
+    wrong: list[dict[str, Any]] = [{}, {"vocabulary": 5, "token_dim": 3}]
+    for options in wrong:
+        with pytest.raises(ValueError, match="tokens are either ids or continuous"):
+            Decoder(**SIZES, **options)
+
+
+def as_transformer(case: Case) -> Case:
+    shared = {key: value for key, value in case.options.items() if key in ("kv_heads", "tied")}
+    return Case("baseline", "transformer", case.task, shared)
+
+
+# the same mask as the baseline's, and no chunk that ends in padding
+SAME = [c for c in CASES if c.family == "hypernet" and (c.task == "noise" or "attend_context" in c.options)]
+
+
+@pytest.mark.parametrize("case", SAME, ids=lambda case: case.name)
+@torch.no_grad()
+def test_step_0_is_the_transformer_bit_for_bit(case: Case) -> None:
+    model, baseline = (build(c, random=False).float() for c in (case, as_transformer(case)))
+    batch = model.task.batch("test", 0, 3)
+    assert torch.equal(model(batch.tokens, batch.n_context), baseline(batch.tokens, batch.n_context))
+    sensitive = build(case).float()
+    difference = sensitive(batch.tokens, batch.n_context) - baseline(batch.tokens, batch.n_context)
+    assert difference.abs().max() > 1e-2
+
+
+@every_case
+def test_builds_on_the_meta_device(case: Case) -> None:
+    with torch.device("meta"):
+        model = MODELS[case.family](**options_of(case))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in build(case).state_dict().items()
+    }
+
+
+@every_case
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@torch.no_grad()
+def test_low_precision_is_near_float32(case: Case, autocast: bool) -> None:
+    model = build(case).float()
+    batch = model.task.batch("test", 0, 8)
+    expected = model(batch.tokens, batch.n_context)
+    tokens = batch.tokens
+    if not autocast:
+        model = model.bfloat16()
+        tokens = tokens.bfloat16() if tokens.is_floating_point() else tokens
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, patches = model.decoder(tokens, batch.n_context)
+    assert output.dtype == torch.bfloat16
+    assert 0 < (output.float() - expected).norm() < 0.1 * expected.norm()
+    for patch in patches:
+        assert patch.routing is None or patch.routing.logits.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_parallel_extraction_equals_the_sequential_one() -> None:
+    model = build(CASES[0])
+    tokens, n = batch_of(model).tokens, 7
+    removed = torch.arange(tokens.shape[1]) < n
+    totals = [model.decoder.replace_context(tokens, removed, shear_and_down, n, parallel) for parallel in (False, True)]
+    outputs = [model(tokens[:, n:], patches=patches, positions=torch.full((5,), n)) for patches in totals]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(outputs[1], model(tokens, n)[:, n:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
+    model = build(BY_NAME["hypernet-segment-low-rank"])
+    tokens = batch_of(model).tokens
+    bias = Patch(biases={"down": torch.ones(1, 16).double()})
+    emitted = model.decoder(tokens, 7)[1]
+    by_hand = model.decoder(tokens, 7, patches=[patch.plus(bias) for patch in emitted])[0]
+    torch.testing.assert_close(model.decoder(tokens, 7, added=[bias, bias])[0], by_hand)
+    with pytest.raises(ValueError, match="1 patches for 2 layers"):
+        model.decoder(tokens, 7, added=[bias])

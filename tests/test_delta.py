@@ -192,3 +192,18 @@ def test_no_update_is_formed_where_the_total_is_made(name: str) -> None:
     model = build(next(case for case in CASES if case.name == name))
     with at_most(3 * 5 * model.config.hidden * model.config.dim - 1):
         model.deltas(batch_of(model).tokens, torch.arange(12) < 7)
+
+
+def test_a_patch_plus_another_adds_weights_and_biases_and_broadcasts() -> None:
+    W, x = torch.randn(5, 4).double(), torch.randn(3, 6, 4).double()
+    own = LowRank(torch.randn(3, 5, 2).double(), torch.randn(3, 4, 2).double())
+    shared = LowRank(torch.randn(1, 5, 1).double(), torch.randn(1, 4, 1).double())
+    bias = torch.randn(1, 5).double()
+    total = Patch(weights={"gate": own}, biases={"gate": bias}).plus(
+        Patch(weights={"gate": shared, "up": shared}, biases={"gate": bias, "up": bias})
+    )
+    expected = x @ (W + own.dense(W)).mT + x @ shared.dense(W).mT
+    torch.testing.assert_close(total.weights["gate"].linear(W, x), expected)
+    assert torch.equal(total.biases["gate"], 2 * bias)
+    assert total.weights["up"] is shared
+    assert torch.equal(total.biases["up"], bias)

@@ -5,8 +5,8 @@ Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -102,23 +102,28 @@ class Decoder(nn.Module):
         n_context: int = 0,
         patches: Sequence[Patch] | None = None,
         positions: Tensor | None = None,
+        added: Sequence[Patch] | None = None,
     ) -> tuple[Tensor, list[Patch]]:
         """Output (B,T,V) for tokens (B,T) or (B,T,token_dim), and the patch that each layer used.
 
         n_context: how many leading tokens are a separate context. patches: one per layer, total: nothing else is
-        emitted. positions (T,): where the tokens stand; default as if nothing came before.
+        emitted. added: one per layer, weights and biases on top of what the family emits. positions (T,): where the
+        tokens stand; default as if nothing came before.
         """
         _check_context(tokens, n_context)
         layout = self.layout(tokens.shape[1], n_context, tokens.device)
         if positions is not None:
             layout = replace(layout, positions=positions)
-        if patches is not None and len(patches) != len(self.blocks):
-            raise ValueError(f"{len(patches)} patches for {len(self.blocks)} layers: pass one patch per layer")
+        for given in (patches, added):
+            if given is not None and len(given) != len(self.blocks):
+                raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
         x_BTD, used = self.embed(tokens), []
         for layer, block in enumerate(self.blocks):
             v_BTD = block.attend(x_BTD, layout)
             z_BTD = block.norm2(v_BTD)
             patch = self.emit(z_BTD, layer, n_context) if patches is None else patches[layer]
+            if added is not None:
+                patch = patch.plus(added[layer])
             x_BTD = v_BTD + block.ffn(z_BTD, patch)
             used.append(patch)
         return self.unembed(x_BTD), used
@@ -132,6 +137,22 @@ class Decoder(nn.Module):
         Goldwaser et al. 2025, arXiv 2511.17864, for gated blocks), so errors do not accumulate with depth.
         Raises ValueError where no patch exists: a zero state or zero hidden units.
         """
+        return self.replace_context(tokens, removed, shear_and_down, n_context)
+
+    def replace_context(
+        self,
+        tokens: Tensor,
+        removed: Tensor,
+        patch_of: Callable[[Pair], Patch],
+        n_context: int | None = None,
+        parallel: bool = False,
+    ) -> list[Patch]:
+        """The patches that `patch_of` makes, layer by layer, from the states with and without `removed` tokens (T,).
+
+        The stream without them runs through the patches of the layers below; parallel: through none, it starts from the
+        contextual stream at every layer, which is the same where patches are exact, up to rounding that grows with
+        depth. n_context: as in forward, default the number of removed tokens. Raises ValueError if nothing is kept.
+        """
         if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
             raise ValueError(
                 f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
@@ -144,26 +165,60 @@ class Decoder(nn.Module):
         reduced = full.keep(kept)
         xC_BTD = self.embed(tokens)
         x_BTD = xC_BTD[:, kept]
-        totals = []
+        patches = []
         for layer, block in enumerate(self.blocks):
+            v_BTD = block.attend(xC_BTD[:, kept] if parallel else x_BTD, reduced)
             vC_BTD = block.attend(xC_BTD, full)
             zC_BTD = block.norm2(vC_BTD)
             emitted = self.emit(zC_BTD, layer, n_context)
             xC_BTD = vC_BTD + block.ffn(zC_BTD, emitted)
-            v_BTD = block.attend(x_BTD, reduced)
-            z_BTD = block.norm2(v_BTD)
-            patch = replace(emitted.at(kept), input=Shear(z_BTD, zC_BTD[:, kept] - z_BTD))
-            h_BTF = block.ffn.hidden(z_BTD, patch)
-            for name, state in (("state before", z_BTD), ("hidden units of", h_BTF)):
-                if not state.any(-1).all():
-                    raise ValueError(f"layer {layer}: the {name} the FFN are zero for a token, no rank-1 patch exists")
-            residual = LowRank(
-                (vC_BTD[:, kept] - v_BTD).unsqueeze(-1), (h_BTF / h_BTF.square().sum(-1, keepdim=True)).unsqueeze(-1)
+            pair = Pair(
+                layer=layer,
+                ffn=block.ffn,
+                emitted=emitted.at(kept),
+                vC=vC_BTD[:, kept],
+                zC=zC_BTD[:, kept],
+                outC=xC_BTD[:, kept],
+                v=v_BTD,
+                z=block.norm2(v_BTD),
             )
-            patch = patch.add("down", residual)
-            x_BTD = v_BTD + block.ffn(z_BTD, patch)
-            totals.append(patch)
-        return totals
+            patches.append(patch_of(pair))
+            if not parallel:
+                x_BTD = v_BTD + block.ffn(pair.z, patches[-1])
+        return patches
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One layer's states at the kept tokens, (B,T,D), with the whole context (C) and without what was removed.
+
+    v enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emitted: the family's patch with
+    the whole context, one per token.
+    """
+
+    layer: int
+    ffn: FeedForward
+    emitted: Patch
+    vC: Tensor
+    zC: Tensor
+    outC: Tensor
+    v: Tensor
+    z: Tensor
+
+    def along(self, what: str, state: Tensor) -> Tensor:
+        """state/|state|² (*,n), the row of a rank-1 update; raises ValueError, naming `what`, where a state is zero."""
+        if not state.any(-1).all():
+            raise ValueError(f"layer {self.layer}: the {what} the FFN are zero for a token, no rank-1 patch exists")
+        return state / state.square().sum(-1, keepdim=True)
+
+
+def shear_and_down(pair: Pair) -> Patch:
+    """The emitted patch, every reader sheared from z to zC, and the missing residual as a rank-1 update of `down`."""
+    pair.along("state before", pair.z)
+    patch = replace(pair.emitted, input=Shear(pair.z, pair.zC - pair.z))
+    h_BTF = pair.ffn.hidden(pair.z, patch)
+    residual = LowRank((pair.vC - pair.v).unsqueeze(-1), pair.along("hidden units of", h_BTF).unsqueeze(-1))
+    return patch.add("down", residual)
 
 
 def _check_context(tokens: Tensor, n_context: int) -> None:

@@ -101,7 +101,11 @@ class LowRank(Delta):
     def __add__(self, other: LowRank) -> LowRank:
         _refuse_core(self)
         _refuse_core(other)
-        return LowRank(torch.cat([self.u, other.u], -1), torch.cat([self.v, other.v], -1))
+        lead = torch.broadcast_shapes(self.u.shape[:-2], other.u.shape[:-2])
+        u, v = (
+            torch.cat([t.expand(*lead, -1, -1) for t in pair], -1) for pair in ((self.u, other.u), (self.v, other.v))
+        )
+        return LowRank(u, v)
 
 
 @dataclass(frozen=True)
@@ -258,3 +262,11 @@ class Patch:
         """This patch with `delta` added to the update of the matrix `name`."""
         total = self.weights[name] + delta if name in self.weights else delta
         return replace(self, weights={**self.weights, name: total})
+
+    def plus(self, other: Patch) -> Patch:
+        """This patch and `other`, which holds low-rank updates and biases alone; leading dims broadcast."""
+        total = self
+        for name, delta in other.weights.items():
+            total = total.add(name, delta)  # type: ignore[arg-type]
+        biases = {name: total.biases[name] + b if name in total.biases else b for name, b in other.biases.items()}
+        return replace(total, biases={**total.biases, **biases})
