@@ -26,6 +26,7 @@ FEW = ["validate_every=2", "log_every=1", "validation_batches=1", "test_batches=
 # slow enough, thanks to its many validation batches, to be killed in the middle
 LONG = ["model=moe", "model.bias_rate=0.01", *TINY, *SHORT, "optim.steps=60", "validate_every=10", "log_every=1"]
 LONG += ["validation_batches=80", "test_batches=2", "trainer.enable_progress_bar=false"]
+TEXT = ["model=hypernet", "task=text", "model.chunk=8", "task.tokens=48", *TINY, "optim.batch_size=8", *LONG[-6:]]
 
 
 class Answer:
@@ -269,16 +270,28 @@ def test_metrics_of_a_real_command(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
-    process = start(*LONG, "out=run", cwd=tmp_path)
-    wait_for(process, tmp_path / "run", 22)
+    kill_and_resume(LONG, whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_on_text(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    finish(start(*TEXT, "out=run", cwd=tmp_path / "whole"))
+    kill_and_resume(TEXT, tmp_path / "whole" / "run", tmp_path)
+
+
+def kill_and_resume(options: list[str], whole: Path, folder: Path) -> None:
+    """Ends like `whole`, which nobody interrupted, bit for bit."""
+    process = start(*options, "out=run", cwd=folder)
+    wait_for(process, folder / "run", 22)
     process.send_signal(signal.SIGKILL)
     finish(process, -signal.SIGKILL)
-    assert 10 <= last_step(tmp_path / "run") < 60
-    assert not (tmp_path / "run/metrics.json").exists()
-    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+    assert 10 <= last_step(folder / "run") < 60
+    assert not (folder / "run/metrics.json").exists()
+    with (folder / "run/metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # what a kill in the middle of a row leaves
-    finish(start("resume=run", *LONG, cwd=tmp_path))
-    assert_same(whole, tmp_path / "run")
+    finish(start("resume=run", *options, cwd=folder))
+    assert_same(whole, folder / "run")
 
 
 @pytest.mark.slow

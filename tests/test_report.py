@@ -119,7 +119,7 @@ def test_the_curve_is_a_picture(run: tuple[Path, dict[str, Any], str]) -> None:
 def test_a_curve_is_drawn_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"step": 1, "loss": 1.0, "lr": 0.1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    report.curve(tmp_path, "a run", {})
+    report.curve(tmp_path, "a run", "nats", {})
     before = (tmp_path / "curve.png").read_bytes()
 
     def die(self: Any, path: Path, **options: Any) -> None:
@@ -128,5 +128,5 @@ def test_a_curve_is_drawn_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", die)
     with pytest.raises(OSError, match="no space"):
-        report.curve(tmp_path, "a run", {})
+        report.curve(tmp_path, "a run", "nats", {})
     assert (tmp_path / "curve.png").read_bytes() == before

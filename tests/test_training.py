@@ -12,9 +12,9 @@ import torch
 import zoo
 from zoo import training
 from zoo.callbacks import Interrupted
+from zoo.data import Stream
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
-from zoo.training import Stream
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}

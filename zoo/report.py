@@ -68,7 +68,7 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
-def curve(folder: Path, head: str, references: dict[str, float]) -> None:
+def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> None:
     """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
     import matplotlib
 
@@ -84,7 +84,7 @@ def curve(folder: Path, head: str, references: dict[str, float]) -> None:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
     for name, level in references.items():
         axes.axhline(level, color="0.4", linestyle="--", label=name)
-    axes.set(xlabel="optimiser steps", ylabel="loss", yscale="log", title=head)
+    axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", yscale="log", title=head)
     axes.legend()
     temporary = folder / "curve.tmp.png"
     figure.savefig(temporary, dpi=120)

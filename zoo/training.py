@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +30,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zoo import checkpoint, flops, report
 from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
 from zoo.config import lookup, positive, strict
+from zoo.data import Data
 from zoo.models import MODELS, Model
-from zoo.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -68,51 +68,6 @@ DECIDED_BY = {
     "default_root_dir": "out",
 }
 """Arguments of lightning.Trainer that options of this project stand for."""
-
-
-class Stream:
-    """The batches of one split as one process sees them: its slice of each global batch, from step `start` on."""
-
-    def __init__(self, task: Task, split: str, size: int, batches: int, parts: int = 1, rank: int = 0, world: int = 1):
-        self.task, self.split, self.size, self.batches = task, split, size, batches
-        self.parts, self.rank, self.world, self.start, self.repeat = parts, rank, world, 0, False
-
-    def __len__(self) -> int:
-        return self.batches * self.parts
-
-    def __iter__(self) -> Iterator[Batch]:
-        share = self.size // (self.parts * self.world)
-        for k in range(self.start, self.batches):
-            batch = self.task.batch(self.split, 0 if self.repeat else k, self.size)
-            for part in range(self.parts):
-                yield batch.rows((part * self.world + self.rank) * share, share)
-
-
-class Data(L.LightningDataModule):
-    """The three streams of a task; training continues where the trainer's step count stands."""
-
-    def __init__(self, model: Model, config: RunConfig):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def _stream(self, split: str, batches: int, parts: int = 1) -> Stream:
-        trainer = self.trainer
-        assert trainer is not None
-        size = self.model.optim.batch_size
-        return Stream(self.model.task, split, size, batches, parts, trainer.global_rank, trainer.world_size)
-
-    def train_dataloader(self) -> Stream:
-        optim = self.model.optim
-        stream = self._stream("train", optim.steps, optim.accumulate)
-        assert self.trainer is not None
-        stream.start, stream.repeat = self.trainer.global_step, self.config.overfit
-        return stream
-
-    def val_dataloader(self) -> Stream:
-        return self._stream("validation", self.config.validation_batches)
-
-    def test_dataloader(self) -> Stream:
-        return self._stream("test", self.config.test_batches)
 
 
 def train(
@@ -182,7 +137,7 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
         if resumed is None and (folder / "checkpoints" / "last.ckpt").exists():
             raise ValueError(f"{folder} holds a run already: continue it with resume={folder}, or choose another out=")
         print(report.opening(model, engine, folder), flush=True)
-    data = Data(model, options)
+    data = Data(model, options.validation_batches, options.test_batches, options.overfit)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
     best = checkpoint.read(checkpoint.find(folder, "best"))
     model.load_state_dict(best["state_dict"])
@@ -190,7 +145,7 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     metrics = _metrics(model, options, engine, clock, folder)
     if engine.is_global_zero:
         write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        report.curve(folder, report.title(metrics), model.task.references())
+        report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
         print(report.closing(metrics), flush=True)
     return metrics
 

@@ -46,6 +46,8 @@ class Task(ABC):
     Config: ClassVar[type]
     headline: ClassVar[str]
     """The test metric that sums up a run."""
+    unit: ClassVar[str] = "nats per token"
+    """Of the loss."""
 
     vocabulary: int | None = None
     token_dim: int | None = None

@@ -42,6 +42,7 @@ class Regression(Task):
 
     Config = RegressionConfig
     headline = "nmse"
+    unit = "squared error"
     independent_queries = True
     output_dim = 1
 
