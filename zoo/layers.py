@@ -41,6 +41,36 @@ class Layout:
         return Layout(self.positions[kept], None if self.mask is None else self.mask[kept][:, kept])
 
 
+@dataclass
+class Past:
+    """What one layer keeps of the tokens so far, so that the next one comes alone; empty before the first pass.
+
+    tokens: how many there were, the first n_context of them a separate context. keys, values (B,G,T,d): those that the
+    next token attends to, keys rotated. total, opened (B,1,D): sums of states, of those that make up the context and of
+    those in a chunk that is not complete. patch: the update in force. What only some families need, those set.
+    """
+
+    tokens: int = 0
+    n_context: int = 0
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    total: Tensor | float = 0.0
+    opened: Tensor | float = 0.0
+    patch: Patch | None = None
+
+    def within(self, chunk: int | None) -> bool:
+        """Whether the next token shares an update with the one before it; chunk: as in Patch."""
+        return self.tokens > 0 and (chunk is None or self.tokens % chunk > 0)
+
+    def attend(self, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, the new ones last; keeps those that the last token sees."""
+        if self.keys is not None and self.values is not None:
+            k_BGTd, v_BGTd = torch.cat([self.keys, k_BGTd], 2), torch.cat([self.values, v_BGTd], 2)
+        seen = slice(None) if mask is None else mask[-1]
+        self.keys, self.values = k_BGTd[:, :, seen], v_BGTd[:, :, seen]
+        return k_BGTd, v_BGTd
+
+
 def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin tables (T,d) of rotary positions, in at least float32 (Su et al. 2021, arXiv 2104.09864)."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -65,27 +95,31 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, kv_heads * self.width, bias=False)
         self.o = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         q_BHTd = self.q(x_BTD).view(B, T, self.heads, self.width).transpose(1, 2)
         k_BGTd = self.k(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
+        q_BHTd, k_BGTd = _rotate(q_BHTd, cos, sin), _rotate(k_BGTd, cos, sin)
+        if past is not None:
+            k_BGTd, v_BGTd = past.attend(k_BGTd, v_BGTd, layout.mask)
         y_BHTd = F.scaled_dot_product_attention(
-            _rotate(q_BHTd, cos, sin),
-            _rotate(k_BGTd, cos, sin),
+            q_BHTd,
+            k_BGTd,
             v_BGTd,
             attn_mask=layout.mask,
-            is_causal=layout.mask is None,
+            is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
             enable_gqa=self.kv_heads < self.heads,
         )
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
 def fold(x_BTD: Tensor, chunk: int | None) -> Tensor:
-    """(B,T,D) as (B,S,c,D), the last chunk filled with zeros; unchanged if chunk is None."""
+    """(B,T,D) as (B,S,c,D), the last chunk filled with zeros, a lone one cut to c = T; unchanged if chunk is None."""
     if chunk is None:
         return x_BTD
+    chunk = min(chunk, max(x_BTD.shape[1], 1))
     x_BTD = F.pad(x_BTD, (0, 0, 0, -x_BTD.shape[1] % chunk))
     return x_BTD.unflatten(1, (-1, chunk))
 
@@ -204,5 +238,5 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = ffn
 
-    def attend(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        return x_BTD + self.attention(self.norm1(x_BTD), layout)
+    def attend(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
+        return x_BTD + self.attention(self.norm1(x_BTD), layout, past)
