@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from zoo.delta import Patch
-from zoo.layers import Past, fold
+from zoo.layers import fold
+from zoo.past import Past
 
 SOURCES = ("segment", "chunk", "running", "token")
 
@@ -54,14 +55,14 @@ def summarise(
         return Summary((sums_BTD / count_T1).to(z_BTD.dtype), ones)
     if source == "chunk" and chunk:
         begun = past.tokens % chunk  # how many tokens of the first chunk are in the past
-        sums_BSD = past.opened + fold(states, chunk).sum(2)
+        sums_BSD = past.partial + fold(states, chunk).sum(2)
         # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
         before_BSD = past.total + F.pad(sums_BSD.cumsum(1)[:, :-1], (0, 0, 1, 0))
         chunks_S1 = torch.arange(sums_BSD.shape[1], device=z_BTD.device, dtype=states.dtype)[:, None]
         start_S1 = past.tokens - begun + chunks_S1 * chunk
         complete = (begun + T) // chunk
         past.total = past.total + sums_BSD[:, :complete].sum(1, keepdim=True)
-        past.opened = sums_BSD[:, complete:].sum(1, keepdim=True)
+        past.partial = sums_BSD[:, complete:].sum(1, keepdim=True)
         mean_BSD = (before_BSD / start_S1.clamp(min=1)).to(z_BTD.dtype)
         return Summary(mean_BSD, (start_S1 > 0).to(z_BTD.dtype).expand(B, -1, 1))
     raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")

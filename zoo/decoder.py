@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from zoo.context import ContextToDelta
 from zoo.delta import LowRank, Patch, Shear
-from zoo.layers import Block, FeedForward, Layout, Past, RMSNorm
+from zoo.layers import Block, FeedForward, Layout, RMSNorm
+from zoo.past import Past, check_past
 
 
 class Decoder(nn.Module):
@@ -122,7 +123,10 @@ class Decoder(nn.Module):
         _check_context(tokens, n_context)
         layout = self.layout(tokens.shape[1], n_context, tokens.device)
         if past is not None:
-            layout = self._after(past, tokens, n_context) or layout
+            if self.independent_queries:
+                raise ValueError("a past needs tokens in sequence, but the queries of this task are independent")
+            check_past(past, len(self.blocks), tokens.shape[1], n_context)
+            layout = replace(layout, positions=past[0].tokens + layout.positions)
         if positions is not None:
             layout = replace(layout, positions=positions)
         for given in (patches, added):
@@ -141,19 +145,6 @@ class Decoder(nn.Module):
             if kept is not None:
                 kept.tokens += tokens.shape[1]
         return self.unembed(x_BTD), used
-
-    def _after(self, past: Sequence[Past], tokens: Tensor, n_context: int) -> Layout | None:
-        """The layout of one token after `past`, None where that is empty; raises ValueError for calls that do not fit."""
-        if self.independent_queries:
-            raise ValueError("a past needs tokens in sequence, but the queries of this task are independent")
-        if len(past) != len(self.blocks):
-            raise ValueError(f"{len(past)} pasts for {len(self.blocks)} layers: pass what new_past() gives")
-        T, before = tokens.shape[1], past[0].tokens
-        if before and (T != 1 or n_context):
-            raise ValueError(f"{T} tokens with n_context={n_context} after {before} others: pass the next token alone")
-        if not before and n_context == T:
-            raise ValueError(f"all {T} tokens are context: the first call with a past needs one token after it")
-        return Layout(torch.arange(before, before + 1, device=tokens.device), None) if before else None
 
     def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
         """The total patch of each layer, per kept token, that stands for the tokens marked in `removed` (T,).

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import zoo
 
@@ -54,7 +55,8 @@ def pieces(options: argparse.Namespace) -> Iterator[str]:
     import torch  # after the options are read: --help is quick
 
     model = zoo.load(options.checkpoint)
-    task, name = model.task, model.task.config.name
+    task: Any = model.task  # what Text has more than a Task
+    name = task.config.name
     if not hasattr(task, "encode"):
         raise ValueError(f"the model was trained on task.name={name}, which has no text")
     ids = task.encode(options.prompt)

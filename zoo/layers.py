@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.delta import Patch, Routing
+from zoo.past import Past
 
 
 class RMSNorm(nn.Module):
@@ -39,36 +40,6 @@ class Layout:
     def keep(self, kept: Tensor) -> Layout:
         """The layout of the tokens marked in `kept` (T,), at the positions they had."""
         return Layout(self.positions[kept], None if self.mask is None else self.mask[kept][:, kept])
-
-
-@dataclass
-class Past:
-    """What one layer keeps of the tokens so far, so that the next one comes alone; empty before the first pass.
-
-    tokens: how many there were, the first n_context of them a separate context. keys, values (B,G,T,d): those that the
-    next token attends to, keys rotated. total, opened (B,1,D): sums of states, of those that make up the context and of
-    those in a chunk that is not complete. patch: the update in force. What only some families need, those set.
-    """
-
-    tokens: int = 0
-    n_context: int = 0
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    total: Tensor | float = 0.0
-    opened: Tensor | float = 0.0
-    patch: Patch | None = None
-
-    def within(self, chunk: int | None) -> bool:
-        """Whether the next token shares an update with the one before it; chunk: as in Patch."""
-        return self.tokens > 0 and (chunk is None or self.tokens % chunk > 0)
-
-    def attend(self, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens, the new ones last; keeps those that the last token sees."""
-        if self.keys is not None and self.values is not None:
-            k_BGTd, v_BGTd = torch.cat([self.keys, k_BGTd], 2), torch.cat([self.values, v_BGTd], 2)
-        seen = slice(None) if mask is None else mask[-1]
-        self.keys, self.values = k_BGTd[:, :, seen], v_BGTd[:, :, seen]
-        return k_BGTd, v_BGTd
 
 
 def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -103,7 +74,7 @@ class Attention(nn.Module):
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
         q_BHTd, k_BGTd = _rotate(q_BHTd, cos, sin), _rotate(k_BGTd, cos, sin)
         if past is not None:
-            k_BGTd, v_BGTd = past.attend(k_BGTd, v_BGTd, layout.mask)
+            k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
         y_BHTd = F.scaled_dot_product_attention(
             q_BHTd,
             k_BGTd,

@@ -46,9 +46,7 @@ def generate(
         tokens_BT, n_context = ids_B[:, None], 0
 
 
-def check(
-    vocabulary: int, tokens: Tensor, count: int, n_context: int, temperature: float, top_k: int | None
-) -> None:
+def check(vocabulary: int, tokens: Tensor, count: int, n_context: int, temperature: float, top_k: int | None) -> None:
     """Raises ValueError for arguments that nothing can be generated from."""
     if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError(

@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric, Metric
 from zoo.config import positive
 from zoo.context import ContextToDelta, Summary, summarise
 from zoo.delta import Delta, Full, LowRank, Patch, Scale
-from zoo.layers import FeedForward, Past, RMSNorm
+from zoo.layers import FeedForward, RMSNorm
 from zoo.models.base import Model, ModelConfig
+from zoo.past import Past
 from zoo.tasks import Task
 
 MATRICES = ("gate", "up", "down")
