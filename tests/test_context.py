@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.context import SOURCES, summarise
+from zoo.past import Past
 
 B, T, D = 2, 13, 4
 
@@ -53,6 +54,20 @@ def test_mean_equals_a_loop_over_tokens(source: str, n_context: int, chunk: int 
             assert as_entries(filled)[b, s].tolist() == [float(len(tokens) > 0)]
     assert as_entries(mean).shape == (B, len(reads), D)
     assert mean.dim() == (2 if source == "segment" else 3)
+
+
+@every_setting
+@pytest.mark.parametrize("first", [5, 8])
+def test_one_token_at_a_time(source: str, n_context: int, chunk: int | None, first: int) -> None:
+    z, past, n_context = torch.randn(B, T, D, dtype=torch.float64), Past(), min(n_context, first)
+    mean, filled = (as_entries(t) for t in summarise(z, source, n_context, chunk))
+    summarise(z[:, :first], source, n_context, chunk, past)
+    for t in range(first, T):
+        past.tokens = t
+        found = [as_entries(t) for t in summarise(z[:, t : t + 1], source, 0, chunk, past)]
+        entry = {"segment": 0, "chunk": t // (chunk or 1)}.get(source, t)
+        assert found[0].shape == (B, 1, D)
+        torch.testing.assert_close(found, [mean[:, [entry]], filled[:, [entry]]], rtol=0, atol=1e-14)
 
 
 @every_setting

@@ -96,6 +96,7 @@ def test_fold_fills_the_last_chunk_with_zeros() -> None:
     assert folded.shape == (B, 3, 3, D)
     assert torch.equal(folded.flatten(1, 2)[:, :7], x)
     assert not folded[:, 2, 1:].any()
+    assert torch.equal(fold(x, 100), x[:, None])  # a lone chunk is as long as it is
     assert fold(x, None) is x
 
 

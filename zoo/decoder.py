@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.context import ContextToDelta
 from zoo.delta import LowRank, Patch, Shear
 from zoo.layers import Block, FeedForward, Layout, RMSNorm
+from zoo.past import Past, check_past
 
 
 class Decoder(nn.Module):
@@ -92,9 +93,16 @@ class Decoder(nn.Module):
     def unembed(self, x_BTD: Tensor) -> Tensor:
         return self.head(self.norm(x_BTD))
 
-    def emit(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
+    def emit(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
         """The patch that the family itself emits; empty for the transformer."""
-        return self.context_to_delta(z_BTD, layer, n_context) if self.context_to_delta else Patch()
+        if self.context_to_delta is None:
+            return Patch()
+        more = {} if past is None else {"past": past}
+        return self.context_to_delta(z_BTD, layer, n_context, **more)
+
+    def new_past(self) -> list[Past]:
+        """What forward fills with the first tokens and extends with each further one."""
+        return [Past() for _ in self.blocks]
 
     def forward(
         self,
@@ -103,15 +111,22 @@ class Decoder(nn.Module):
         patches: Sequence[Patch] | None = None,
         positions: Tensor | None = None,
         added: Sequence[Patch] | None = None,
+        past: Sequence[Past] | None = None,
     ) -> tuple[Tensor, list[Patch]]:
         """Output (B,T,V) for tokens (B,T) or (B,T,token_dim), and the patch that each layer used.
 
         n_context: how many leading tokens are a separate context. patches: one per layer, total: nothing else is
         emitted. added: one per layer, weights and biases on top of what the family emits. positions (T,): where the
-        tokens stand; default as if nothing came before.
+        tokens stand; default as if nothing but `past` came before. past: from new_past(), changed in place: the first
+        call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
         """
         _check_context(tokens, n_context)
         layout = self.layout(tokens.shape[1], n_context, tokens.device)
+        if past is not None:
+            if self.independent_queries:
+                raise ValueError("a past needs tokens in sequence, but the queries of this task are independent")
+            check_past(past, len(self.blocks), tokens.shape[1], n_context)
+            layout = replace(layout, positions=past[0].tokens + layout.positions)
         if positions is not None:
             layout = replace(layout, positions=positions)
         for given in (patches, added):
@@ -119,13 +134,16 @@ class Decoder(nn.Module):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
         x_BTD, used = self.embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            v_BTD = block.attend(x_BTD, layout)
+            kept = None if past is None else past[layer]
+            v_BTD = block.attend(x_BTD, layout, kept)
             z_BTD = block.norm2(v_BTD)
-            patch = self.emit(z_BTD, layer, n_context) if patches is None else patches[layer]
+            patch = self.emit(z_BTD, layer, n_context, kept) if patches is None else patches[layer]
             if added is not None:
                 patch = patch.plus(added[layer])
             x_BTD = v_BTD + block.ffn(z_BTD, patch)
             used.append(patch)
+            if kept is not None:
+                kept.tokens += tokens.shape[1]
         return self.unembed(x_BTD), used
 
     def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.delta import Patch, Routing
+from zoo.past import Past
 
 
 class RMSNorm(nn.Module):
@@ -65,27 +66,31 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, kv_heads * self.width, bias=False)
         self.o = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         q_BHTd = self.q(x_BTD).view(B, T, self.heads, self.width).transpose(1, 2)
         k_BGTd = self.k(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
+        q_BHTd, k_BGTd = _rotate(q_BHTd, cos, sin), _rotate(k_BGTd, cos, sin)
+        if past is not None:
+            k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
         y_BHTd = F.scaled_dot_product_attention(
-            _rotate(q_BHTd, cos, sin),
-            _rotate(k_BGTd, cos, sin),
+            q_BHTd,
+            k_BGTd,
             v_BGTd,
             attn_mask=layout.mask,
-            is_causal=layout.mask is None,
+            is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
             enable_gqa=self.kv_heads < self.heads,
         )
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
 def fold(x_BTD: Tensor, chunk: int | None) -> Tensor:
-    """(B,T,D) as (B,S,c,D), the last chunk filled with zeros; unchanged if chunk is None."""
+    """(B,T,D) as (B,S,c,D), the last chunk filled with zeros, a lone one cut to c = T; unchanged if chunk is None."""
     if chunk is None:
         return x_BTD
+    chunk = min(chunk, max(x_BTD.shape[1], 1))
     x_BTD = F.pad(x_BTD, (0, 0, 0, -x_BTD.shape[1] % chunk))
     return x_BTD.unflatten(1, (-1, chunk))
 
@@ -204,5 +209,5 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = ffn
 
-    def attend(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        return x_BTD + self.attention(self.norm1(x_BTD), layout)
+    def attend(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
+        return x_BTD + self.attention(self.norm1(x_BTD), layout, past)

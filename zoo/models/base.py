@@ -6,7 +6,7 @@ Axes: B sequences, T tokens, V output numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from zoo import sampling
 from zoo.config import lookup, positive, strict
 from zoo.context import ContextToDelta
 from zoo.decoder import Decoder
@@ -150,6 +151,27 @@ class Model(L.LightningModule):
     def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
         """The total weight update that stands for the removed tokens; see Decoder.deltas."""
         return self.decoder.deltas(tokens, removed, n_context)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        n_context: int = 0,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time, each from the newest token alone.
+
+        n_context: how many leading tokens are a separate context. temperature 0 takes the likeliest id, above it draws
+        from softmax(logits / temperature) of the top_k likeliest (None: all) with `generator`: same seed, same ids.
+        Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
+        """
+        task = self.task
+        if not task.vocabulary or task.output_dim != task.vocabulary or task.independent_queries:
+            raise ValueError(f"task.name={task.config.name} has no next token: generate needs a task of token ids")
+        sampling.check(task.vocabulary, tokens, count, n_context, temperature, top_k)
+        return sampling.generate(self.decoder, tokens, count, n_context, temperature, top_k, generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, patches = self.decoder(batch.tokens, batch.n_context)

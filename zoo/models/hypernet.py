@@ -17,6 +17,7 @@ from zoo.context import ContextToDelta, Summary, summarise
 from zoo.delta import Delta, Full, LowRank, Patch, Scale
 from zoo.layers import FeedForward, RMSNorm
 from zoo.models.base import Model, ModelConfig
+from zoo.past import Past
 from zoo.tasks import Task
 
 MATRICES = ("gate", "up", "down")
@@ -140,10 +141,13 @@ class EmittedDelta(ContextToDelta):
         self.generator = Generator(config)
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
-    def forward(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
+    def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
         config = self.config
         assert config.context is not None
-        summary = summarise(z_BTD, config.context, n_context, config.chunk)
+        chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
+        summary = summarise(z_BTD, config.context, n_context, config.chunk, past)
+        if past is not None and past.patch is not None and past.within(chunk):
+            return past.patch
         if self.constant is not None:
             summary = Summary(self.constant.expand_as(summary.mean), torch.ones_like(summary.filled))
         core = None
@@ -151,8 +155,10 @@ class EmittedDelta(ContextToDelta):
             # the context's own tokens pass the FFN as it is; one product over all rows keeps the baseline's rounding
             B, T, _ = z_BTD.shape
             core = (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
-        chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
-        return Patch(weights=self.generator(summary, layer, core), chunk=chunk)
+        patch = Patch(weights=self.generator(summary, layer, core), chunk=chunk)
+        if past is not None and chunk != 1:
+            past.patch = patch.at(torch.tensor([z_BTD.shape[1] - 1], device=z_BTD.device))
+        return patch
 
     def flops_per_token(self, tokens: int) -> float:
         config = self.config

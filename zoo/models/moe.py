@@ -20,6 +20,7 @@ from zoo.context import ContextToDelta, summarise
 from zoo.delta import Patch, Routing
 from zoo.layers import FeedForward, RMSNorm
 from zoo.models.base import Model, ModelConfig
+from zoo.past import Past
 from zoo.tasks import Task
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -133,24 +134,24 @@ class RoutedDelta(ContextToDelta):
             self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
         self.counts: dict[int, Tensor] = {}
 
-    def _state(self, z_BTD: Tensor, layer: int, n_context: int) -> Tensor:
+    def _state(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None) -> Tensor:
         """What the router reads at each token, (B,T,D)."""
         if self.norms is None or self.empty is None:
             return z_BTD
         T = z_BTD.shape[1]
         if self.config.chunk:
-            mean, filled = summarise(z_BTD, "chunk", 0, self.config.chunk)
+            mean, filled = summarise(z_BTD, "chunk", 0, self.config.chunk, past)
             mean, filled = (t.repeat_interleave(self.config.chunk, 1)[:, :T] for t in (mean, filled))
         else:
             # the context's own tokens route on what they have seen so far, queries on all of it
             seen_BCD = summarise(z_BTD[:, :n_context], "running", 0).mean
-            whole_BD, filled_B1 = summarise(z_BTD, "segment", n_context)
+            whole_BD, filled_B1 = summarise(z_BTD, "segment", n_context, past=past)
             mean = torch.cat([seen_BCD, whole_BD[:, None].expand(-1, T - n_context, -1)], 1)
             filled = filled_B1[:, None]
         return torch.where(filled > 0, self.norms[layer](mean), self.empty[layer])
 
-    def forward(self, z_BTD: Tensor, layer: int, n_context: int) -> Patch:
-        routing = self.routers[layer](self._state(z_BTD, layer, n_context))
+    def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
+        routing = self.routers[layer](self._state(z_BTD, layer, n_context, past))
         if self.config.bias_rate and self.training and torch.is_grad_enabled():
             count_E = expert_counts(routing, self.config.experts)
             self.counts[layer] = self.counts.get(layer, 0) + count_E

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +78,14 @@ class Text(Task):
             rows[row] = ids[start : start + self.tokens + 1]
         window = torch.from_numpy(rows)
         return Batch(window[:, :-1], window[:, 1:], 0, group=torch.from_numpy(group))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a document that begins with `text`."""
+        return [START, *text.encode()]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes among `ids`; starts of documents have none."""
+        return bytes(i for i in ids if i != START)
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each byte; starts of documents are given, not predicted."""

@@ -1,0 +1,189 @@
+"""The command that continues a text: what it prints, how it streams, and the one line that mistakes get."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_imports import modules
+from test_past import Recall, recall
+from test_readme import ROOT, blocks
+from torch import Tensor
+
+import zoo
+from zoo import sampling
+from zoo.checkpoint import SCHEMA
+from zoo.generate import main
+from zoo.models import MODELS
+from zoo.tasks import TASKS
+from zoo.tasks.corpus import START
+
+__all__ = ["recall"]
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Untrained models of text, of a context and of noise, saved."""
+    folder, saved = tmp_path_factory.mktemp("checkpoints"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "recall", Recall)
+        for task in ("text", "recall", "noise"):
+            torch.manual_seed(0)
+            model = MODELS["hypernet"](
+                model={"name": "hypernet", "dim": 16, "layers": 2, "heads": 2, "hidden": 24, "code_dim": 8},
+                task={"name": task},
+                optim={},
+            )
+            content = {
+                "zoo": {"schema": SCHEMA},
+                "hyper_parameters": dict(model.hparams),
+                "state_dict": model.state_dict(),
+            }
+            torch.save(content, folder / f"{task}.ckpt")
+            saved[task] = str(folder / f"{task}.ckpt")
+    return saved
+
+
+def test_the_command_prints_what_the_loaded_model_generates(
+    checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for seed in ("3", "3", "4"):
+        assert main([checkpoints["text"], "Ünder", "--count", "30", "--seed", seed]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    model, prompt = zoo.load(checkpoints["text"]), [START, *"Ünder".encode()]
+    generator = torch.Generator().manual_seed(3)
+    found = [int(token) for token in model.generate(torch.tensor([prompt]), 30, 0, 0.8, 40, generator)]
+    assert START not in found
+    expected = "Ünder" + bytes(found).decode(errors="replace") + "\n"
+    assert len(printed[0]) == len(expected)
+    assert all(a == b or (a == "\ufffd" and not b.isprintable()) for a, b in zip(printed[0], expected, strict=True))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    stream = iter(numbers)
+    monkeypatch.setattr(sampling, "choose", lambda *_: torch.tensor([next(stream)]))
+
+
+def test_text_is_streamed_and_ends_at_the_start_of_a_document(
+    checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    scripted(monkeypatch, 65, 0xC3, 0xA9, 0xFF, 0x1B, 9, 0xE2, 0x82, START, 66)
+    assert main([checkpoints["text"], "", "--count", "10"]) == 0
+    # é comes with its second byte; FF is no UTF-8, ESC would command the terminal, E2 82 is cut short
+    assert [text for text in written if text] == ["A", "é", "\ufffd", "\ufffd", "\t", "\ufffd", "\n"]
+
+
+def test_the_context_reaches_the_model(
+    checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "context.txt").write_text("someß")
+    outputs = []
+    for context in ("someß", f"@{tmp_path / 'context.txt'}", "other"):
+        assert main([checkpoints["recall"], "ab", "--context", context, "--count", "20", "--temperature", "0"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    model = zoo.load(checkpoints["recall"])
+    tokens = torch.tensor([[*"someß".encode(), START, *b"ab"]])
+    generated = [int(token) for token in model.generate(tokens, 20, 6)]
+    assert outputs[0].startswith("ab" + bytes(generated[:1]).decode(errors="replace"))
+
+
+ANSWERS = [
+    (["runs/nothing", "a"], "no checkpoint at runs/nothing: give a .ckpt file, or a run folder"),
+    ([__file__, "a"], "is damaged or no checkpoint"),
+    (["noise", "a"], "the model was trained on task.name=noise, which has no text"),
+    (["recall", "a"], "task.name=recall with a separate context: give --context"),
+    (["text", "a", "--context", "b"], "task.name=text without a separate context: leave out --context"),
+    (["recall", "a", "--context", "@missing.txt"], "--context=@missing.txt: No such file or directory"),
+    (["recall", "a", "--context", "@LATIN"], "is no UTF-8 text: "),
+    (["text", "a", "--count", "0"], "count=0 must be at least 1"),
+    (["text", "a", "--temperature", "-1"], "temperature=-1.0 must be"),
+    (["text", "a", "--top-k", "0"], "top_k=0 must lie"),
+    (["text", "a", "--seed", "-1"], "--seed=-1 must lie between 0 and 2^63 - 1"),
+    (["text", "\udcff"], "surrogates not allowed"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "answer"), ANSWERS)
+def test_mistakes_get_one_line_and_exit_code_2(
+    arguments: list[str], answer: str, checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    arguments = [checkpoints.get(a, a).replace("LATIN", str(tmp_path / "latin")) for a in arguments]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert answer in line
+
+
+def test_ctrl_c_ends_the_line(
+    checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Iterator[Tensor]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "choose", interrupted)
+    assert main([checkpoints["text"], "ab"]) == 130
+    assert capsys.readouterr() == ("ab\n", "")
+
+
+def test_help_loads_no_torch_and_unknown_options_end_with_2() -> None:
+    code = "import runpy; sys.argv = ['generate', '--help']; runpy.run_module('zoo.generate', run_name='__main__')"
+    loaded, printed = modules(code)
+    assert "torch" not in loaded
+    assert "python -m zoo.generate [-h]" in printed
+    with pytest.raises(SystemExit) as stop:
+        main(["--counts", "3"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_command_as_a_process(tmp_path: Path) -> None:
+    metrics = zoo.train(
+        model={"name": "moe", "dim": 16, "layers": 2, "heads": 2, "hidden": 24, "route_on": "context"},
+        task={"name": "text", "domains": ["code"], "tokens": 64},
+        optim={"steps": 20, "warmup": 2, "batch_size": 8},
+        trainer={"enable_progress_bar": False, "accelerator": "cpu"},
+        validation_batches=1,
+        test_batches=1,
+        out=str(tmp_path / "run"),
+    )
+    for path, code in ((tmp_path / "run", 0), (metrics["checkpoint"], 0), (tmp_path / "nothing", 2)):
+        command = [sys.executable, "-m", "zoo.generate", str(path), "def ", "--count", "50"]
+        done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=120)
+        assert done.returncode == code
+        assert (done.stdout.startswith(b"def "), done.stderr.startswith(b"error: ")) == (code == 0, code == 2)
+
+
+def test_the_page_runs(checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "generate.md").read_text()
+    for folder, task in (("transformer-text", "text"),):
+        best = tmp_path / "runs" / folder / "ID" / "checkpoints" / "best.ckpt"
+        best.parent.mkdir(parents=True)
+        best.write_bytes(Path(checkpoints[task]).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in blocks(page, "python"):
+        exec(code, names)
+    assert names["text"].shape == (2, 40)

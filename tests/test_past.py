@@ -1,0 +1,322 @@
+"""One token at a time equals the full forward pass, for every family, at the cost of one token.
+
+Axes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import AUTOREGRESSIVE, Case
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.layers import FeedForward
+from zoo.models import MODELS, Model
+from zoo.models.hypernet import Generator
+from zoo.past import Past
+from zoo.sampling import choose
+from zoo.tasks import TASKS, Batch, Task
+from zoo.tasks.corpus import START
+
+EXACT, MISS = 1e-10, 1e-2
+LENGTH = 22
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    name: str = "recall"
+
+
+class Recall(Task):
+    """Token ids with a separate context and queries in sequence."""
+
+    Config = RecallConfig
+    headline = "nats"
+    vocabulary = output_dim = START + 1
+    n_context, tokens = 6, 14
+
+    def batch(self, split: str, k: int, size: int) -> Batch:
+        ids = torch.randint(START, (size, self.tokens + 1), generator=self.generator(split, k))
+        return Batch(ids[:, :-1], ids[:, 1 + self.n_context :], self.n_context)
+
+    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    references = evaluate = errors  # type: ignore[assignment]
+
+    def encode(self, text: str) -> list[int]:
+        return [START, *text.encode()]
+
+    def encode_context(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in ids if i != START)
+
+
+@pytest.fixture(autouse=True)
+def recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "recall", Recall)
+
+
+WITH_CONTEXT = [
+    Case("transformer", "transformer", "recall", {}),
+    Case("transformer-gqa", "transformer", "recall", {"kv_heads": 1}),
+    Case("segment", "hypernet", "recall", {}),
+    Case("segment-attend", "hypernet", "recall", {"attend_context": True}),
+    Case("segment-full-gqa", "hypernet", "recall", {"emission": "full", "kv_heads": 1}),
+    Case(
+        "segment-scale-attend-tied", "hypernet", "recall", {"emission": "scale", "attend_context": True, "tied": True}
+    ),
+    Case("segment-down", "hypernet", "recall", {"matrices": ["down"], "rank": 2}),
+    Case("segment-constant", "hypernet", "recall", {"code": "constant", "attend_context": True}),
+    Case("moe", "moe", "recall", {}),
+    Case("moe-context", "moe", "recall", {"route_on": "context"}),
+    Case("moe-context-reference", "moe", "recall", {"route_on": "context", "backend": "reference", "shared": 1}),
+]
+MORE = [
+    Case("chunk-full", "hypernet", "noise", {"chunk": 5, "emission": "full"}),
+    Case("chunk-constant", "hypernet", "noise", {"chunk": 4, "code": "constant"}),
+    Case("chunk-one", "hypernet", "noise", {"chunk": 1}),
+    Case("token-scale", "hypernet", "noise", {"context": "token", "emission": "scale"}),
+    Case("moe-chunk-linear", "moe", "noise", {"route_on": "context", "chunk": 5, "score": "linear", "shared": 1}),
+]
+ALL = AUTOREGRESSIVE + MORE + WITH_CONTEXT
+BY_NAME = {case.name: case for case in ALL}
+every_case = pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case.task}-{case.name}")
+
+
+def build(case: Case) -> Model:
+    """The case's model in float64 and eval mode, nothing of it zero."""
+    if case.task != "recall":
+        return cases.build(case)
+    sizes = {"dim": 16, "layers": 2, "heads": 2, "hidden": 12}
+    code = {"code_dim": 8} if case.family == "hypernet" else {}
+    model = MODELS[case.family](
+        model={"name": case.family, **sizes, **code, **case.options}, task={"name": "recall"}, optim={}
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model.double().eval()
+
+
+def ids(model: Model, length: int = LENGTH) -> Tensor:
+    return torch.randint(model.task.vocabulary or 0, (3, length), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def full_logits(model: Model, tokens: Tensor, prompt: int, n_context: int) -> Tensor:
+    """The last logits of a forward pass over everything, for each length from `prompt` on: (B,steps,V)."""
+    return torch.stack([model(tokens[:, :t], n_context)[:, -1] for t in range(prompt, tokens.shape[1] + 1)], 1)
+
+
+@torch.no_grad()
+def cached_logits(model: Model, tokens: Tensor, prompt: int, n_context: int) -> Tensor:
+    """The same from one token at a time."""
+    past = model.decoder.new_past()
+    logits = [model.decoder(tokens[:, :prompt], n_context, past=past)[0][:, -1]]
+    logits += [model.decoder(tokens[:, t : t + 1], past=past)[0][:, 0] for t in range(prompt, tokens.shape[1])]
+    return torch.stack(logits, 1)
+
+
+def error(model: Model, prompt: int, n_context: int) -> float:
+    arguments = model, ids(model), prompt, n_context
+    return (cached_logits(*arguments) - full_logits(*arguments)).abs().max().item()
+
+
+@every_case
+@pytest.mark.parametrize("after", [1, 3, 4, 7])
+def test_cached_logits_equal_those_of_the_full_forward(case: Case, after: int) -> None:
+    model = build(case)
+    n_context = model.task.n_context
+    assert error(model, n_context + after, n_context) <= EXACT
+
+
+@pytest.mark.parametrize("case", WITH_CONTEXT, ids=lambda case: case.name)
+@pytest.mark.parametrize("n_context", [0, 2, 11])
+def test_contexts_of_any_length(case: Case, n_context: int) -> None:
+    assert error(build(case), n_context + 2, n_context) <= EXACT
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
+@torch.no_grad()
+def test_tokens_are_those_of_a_loop_over_full_forwards(case: Case, dtype: torch.dtype, temperature: float) -> None:
+    model = build(case).to(dtype)
+    n_context = model.task.n_context
+    prompt = ids(model, n_context + 3)
+    expected, generators = prompt, [torch.Generator().manual_seed(7) for _ in range(2)]
+    for _ in range(16):  # over three borders of chunks of 4 or 5
+        logits = model(expected, n_context)[:, -1]
+        expected = torch.cat([expected, choose(logits, temperature, None, generators[0])[:, None]], 1)
+    found = torch.stack([*model.generate(prompt, 16, n_context, temperature, None, generators[1])], 1)
+    assert torch.equal(found, expected[:, prompt.shape[1] :])
+    assert len(found.unique()) > 3 or not temperature
+
+
+LOW_PRECISION = ["hypernet-running", "hypernet-chunk", "moe-context-chunk", "transformer-noise-gqa-tied"]
+
+
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_bfloat16_is_near(name: str) -> None:
+    model = build(BY_NAME[name]).bfloat16()
+    tokens = ids(model)
+    expected, found = (logits(model, tokens, 6, 0).float() for logits in (full_logits, cached_logits))
+    # a rounded score may choose another expert: most tokens must be near, not all
+    distance = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert distance.median() < 0.03
+
+
+# what must be seen to fail
+
+
+@pytest.mark.parametrize("name", ["hypernet-chunk", "hypernet-chunk-scale-tied", "chunk-full"])
+def test_a_patch_that_stays_past_its_chunk_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Past, "within", lambda self, chunk: self.tokens > 0)
+    assert error(build(BY_NAME[name]), 6, 0) > MISS
+
+
+@pytest.mark.parametrize("name", ["hypernet-chunk", "hypernet-running", "moe-context-chunk", "segment", "moe-context"])
+def test_a_forgotten_context_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(BY_NAME[name])
+    original = type(model.decoder.context_to_delta).forward
+
+    def forgetful(self: Any, z: Tensor, layer: int, n_context: int, past: Past | None = None) -> Any:
+        return original(self, z, layer, n_context)
+
+    monkeypatch.setattr(type(model.decoder.context_to_delta), "forward", forgetful)
+    assert error(model, model.task.n_context + 6, model.task.n_context) > MISS
+
+
+@pytest.mark.parametrize("name", ["segment", "segment-full-gqa", "segment-down"])
+def test_keys_of_a_context_that_nobody_attends_to_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Past.extend
+    monkeypatch.setattr(Past, "extend", lambda self, k, v, mask: original(self, k, v, None))
+    assert error(build(BY_NAME[name]), 9, 6) > MISS
+
+
+# what it costs
+
+
+@torch.no_grad()
+def kept(case: Case, steps: int) -> list[Past]:
+    model = build(case)
+    past, tokens, n = model.decoder.new_past(), ids(model), model.task.n_context
+    model.decoder(tokens[:, : n + 2], n, past=past)
+    for t in range(n + 2, n + 2 + steps):
+        model.decoder(tokens[:, t : t + 1], past=past)
+    return past
+
+
+@every_case
+def test_what_is_kept(case: Case) -> None:
+    for past in kept(case, 5):
+        model = build(case)
+        n = model.task.n_context
+        heads, width = model.config.kv_heads, 16 // 2
+        assert past.tokens == n + 7
+        attended = past.tokens if model.decoder.attend_context else 7
+        assert past.keys is not None
+        assert past.values is not None
+        assert past.keys.shape == past.values.shape == (3, heads, attended, width)
+        others = [
+            value for name, value in vars(past).items() if name not in ("keys", "values") and torch.is_tensor(value)
+        ]
+        assert all(value.shape == (3, 1, 16) for value in others)
+
+
+GENERATED = {  # calls per layer for a prompt of 6 tokens and 14 more
+    "hypernet-chunk": 1 + 3,  # borders at 8, 12, 16
+    "chunk-full": 1 + 2,  # at 10, 15
+    "hypernet-running": 15,
+    "hypernet-token": 15,
+}
+
+
+@pytest.mark.parametrize("name", [*GENERATED, "segment", "segment-attend", "transformer", "moe-context-chunk"])
+def test_each_step_runs_its_own_token_and_each_context_generates_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, shapes = build(BY_NAME[name]), [], []
+    for cls, record in ((Generator, lambda x: calls.append(x)), (FeedForward, lambda x: shapes.append(x.shape[1]))):
+        original = cls.forward
+
+        def spy(self: Any, x: Any, *rest: Any, original: Any = original, record: Any = record) -> Any:
+            record(x)
+            return original(self, x, *rest)
+
+        monkeypatch.setattr(cls, "forward", spy)
+    n = model.task.n_context
+    assert len([*model.generate(ids(model, n + 6), 15, n)]) == 15
+    assert shapes == [n + 6] * 2 + [1] * 2 * 14
+    expected = GENERATED.get(name, 1) if model.config.name == "hypernet" else 0
+    assert len(calls) == 2 * expected
+
+
+COSTS = ["transformer-noise-gqa-tied", "hypernet-chunk", "chunk-full", "hypernet-running", "hypernet-token"]
+COSTS += ["moe-token-top1-shared", "moe-context-chunk", "segment-full-gqa", "segment-attend", "moe-context"]
+
+
+@pytest.mark.parametrize("name", COSTS)
+@torch.no_grad()
+def test_a_late_step_costs_what_an_early_one_does_attention_aside(name: str) -> None:
+    model = build(BY_NAME[name]).requires_grad_(False)
+    past, tokens, n, costs = model.decoder.new_past(), ids(model, 42), model.task.n_context, {}
+    model.decoder(tokens[:, : n + 3], n, past=past)
+    for t in range(n + 3, 42):
+        count = FlopCounterMode(display=False) if t in (20, 21, 40, 41) else nullcontext()
+        with count as counter, sdpa_kernel(SDPBackend.MATH):
+            model.decoder(tokens[:, t : t + 1], past=past)
+        if counter:
+            keys = past[0].keys.shape[2]  # type: ignore[union-attr]
+            costs[t] = counter.get_total_flops() - 3 * 4 * model.config.dim * model.config.layers * keys
+    makes_updates = "chunk" in name and model.config.name == "hypernet"  # at 20 and 40
+    assert costs[20] == costs[40]
+    assert costs[21] == costs[41]
+    assert (costs[40] > costs[41]) == makes_updates
+
+
+def test_a_past_can_be_copied_to_branch_a_text() -> None:
+    model = build(BY_NAME["hypernet-chunk"])
+    tokens, past = ids(model), model.decoder.new_past()
+    with torch.no_grad():
+        model.decoder(tokens[:, :6], past=past)
+        branch = copy.deepcopy(past)
+        model.decoder(tokens[:, 6:7], past=past)
+        other = model.decoder(tokens[:, 9:10], past=branch)[0]
+        expected = model(torch.cat([tokens[:, :6], tokens[:, 9:10]], 1))[:, -1:]
+    torch.testing.assert_close(other, expected)
+
+
+TOKENS = torch.zeros(2, 5, dtype=torch.long)
+
+
+def test_independent_queries_have_no_past() -> None:
+    model = cases.build(cases.CASES[0])
+    with pytest.raises(ValueError, match="the queries of this task are independent"):
+        model.decoder(cases.batch_of(model).tokens, 7, past=model.decoder.new_past())
+
+
+def test_calls_that_do_not_fit_the_past_are_refused() -> None:
+    decoder = build(BY_NAME["segment"]).decoder
+    past = decoder.new_past()
+    with pytest.raises(ValueError, match="all 5 tokens are context"):
+        decoder(TOKENS, 5, past=past)
+    with pytest.raises(ValueError, match="1 pasts for 2 layers"):
+        decoder(TOKENS, 3, past=past[:1])
+    decoder(TOKENS, 3, past=past)
+    for tokens, n_context in ((TOKENS, 0), (TOKENS[:, :1], 1)):
+        with pytest.raises(ValueError, match=f"n_context={n_context} after 5 others: pass the next token alone"):
+            decoder(tokens, n_context, past=past)
