@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,11 @@ class TextConfig:
     domains: tuple[Literal["code", "medicine", "law", "speeches"], ...] = ("code", "medicine", "law", "speeches")
 
 
+def domain_ids(domains: Sequence[str]) -> list[dict[str, np.ndarray]]:
+    """Byte ids of each domain by split; raises ValueError where a domain's package is missing."""
+    return [corpus.prepare(domain, origin(domain), DOMAINS[domain]) for domain in domains]
+
+
 @functools.lru_cache(maxsize=16)
 def _order(blocks: int, seed: int, split: str, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(blocks)
@@ -54,7 +60,7 @@ class Text(Task):
     @functools.cached_property
     def ids(self) -> list[dict[str, np.ndarray]]:
         """Token ids of each domain by split."""
-        ids = [corpus.prepare(domain, origin(domain), DOMAINS[domain]) for domain in self.domains]
+        ids = domain_ids(self.domains)
         shortest = min(len(split) for splits in ids for split in splits.values())
         if self.tokens >= shortest:
             raise ValueError(f"task.tokens={self.tokens} must be below {shortest}, the bytes of the shortest split")
@@ -62,6 +68,14 @@ class Text(Task):
 
     def prepare(self) -> None:
         _ = self.ids
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a document, its start first."""
+        return [START, *text.encode()]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for; starts of documents have none."""
+        return bytes(token for token in ids if token != START)
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         """Sequence j of a split comes from domain j mod D. A domain gives blocks of T+1 ids that overlap by one, all of
