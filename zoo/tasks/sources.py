@@ -19,6 +19,7 @@ from zoo.tasks.corpus import Part, byte_ids
 TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".xml", ".log")
 EVERY = 20  # one document in so many goes to each split that a set lacks
+BATCH = 1000  # rows that are read at once
 TIMEOUT = 5  # seconds for the hub to answer
 
 
@@ -106,21 +107,21 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
         for split in ("train", "validation", "test"):
             if split not in sets:
                 continue
-            for place, text in enumerate(islice(_rows(sets[split], column), documents)):
+            for place, text in enumerate(islice(_rows(sets[split], column, documents), documents)):
                 turn = place % EVERY
                 lent = split == "train" and turn < len(missing)
                 yield missing[turn] if lent else split, byte_ids(text)
 
 
-def _rows(rows: Any, column: str) -> Iterator[bytes]:
-    """The texts of a column of a set; rows without text are left out."""
+def _rows(rows: Any, column: str, wanted: int | None = None) -> Iterator[bytes]:
+    """The texts of a column of a set; rows without text are left out. A stream is read little beyond what is wanted."""
     for first in rows.iter(1):
         if column not in first:
             raise ValueError(f"has no column {column}: choose one of {', '.join(first)} with task.column=…")
         break
     else:
         return
-    for batch in rows.select_columns([column]).iter(1000):
+    for batch in rows.select_columns([column]).iter(min(BATCH, wanted or BATCH)):
         for text in batch[column]:
             if not isinstance(text, str | None):
                 raise ValueError(f"column {column} holds {type(text).__name__}, not text")
