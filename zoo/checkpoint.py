@@ -72,6 +72,8 @@ def read(path: Path) -> dict[str, Any]:
             known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
             raise ValueError(f"{path} has schema {schema!r:.40}, this zoo ({__version__}) reads {known}")
         checkpoint = UPGRADES[schema](checkpoint)
+    if not isinstance(checkpoint.get("task", {}), dict):
+        raise ValueError(f"{path} must hold the state of its task as a dict, got {checkpoint['task']!r:.40}")
     options = checkpoint["hyper_parameters"]
     if {key: type(value) for key, value in options.items()} != OPTIONS:
         raise ValueError(f"{path} must hold the options {', '.join(OPTIONS)}, got {options!r:.200}")
@@ -90,6 +92,7 @@ def load(path: str | Path) -> Model:
         model = lookup(options["model"].get("name"), MODELS, "model")(**options)
         if dict(model.hparams) != options:
             raise ValueError("; ".join(differences(options, dict(model.hparams))))
+        model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{file} does not fit this zoo: {' '.join(str(error).split())[:400]}") from None

@@ -217,6 +217,12 @@ class Model(L.LightningModule):
         if self.decoder.context_to_delta:
             self.decoder.context_to_delta.after_step()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task"] = self.task.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.task.restore(checkpoint.get("task", {}))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = list(self.decoder.parameters())
         groups = [

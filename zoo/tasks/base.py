@@ -69,6 +69,15 @@ class Task(ABC):
         """Gets the data ready before a run starts; raises ValueError where it cannot be had."""
         return
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the options, as plain values, such as a tokenizer."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over the state of a checkpoint; raises ValueError for what state() cannot have given."""
+        if state:
+            raise ValueError(f"task.name={self.config.name} has no state, got {', '.join(map(str, state))}")
+
     @abstractmethod
     def batch(self, split: str, k: int, size: int) -> Batch:
         """Global batch k of a split, `size` sequences; the same on every machine and process."""

@@ -1,7 +1,8 @@
-"""Documents as token ids on disk: a folder per domain with one flat file per split, and hashes that prove it whole.
+"""Text as token ids on disk: a folder with one flat file per split, and hashes that prove it whole.
 
-Ids 0–255 are bytes, 256 marks the start of a document. The folders lie in $ZOO_CACHE, else ~/.cache/zoo. Any number
-of processes may prepare the same domain at once; what is damaged or cut short is made anew.
+Ids 0–255 are bytes, 256 marks the start of a document. The folders lie in $ZOO_CACHE, else ~/.cache/zoo. They are
+written as the text comes, so no corpus has to fit into memory. Any number of processes may prepare the same folder at
+once; what is damaged or cut short is made anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,55 +23,129 @@ from zoo.tasks.base import SPLITS
 START = 256
 HELD_OUT = 0.05
 FORMAT = 1  # part of every key: raise it when the files below would come out differently
+STEP = 1 << 24  # ids that are handled at once
+
+Part = tuple[str, np.ndarray | bytes]
+"""The name of a file, a split for text, and what comes next in it."""
 
 
-def split_documents(domain: str, documents: Iterable[tuple[str, bytes]]) -> dict[str, np.ndarray]:
-    """Token ids (uint16) of each split. Documents, ordered by the hash of DOMAIN/NAME, fill test, then validation, with
-    5 % of all bytes each, at least one document; the rest trains. Raises ValueError for fewer than three documents."""
-    ordered = sorted(documents, key=lambda document: hashlib.sha256(f"{domain}/{document[0]}".encode()).digest())
-    if len(ordered) < len(SPLITS):
-        raise ValueError(f"{len(ordered)} documents of {domain} are too few: each split needs one")
-    parts = [np.concatenate([[START], np.frombuffer(text, np.uint8)]).astype(np.uint16) for _, text in ordered]
-    share, splits = HELD_OUT * sum(map(len, parts)), {}
-    for split, kept in (("test", 2), ("validation", 1), ("train", 0)):
-        taken: list[np.ndarray] = []
-        while len(parts) > kept and (split == "train" or sum(map(len, taken)) < share):
-            taken.append(parts.pop(0))
-        splits[split] = np.concatenate(taken)
-    return splits
+def cache() -> Path:
+    """The folder that holds all others; it is made if need be."""
+    folder = Path(os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "zoo")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def prepare(domain: str, origin: str, documents: Callable[[], Iterable[tuple[str, bytes]]]) -> dict[str, np.ndarray]:
-    """Token ids by split, memory-mapped; made from `documents` at the first call with this `origin`, which must change
-    whenever the text would, and read back afterwards."""
-    key = f"{FORMAT} {domain} {origin}"
-    cache = Path(os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "zoo")
-    folder = cache / f"{domain}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not _whole(folder):
-        try:
-            _build(folder, key, split_documents(domain, documents()))
-        except OSError as error:
-            raise ValueError(f"task=text cannot prepare {domain}: {error}; ZOO_CACHE names another folder") from error
+def byte_ids(text: bytes) -> np.ndarray:
+    """A document as ids (uint16), its start first."""
+    ids = np.full(len(text) + 1, START, np.uint16)
+    ids[1:] = np.frombuffer(text, np.uint8)
+    return ids
+
+
+def texts(ids: np.ndarray) -> Iterator[bytes]:
+    """The documents that byte ids hold; ids begin with a start."""
+    steps = range(0, len(ids), STEP)
+    starts = np.concatenate([first + np.flatnonzero(ids[first : first + STEP] == START) for first in steps])
+    for first, last in pairwise([*starts.tolist(), len(ids)]):
+        yield ids[first + 1 : last].astype(np.uint8).tobytes()
+
+
+def split_documents(source: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Part]:
+    """Byte ids of each split, document by document. Documents, ordered by the hash of SOURCE/NAME, fill test, then
+    validation, with 5 % of all ids each, at least one document; the rest trains. Fewer than three documents are cut:
+    the first 90 % of their bytes train, then 5 % validate, then 5 % test. Raises ValueError if there is no document."""
+    with tempfile.TemporaryFile(dir=cache()) as spool:
+        keys, ends = [], [0]
+        for name, text in documents:
+            spool.write(text)
+            keys.append(hashlib.sha256(f"{source}/{name}".encode()).digest())
+            ends.append(ends[-1] + len(text))
+
+        def read(first: int, last: int) -> Iterator[np.ndarray]:
+            yield np.array([START], np.uint16)
+            spool.seek(first)
+            for place in range(first, last, STEP):
+                yield np.frombuffer(spool.read(min(STEP, last - place)), np.uint8).astype(np.uint16)
+
+        if not keys:
+            raise ValueError(f"{source} holds no text")
+        if len(keys) < len(SPLITS):
+            held = int(ends[-1] * HELD_OUT)
+            cuts = [0, ends[-1] - 2 * held, ends[-1] - held, ends[-1]]
+            for split, (first, last) in zip(SPLITS, pairwise(cuts), strict=True):
+                for begin, end in pairwise(ends):  # in the order in which they came
+                    if max(first, begin) < min(last, end):
+                        yield from ((split, ids) for ids in read(max(first, begin), min(last, end)))
+            return
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        share = HELD_OUT * (ends[-1] + len(keys))
+        for split, kept in (("test", 2), ("validation", 1), ("train", 0)):
+            taken = 0
+            while len(order) > kept and (split == "train" or taken < share):
+                document = order.pop(0)
+                taken += ends[document + 1] - ends[document] + 1
+                yield from ((split, ids) for ids in read(ends[document], ends[document + 1]))
+
+
+def prepare(
+    name: str,
+    origin: str,
+    parts: Callable[[], Iterable[Part]],
+    files: Iterable[str] = tuple(SPLITS),
+    suffix: str = ".bin",
+) -> Path:
+    """The folder with `files`; made from `parts` at the first call with this `origin`, which must change whenever they
+    would, and found again afterwards. Raises ValueError if it cannot be written or a file has no part."""
+    key = f"{FORMAT} {name} {origin}"
+    names = {file: file + suffix for file in files}
+    try:
+        folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not _whole(folder, set(names.values())):
+            _build(folder, key, names, parts())
+    except OSError as error:
+        raise ValueError(f"task=text cannot prepare {name}: {error}; ZOO_CACHE names another folder") from error
+    return folder
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """The ids (uint16) of each split, memory-mapped."""
     return {split: np.memmap(folder / f"{split}.bin", np.uint16, "r") for split in SPLITS}
 
 
-def _build(folder: Path, key: str, splits: dict[str, np.ndarray]) -> None:
+def digest(folder: Path) -> str:
+    """A hash of all that a folder holds."""
+    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part]) -> None:
     """Each file is moved into place whole; processes that build at once replace equal files."""
-    files = {f"{split}.bin": ids.tobytes() for split, ids in splits.items()}
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["manifest.json"] = json.dumps({"key": key, "sha256": hashes}, indent=2).encode()
-    folder.mkdir(parents=True, exist_ok=True)
+    hashes = {name: hashlib.sha256() for name in names.values()}
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
-        for name, content in files.items():
-            path = Path(temporary, name)
-            path.write_bytes(content)
-            path.replace(folder / name)
+        with ExitStack() as stack:
+            opened = {name: stack.enter_context(Path(temporary, name).open("wb")) for name in hashes}
+            for file, content in parts:
+                data = content if isinstance(content, bytes) else content.data
+                opened[names[file]].write(data)
+                hashes[names[file]].update(data)
+            empty = [file for file, name in names.items() if not opened[name].tell()]
+        if empty:
+            raise ValueError(f"{key.split()[1]} holds no text for {' and '.join(empty)}")
+        manifest = {"key": key, "sha256": {name: value.hexdigest() for name, value in hashes.items()}}
+        Path(temporary, "manifest.json").write_text(json.dumps(manifest, indent=2))
+        folder.mkdir(exist_ok=True)
+        for name in [*hashes, "manifest.json"]:
+            Path(temporary, name).replace(folder / name)
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path, names: set[str]) -> bool:
     try:
         hashes = json.loads((folder / "manifest.json").read_bytes())["sha256"]
-        files = {f"{split}.bin": (folder / f"{split}.bin").read_bytes() for split in SPLITS}
-        return hashes == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        return set(hashes) == names and all(hashes[name] == _sha256(folder / name) for name in names)
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

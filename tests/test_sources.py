@@ -1,0 +1,341 @@
+"""Local files and hub sets: what becomes a document, which split it goes to, and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+
+from zoo.tasks import sources
+from zoo.tasks.corpus import texts
+from zoo.tasks.text import Text
+
+ROOT = Path(__file__).parents[1]
+SPLITS = ("train", "validation", "test")
+STORIES = [f"Story {k}.\nSecond “line” of {k}.\n" + "x" * k for k in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty; neither prepared text nor a cache of `datasets` is there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def parquet(path: str, rows: list[Any], column: str = "text") -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"number": list(range(len(rows))), column: rows}).to_parquet(path)
+    return path
+
+
+def jsonl(path: str, rows: list[Any], column: str = "text") -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps({"number": k, column: row}) + "\n" for k, row in enumerate(rows)))
+    return path
+
+
+def array(path: str, rows: list[Any], column: str = "text") -> str:
+    Path(path).write_text(json.dumps([{"number": k, column: row} for k, row in enumerate(rows)]))
+    return path
+
+
+def made(**options: Any) -> Text:
+    return Text({"tokens": 16, **options}, 0)
+
+
+def found(**options: Any) -> dict[str, list[str]]:
+    """The documents of each split."""
+    (splits,) = made(**options).texts
+    return {split: [text.decode() for text in texts(splits[split])] for split in SPLITS}
+
+
+def everything(splits: dict[str, list[str]]) -> list[str]:
+    return sorted(text for documents in splits.values() for text in documents)
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(jsonl, "a.jsonl"), (jsonl, "a.json"), (array, "a.json"), (parquet, "a.parquet"), (jsonl, "A.JSONL")],
+)
+@pytest.mark.parametrize("column", ["text", "content"])
+def test_a_row_is_a_document(write: Callable[..., str], name: str, column: str) -> None:
+    options = {} if column == "text" else {"column": column}
+    splits = found(files=[write(name, [*STORIES, None, ""], column)], **options)
+    assert everything(splits) == sorted(STORIES)  # rows without text are none
+    size = sum(len(text.encode()) + 1 for text in STORIES)
+    for split in ("validation", "test"):
+        assert 0.05 <= sum(len(text.encode()) + 1 for text in splits[split]) / size < 0.08
+
+
+def test_a_text_file_is_a_document_byte_for_byte() -> None:
+    contents = [b"a\r\n\nb", b"\xff\x00", "é".encode(), b"no newline"]
+    for k, content in enumerate(contents):
+        Path(f"{k}.txt").write_bytes(content)
+    (splits,) = made(files=["*.txt"]).texts
+    assert sorted(text for ids in splits.values() for text in texts(ids)) == sorted(contents)
+
+
+def test_a_single_large_file_is_cut() -> None:
+    content = os.urandom(10_000)
+    Path("enwik8").write_bytes(content)
+    (splits,) = made(files=["enwik8"]).texts
+    assert [b"".join(texts(splits[split])) for split in SPLITS] == [content[:9000], content[9000:9500], content[9500:]]
+
+
+def test_globs_reach_into_folders_and_name_each_file_once() -> None:
+    for k in range(9):
+        jsonl(f"logs/{k % 3}/{k}.jsonl", [STORIES[k]])
+    jsonl("odd[1].jsonl", [STORIES[10]])
+    jsonl("odd1.jsonl", [STORIES[11]])
+    splits = found(files=["logs/**/*.jsonl", "logs/0/*.jsonl", "odd[1].jsonl", str(Path.cwd() / "logs/0/0.jsonl")])
+    assert everything(splits) == sorted([*STORIES[:9], STORIES[10]])
+
+
+def test_splits_depend_on_texts_not_on_files() -> None:
+    jsonl("all.jsonl", STORIES)
+    for k in range(4):
+        jsonl(f"part{k}.jsonl", STORIES[3 - k :: 4])
+    assert found(files=["all.jsonl"]) == found(files=["part*.jsonl"])
+
+
+def test_a_changed_file_is_read_again() -> None:
+    path = jsonl("a.jsonl", STORIES)
+    found(files=[path])
+    jsonl("a.jsonl", [text.upper() for text in STORIES])
+    assert everything(found(files=[path])) == sorted(text.upper() for text in STORIES)
+
+
+def test_one_source_is_one_group_without_metrics_of_domains() -> None:
+    task = made(files=[jsonl("a.jsonl", STORIES)])
+    batch = task.batch("test", 0, 4)
+    assert batch.group is not None
+    assert batch.group.tolist() == [0] * 4
+    values = task.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 257), batch)
+    assert list(values) == ["bits_per_byte", "bits_per_byte_trigram"]
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (["none.txt"], {}, "task.files: none.txt matches no file (looked in HERE)"),
+        (["none/**/*.txt"], {}, "task.files: none/**/*.txt matches no file (looked in HERE)"),
+        (["."], {}, "task.files: . is a folder; name files in it, such as ./**/*.txt (looked in HERE)"),
+        (["a.bin"], {}, "task.files: HERE/a.bin has an unknown extension; known: .json, .jsonl, .parquet, .txt, "),
+        (["a.jsonl"], {"column": "body"}, "HERE/a.jsonl: has no column body: choose one of number, text "),
+        (
+            ["a.parquet"],
+            {"column": "body"},
+            "HERE/a.parquet: has no column body: choose one of number, text ",
+        ),
+        (["a.jsonl"], {"column": "number"}, "task.files: HERE/a.jsonl: column number holds int, not text"),
+        (["broken.jsonl"], {}, "task.files: HERE/broken.jsonl"),
+        (["broken.parquet"], {}, "task.files: HERE/broken.parquet"),
+        (["empty.jsonl"], {}, "files holds no text"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(files: list[str], options: dict[str, Any], message: str) -> None:
+    jsonl("a.jsonl", STORIES)
+    parquet("a.parquet", STORIES)
+    jsonl("empty.jsonl", ["", ""])
+    Path("a.bin").write_bytes(b"")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    Path("broken.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=re.escape(message.replace("HERE", str(Path.cwd())))) as error:
+        made(files=files, **options).prepare()
+    assert len(str(error.value).splitlines()) == 1
+
+
+# sets laid out like those of the hub
+
+
+def hub(path: str = "set", **splits: list[str]) -> str:
+    """A folder with a Parquet file per split."""
+    for split, rows in splits.items():
+        parquet(f"{path}/data/{split}-00000-of-00001.parquet", rows)
+    return path
+
+
+@pytest.mark.parametrize("documents", [None, 1000])
+def test_the_splits_of_a_set_are_its_own(documents: int | None) -> None:
+    rows = {"train": STORIES[:80], "validation": STORIES[80:87], "test": STORIES[87:]}
+    assert found(hub=hub(**rows), documents=documents) == rows
+
+
+@pytest.mark.parametrize("documents", [None, 1000])
+@pytest.mark.parametrize("own", [[], ["validation"], ["test"]])
+def test_a_split_that_is_missing_is_every_twentieth_document_of_train(own: list[str], documents: int | None) -> None:
+    splits = found(hub=hub(train=STORIES, **{split: ["own"] for split in own}), documents=documents)
+    expected: dict[str, list[str]] = {split: ["own"] for split in own}
+    kept = list(range(100))
+    for turn, split in enumerate(split for split in ("validation", "test") if split not in own):
+        expected[split] = [STORIES[k] for k in range(turn, 100, 20)]
+        kept = [k for k in kept if k % 20 != turn]
+    assert splits == {"train": [STORIES[k] for k in kept], **expected}
+
+
+def test_only_the_first_documents_are_read() -> None:
+    path = hub(train=STORIES, test=STORIES[90:])
+    for shard in range(1, 4):  # reading these would fail
+        Path(path, f"data/train-{shard:05}-of-00004.parquet").write_text("no parquet")
+    Path(path, "data/train-00000-of-00001.parquet").rename(f"{path}/data/train-00000-of-00004.parquet")
+    splits = found(hub=path, documents=40)
+    assert everything(splits) == sorted([*STORIES[:40], *STORIES[90:]])
+    with pytest.raises(ValueError, match=r"task\.hub=set cannot be read: ArrowInvalid"):
+        found(hub=path)
+
+
+def test_text_files_of_a_set_are_whole() -> None:
+    Path("set").mkdir()
+    for k, text in enumerate(STORIES):
+        Path(f"set/{k}.txt").write_text(text)
+    assert everything(found(hub="set")) == sorted(STORIES)  # with their newlines
+
+
+def test_subsets() -> None:
+    jsonl("set/a/x.jsonl", STORIES[:50], "body")
+    jsonl("set/b/x.jsonl", STORIES[50:])
+    Path("set/README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: a/*.jsonl\n- config_name: b\n  data_files: b/*.jsonl\n---\n"
+    )
+    assert everything(found(hub="set", subset="a", column="body")) == sorted(STORIES[:50])
+    assert everything(found(hub="set", subset="b")) == sorted(STORIES[50:])
+    with pytest.raises(ValueError, match=r"task\.hub=set: .*'c' not found.*'a', 'b'"):
+        found(hub="set", subset="c")
+    with pytest.raises(ValueError, match=r"task\.hub=set: Config name is missing.*'a', 'b'"):
+        found(hub="set")
+
+
+def test_a_changed_folder_is_read_again() -> None:
+    found(hub=hub(train=STORIES))
+    assert everything(found(hub=hub(train=STORIES[50:]))) == sorted(STORIES[50:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"column": "body"}, "task.hub=set: has no column body: choose one of number, text with task.column="),
+        ({"column": "number"}, "task.hub=set: column number holds int, not text"),
+        ({"documents": 2}, "hub holds no text for train"),
+        ({"hub": "evaluated"}, "task.hub=evaluated: has the splits test, but none named train"),
+        ({"hub": "empty"}, "task.hub=empty cannot be read"),
+        ({"hub": "json"}, "task.hub=json is neither a folder nor OWNER/NAME"),
+        ({"hub": "none/of/these"}, "task.hub=none/of/these is neither a folder nor OWNER/NAME"),
+        ({"hub": "/none"}, "task.hub=/none is neither a folder nor OWNER/NAME"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_sets_that_cannot_be_read_say_why(options: dict[str, Any], message: str) -> None:
+    hub(train=STORIES)
+    hub("evaluated", test=STORIES)
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        found(**{"hub": "set", **options})
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_script_in_a_set_is_not_run(folder: Path) -> None:
+    Path("set").mkdir()
+    for name in ("set/set.py", "set/dataset.py"):
+        Path(name).write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"task\.hub=set"):
+        found(hub="set")
+    hub(train=STORIES)
+    with pytest.raises(ValueError, match=r"task\.hub=set cannot be read: .*scripts are no longer supported"):
+        found(hub="set")
+    Path("set/set.py").unlink()
+    assert everything(found(hub="set")) == sorted(STORIES)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["set/data/train.pkl", "set/train.pickle"])
+def test_a_pickle_in_a_set_is_not_opened(name: str, folder: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return open, (str(folder / "ran"), "w")
+
+    import pickle
+
+    Path(name).parent.mkdir(parents=True)
+    Path(name).write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match=r"task\.hub=set"):
+        found(hub="set")
+    assert not Path("ran").exists()
+
+
+def test_the_second_start_opens_no_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the set is read again")
+
+    options: list[dict[str, Any]] = [{"files": [jsonl("a.jsonl", STORIES)]}, {"hub": hub(train=STORIES)}]
+    before = [made(**each).batch("train", 3, 5) for each in options]
+    for name in ("_rows", "read_hub", "_reach"):
+        monkeypatch.setattr(sources, name, refuse)
+    for each, batch in zip(options, before, strict=True):
+        assert torch.equal(made(**each).batch("train", 3, 5).tokens, batch.tokens)
+
+
+# the hub itself
+
+
+def test_offline_fails_at_once_with_advice() -> None:
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"^task\.hub=owner/name cannot be read: .*; connect once") as error:
+        found(hub="owner/name")
+    assert time.monotonic() - begin < 5
+    assert all(advice in str(error.value) for advice in ("task.files=", "task.hub=FOLDER", "ZOO_CACHE"))
+    assert "OfflineModeIsEnabled" in str(error.value)
+
+
+def test_without_network_it_fails_at_once(tmp_path: Path) -> None:
+    # a process of its own: HF_HUB_OFFLINE is read at import; nothing listens at port 9
+    code = "from zoo.tasks.text import Text; Text({'hub': 'owner/name'}, 0).prepare()"
+    environment = {
+        key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE" and "proxy" not in key.lower()
+    }
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert "ValueError: task.hub=owner/name cannot be read: ConnectError" in run.stderr
+    assert "; connect once" in run.stderr
+    assert "Retrying" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "revision"), [("owner/name", None), ("owner/name@refs/convert/parquet", "refs/convert/parquet")]
+)
+def test_what_is_asked_of_the_hub(given: str, revision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    given = "owner/name" + (f"@{revision}" if revision else "")
+    path, load = hub(train=STORIES), datasets.load_dataset_builder
+
+    def probe(self: Any, name: str, **options: Any) -> None:
+        asked.append((name, options["revision"]))
+
+    def local(name: str, subset: str | None, **options: Any) -> Any:
+        asked.append((name, subset, options))
+        return load(path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", probe)
+    monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    assert everything(found(hub=given, subset="part")) == sorted(STORIES)
+    options = {"revision": revision} if revision else {}
+    assert asked == [("owner/name", revision), ("owner/name", "part", options)]
+    assert everything(found(hub=given, subset="part")) == sorted(STORIES)
+    assert len(asked) == 2  # later starts do not ask
