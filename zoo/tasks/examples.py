@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -29,15 +30,13 @@ class Examples(NamedTuple):
 
     def parts(self, index: int) -> list[np.ndarray]:
         """The ids of the context, the query and the target of one example."""
-        edges = self.edges[index]
-        return [self.ids[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+        return [self.ids[first:last] for first, last in pairwise(self.edges[index])]
 
 
 def from_documents(ids: np.ndarray, context: int, query: int, target: int) -> Examples:
     """Documents cut into blocks, one after the other, each a context and the query and target that follow it.
 
-    ids: documents that begin with START each. Ends that fill no block, and whole documents if they are that short, are
-    left out."""
+    ids: documents that begin with START each; what is left at their ends, all of a short one, is not used."""
     lengths = (context, query, target)
     size, first = sum(lengths), np.flatnonzero(ids == START) + 1
     blocks = np.diff(np.append(first - 1, len(ids))) - 1
@@ -84,7 +83,7 @@ def from_rows(rows: Iterable[tuple[bytes, bytes, bytes]]) -> dict[str, Examples]
     """Rows by split: in the order of their contexts' hashes, they fill test, then validation, with 5 % of all bytes and
     two contexts each at least; the rest trains.
 
-    Rows with one context stay together, so that no context of a test was trained on; a row with no context stands alone.
+    Rows of one context stay together, so that no context of the test was trained on; a row without one stands alone.
     Raises ValueError for too few contexts."""
     documents: dict[bytes, list[tuple[bytes, bytes, bytes]]] = {}
     for row in rows:
