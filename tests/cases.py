@@ -41,8 +41,19 @@ CASES = [
     Case("moe-token-sigmoid-gqa-tied", "moe", "noise", {"score": "sigmoid", "kv_heads": 1, "tied": True}),
     Case("moe-context-linear", "moe", "regression", {"route_on": "context", "score": "linear"}),
     Case("moe-context-chunk", "moe", "noise", {"route_on": "context", "chunk": 4}),
+    Case("transformer-prompts", "transformer", "prompts", {}),
+    Case("hypernet-prompts", "hypernet", "prompts", {}, False),
+    Case("hypernet-prompts-attend", "hypernet", "prompts", {"attend_context": True}, False),
+    Case("moe-prompts", "moe", "prompts", {}),
+    Case("moe-prompts-context", "moe", "prompts", {"route_on": "context"}),
 ]
 AUTOREGRESSIVE = [case for case in CASES if case.task == "noise"]
+TASK_OPTIONS: dict[str, dict[str, Any]] = {
+    "regression": {"points": 7, "queries": 5},
+    "noise": {"tokens": 12},
+    "text": {"tokens": 12, "domains": ["code"]},
+    "prompts": {"context": 7, "query": 1, "target": 4, "domains": ["code"]},
+}
 
 
 def options_of(case: Case) -> dict[str, Any]:
@@ -51,8 +62,8 @@ def options_of(case: Case) -> dict[str, Any]:
     model = {"name": case.family, "dim": 16, "layers": 2, "heads": 2, "hidden": hidden, **case.options}
     if case.family == "hypernet":
         model.setdefault("code_dim", 8)
-    task = {"name": "regression", "points": 7, "queries": 5} if case.task == "regression" else {"tokens": 12}
-    return {"model": model, "task": {"name": case.task, **task}, "optim": {"steps": 20, "warmup": 2, "batch_size": 8}}
+    task = {"name": case.task, **TASK_OPTIONS[case.task]}
+    return {"model": model, "task": task, "optim": {"steps": 20, "warmup": 2, "batch_size": 8}}
 
 
 def build(case: Case, seed: int = 0, random: bool = True) -> Model:

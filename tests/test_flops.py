@@ -33,7 +33,14 @@ NOISE = [
     ("hypernet", {"context": "token", "emission": "scale"}),
     ("moe", {"backend": "loop", "route_on": "context", "chunk": 4}),
 ]
+PROMPTS = [
+    ("transformer", {}),
+    ("hypernet", {}),
+    ("hypernet", {"attend_context": True}),
+    ("moe", {"backend": "loop", "route_on": "context"}),
+]
 CASES = [Case("", f, "regression", o) for f, o in REGRESSION] + [Case("", f, "noise", o) for f, o in NOISE]
+CASES += [Case("", f, "prompts", o) for f, o in PROMPTS]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}-{case.task}-{case.options}")
 
 
@@ -55,11 +62,11 @@ def counted(model: Model) -> float:
 
 def pairs(model: Model) -> int:
     """How many (query, key) pairs the mask leaves, from the task's description."""
-    T, C = model.task.tokens, model.task.n_context
-    if not C:
-        return T * (T + 1) // 2
-    seen = 1 + C * (getattr(model.config, "attend_context", True) is not False)  # queries are blind to each other
-    return C * (C + 1) // 2 + (T - C) * seen
+    C = model.task.n_context
+    Q = model.task.tokens - C
+    attends = getattr(model.config, "attend_context", True) is not False
+    own = Q if model.task.independent_queries else Q * (Q + 1) // 2
+    return C * (C + 1) // 2 + own + C * Q * attends
 
 
 @every_case

@@ -43,7 +43,7 @@ def test_help_is_light_and_names_the_groups() -> None:
     assert not {"torch", "lightning", "wandb", "datasets", "matplotlib"} & loaded
     for group, choices in {
         "model": ["transformer", "hypernet", "moe"],
-        "task": ["regression", "text", "noise"],
+        "task": ["regression", "text", "prompts", "noise"],
         "trainer": ["auto", "ddp", "fsdp"],
         "logger": ["files", "wandb"],
         "experiment": ["incontext"],

@@ -145,7 +145,7 @@ def test_null_no_context_is_no_update(case: Case, model: Model) -> None:
             assert bool(delta.dense(block.ffn.weight(name)).any()) == case.reads_query
 
 
-SHARED = [("moe-context-linear", 0), ("moe-context-linear", 7), ("moe-context-chunk", 0)]
+SHARED = [("moe-context-linear", 0), ("moe-context-linear", 7), ("moe-context-chunk", 0), ("moe-prompts-context", 7)]
 
 
 @pytest.mark.parametrize(("name", "length"), SHARED)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import AUTOREGRESSIVE, Case, batch_of, build
+from cases import AUTOREGRESSIVE, CASES, Case, batch_of, build
 from torch import Tensor
 
 import zoo.models.hypernet
@@ -14,8 +14,19 @@ import zoo.models.moe
 from zoo.context import Summary, summarise
 from zoo.models import Model
 
-every_case = pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=lambda case: case.name)
-BY_NAME = {case.name: case for case in AUTOREGRESSIVE}
+TEXT = [
+    Case("transformer-text", "transformer", "text", {}),
+    Case("hypernet-text-chunk", "hypernet", "text", {"chunk": 4}),
+    Case("hypernet-text-running", "hypernet", "text", {"context": "running"}),
+    Case("hypernet-text-token", "hypernet", "text", {"context": "token"}),
+    Case("moe-text-token", "moe", "text", {}),
+    Case("moe-text-context", "moe", "text", {"route_on": "context", "chunk": 4}),
+]
+PROMPTS = [case for case in CASES if case.task == "prompts"]
+every_case = pytest.mark.parametrize("case", [*AUTOREGRESSIVE, *TEXT, *PROMPTS], ids=lambda case: case.name)
+on_noise = pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=lambda case: case.name)
+on_prompts = pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in (*AUTOREGRESSIVE, *TEXT, *PROMPTS)}
 FLOOR = math.log(8)
 
 
@@ -23,7 +34,8 @@ def gradients(model: Model) -> Tensor:
     """[t, s]: the largest gradient of output t with respect to the embedding of token s."""
     states: list[Tensor] = []
     hook = model.decoder.embedding.register_forward_hook(lambda module, args, output: states.append(output))
-    output = model(batch_of(model).tokens)
+    batch = batch_of(model)
+    output = model(batch.tokens, batch.n_context)
     hook.remove()
     directions = torch.randn_like(output)  # the sum of all logits may not depend on what single ones do
     rows = [
@@ -36,11 +48,11 @@ def gradients(model: Model) -> Tensor:
 @torch.no_grad()
 def changes(model: Model) -> Tensor:
     """[t, s]: how much output t changes when all tokens after s do, by one id each."""
-    tokens = batch_of(model, 8).tokens
-    output, columns = model(tokens), []
+    tokens, _, n_context = batch_of(model, 8)[:3]
+    output, columns = model(tokens, n_context), []
     for s in range(tokens.shape[1] - 1):
-        edited = torch.where(torch.arange(tokens.shape[1]) > s, (tokens + 1) % model.task.config.vocabulary, tokens)
-        columns.append((model(edited) - output).abs().amax((0, 2)))
+        edited = torch.where(torch.arange(tokens.shape[1]) > s, (tokens + 1) % model.task.output_dim, tokens)
+        columns.append((model(edited, n_context) - output).abs().amax((0, 2)))
     return torch.stack(columns, 1)
 
 
@@ -61,10 +73,18 @@ def loss_on_noise(case: Case) -> float:
 def leaky(z: Tensor, source: str, n_context: int, chunk: int | None = None) -> Summary:
     """The mean of the whole sequence, future included."""
     shape = summarise(z, source, n_context, chunk)
-    return Summary(z.mean(1, keepdim=True).expand_as(shape.mean), torch.ones_like(shape.filled))
+    mean = z.mean(1) if source == "segment" else z.mean(1, keepdim=True)
+    return Summary(mean.expand_as(shape.mean), torch.ones_like(shape.filled))
 
 
-@pytest.fixture(params=["hypernet-chunk", "moe-context-chunk"])
+LEAKS_ON_NOISE = ["hypernet-chunk", "moe-context-chunk"]
+LEAKS = [
+    *(*LEAKS_ON_NOISE, "hypernet-text-chunk", "hypernet-text-running", "moe-text-context"),
+    *("hypernet-prompts", "hypernet-prompts-attend", "moe-prompts-context"),
+]
+
+
+@pytest.fixture(params=LEAKS)
 def leak(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     """A case that the tests below must catch."""
     for module in (zoo.models.hypernet, zoo.models.moe):
@@ -80,7 +100,8 @@ def test_gradient(case: Case) -> None:
 
 
 def test_gradient_catches_a_leak(leak: Case) -> None:
-    assert (gradients(build(leak)) > 0).all()
+    model = build(leak)
+    assert (gradients(model)[model.task.n_context :] > 0).all()
 
 
 @every_case
@@ -102,10 +123,26 @@ def test_edit_catches_a_leak(leak: Case) -> None:
     assert changes(build(leak)).triu().max() > 1e-3
 
 
-@every_case
+@on_prompts
+@torch.no_grad()
+def test_a_separate_context_reaches_every_later_token_by_the_ways_that_are_open(case: Case) -> None:
+    model = build(case)
+    batch = batch_of(model, 8)
+    assert batch.wrong_context is not None
+    own, n = batch.tokens, batch.n_context
+    other = torch.cat([batch.wrong_context, own[:, n:]], 1)
+    output, patches = model.decoder(own, n)
+    assert (model(other, n) - output)[:, n:].abs().amax((0, 2)).min() > 1e-2
+    # with the weights that the own context gave, only attention can tell the other one
+    by_attention = (model(other, n, patches) - output)[:, n:].abs().amax((0, 2))
+    assert by_attention.min() > 1e-2 if model.decoder.attend_context else not by_attention.any()
+
+
+@on_noise
 def test_entropy(case: Case) -> None:
     assert loss_on_noise(case) >= FLOOR - 0.01
 
 
+@pytest.mark.parametrize("leak", LEAKS_ON_NOISE, indirect=True)
 def test_entropy_catches_a_leak(leak: Case) -> None:
     assert loss_on_noise(leak) < FLOOR - 0.02

@@ -19,12 +19,14 @@ from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS
 
 TINY = {"dim": 16, "layers": 2, "heads": 2, "hidden": 24}
+FILES = [str(Path(__file__).with_name("prompts.jsonl"))]
 BASE: dict[str, dict[str, Any]] = {
     "transformer": TINY,
     "hypernet": {**TINY, "code_dim": 8},
     "moe": {**TINY, "hidden": 12, "bias_rate": 0.001},
     "regression": {"points": 7, "queries": 5},
     "text": {"tokens": 40, "domains": ["law"]},
+    "prompts": {"context": 20, "query": 8, "target": 12, "domains": ["law"]},
     "noise": {"tokens": 40},
 }
 SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
@@ -55,6 +57,7 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
         "units": (5, {"function": "network"}),
     },
     "text": {"tokens": 41, "domains": ["medicine"]},
+    "prompts": {"context": 21, "query": 9, "target": 13, "domains": ["medicine"], "files": (FILES, {"domains": None})},
     "noise": {"vocabulary": 9, "tokens": 41},
 }
 OPTIM_CHANGES = {
@@ -85,7 +88,7 @@ def differ(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     """The keys of results that are not equal up to rounding."""
 
     def same(a: Any, b: Any) -> bool:
-        if isinstance(a, Tensor):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
             return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
         return a == b
 
@@ -221,6 +224,16 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
     ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
     ("moe", "text", {"task.domains": ["laws"]}, ["task.domains='laws'", "medicine", "did you mean law?"]),
+    ("moe", "prompts", {"task.context": 0}, ["task.context=0"]),
+    ("moe", "prompts", {"task.query": 0}, ["task.query=0"]),
+    ("moe", "prompts", {"task.target": -1}, ["task.target=-1"]),
+    ("moe", "prompts", {"task.domains": []}, ["task.domains=[]", "medicine"]),
+    ("moe", "prompts", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
+    ("moe", "prompts", {"task.domains": ["laws"]}, ["task.domains='laws'", "medicine", "did you mean law?"]),
+    ("moe", "prompts", {"task.files": ["a.jsonl"]}, ["task.files=['a.jsonl']", "task.domains=['law']"]),
+    ("moe", "prompts", {"task.files": [], "task.domains": None}, ["task.files=[]"]),
+    ("hypernet", "prompts", {"model.context": "chunk"}, ["model.context=chunk", "task.name=prompts"]),
+    ("moe", "prompts", {"model.chunk": 4, "model.route_on": "context"}, ["model.chunk=4", "running text"]),
     ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
     ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
     ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),

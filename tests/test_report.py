@@ -85,7 +85,8 @@ def test_numbers(value: float, text: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_metric_is_explained(task: str) -> None:
-    made = TASKS[task]({"name": task, **({"domains": ["law", "medicine"]} if task == "text" else {})}, 0)
+    domains = {"domains": ["law", "medicine"]} if task in ("text", "prompts") else {}
+    made = TASKS[task]({"name": task, **domains}, 0)
     batch = made.batch("test", 0, 2)
     values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape[:2], made.output_dim), batch)
     assert all(report.explain(name) != name for name in values)

@@ -18,6 +18,8 @@ EXPLANATIONS = {
     "nmse_ridge": "  ridge regression, closed form",
     "nmse_zero": "  predicting zero",
     "bits_per_byte": "test bits per byte",
+    "bits_per_byte_without_context": "  with its context removed",
+    "bits_per_byte_wrong_context": "  with another document's context",
     "bits_per_byte_trigram": "  of a byte trigram",
     "nats": "test loss in nats per token",
     "nats_floor": "  floor, ln of the vocabulary",

@@ -51,7 +51,7 @@ class HypernetConfig(ModelConfig):
         if (context == "segment") != bool(task.n_context):
             raise ValueError(
                 f"model.context={context} does not fit task.name={task.config.name}: segment is for tasks with a "
-                f"separate context (regression), chunk, running and token for running text"
+                f"separate context (regression, prompts), chunk, running and token for running text"
             )
         if context != "segment" and self.attend_context is not None:
             raise ValueError(

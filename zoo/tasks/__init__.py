@@ -2,9 +2,10 @@
 
 from zoo.tasks.base import Batch, Task
 from zoo.tasks.noise import Noise
+from zoo.tasks.prompts import Prompts
 from zoo.tasks.regression import Regression
 from zoo.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {"regression": Regression, "text": Text, "noise": Noise}
+TASKS: dict[str, type[Task]] = {"regression": Regression, "text": Text, "prompts": Prompts, "noise": Noise}
 
 __all__ = ["TASKS", "Batch", "Task"]

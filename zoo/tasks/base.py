@@ -20,8 +20,8 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 class Batch(NamedTuple):
     """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest;
-    wrong_context: as many tokens of another sequence, (B,C,token_dim); group (B): which part of the data a sequence
-    comes from, for analysis alone."""
+    wrong_context: as many tokens of another sequence, (B,C) or (B,C,token_dim); group (B): which part of the data a
+    sequence comes from, for analysis alone."""
 
     tokens: Tensor
     targets: Tensor

@@ -1,0 +1,390 @@
+"""Prompts: where context, query and target come from, what is scored, which context is wrong, what files may say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, build
+
+import zoo
+from zoo.tasks import Batch
+from zoo.tasks import prompts as module
+from zoo.tasks.corpus import START, split_documents
+from zoo.tasks.domains import DOMAINS, Document
+from zoo.tasks.ngram import Trigram
+from zoo.tasks.prompts import IGNORE, Prompts
+
+SPLITS = ("train", "validation", "test")
+C, Q, A = 9, 3, 5  # bytes of context, query and target
+SIZE = C + Q + A
+SMALL = {"context": C, "query": Q, "target": A}
+
+
+def drawn(domain: int) -> Iterator[Document]:
+    """90 documents of 0 to 89 random bytes, those of domain d from 60 d on, so any three bytes tell the domain."""
+    draw = np.random.default_rng(domain)
+    for length in draw.permutation(90):
+        yield f"part/{length}", draw.integers(60 * domain, 60 * domain + 60, length).astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small domains in an empty cache."""
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    for index, domain in enumerate(DOMAINS):
+        monkeypatch.setitem(DOMAINS, domain, partial(drawn, index))
+    monkeypatch.setattr(module, "origin", lambda domain: "drawn")
+
+
+def prompts(seed: int = 0, **options: Any) -> Prompts:
+    return Prompts({**SMALL, **options}, seed)
+
+
+def documents(domain: str, split: str) -> list[bytes]:
+    """The documents of a split, cut at their starts."""
+    ids = split_documents(domain, DOMAINS[domain]())[split]
+    starts = np.flatnonzero(ids == START)
+    return [part[1:].astype(np.uint8).tobytes() for part in np.split(ids, starts[1:])]
+
+
+def said(batch: Batch, row: int) -> tuple[bytes, bytes, bytes]:
+    """Context, query and target of one sequence."""
+    n, tokens, targets = batch.n_context, batch.tokens[row].tolist(), batch.targets[row].tolist()
+    scored = [place for place, target in enumerate(targets) if target != IGNORE]
+    first = scored[0]
+    assert scored == list(range(first, first + len(scored)))
+    assert tokens[n] == START
+    query = tokens[n + 1 : n + 1 + first]
+    # what is scored is what is read one place later
+    assert tokens[n + 1 + first :][: len(scored) - 1] == [targets[place] for place in scored[:-1]]
+    assert set(tokens[n + first + len(scored) :][1:]) <= {START}
+    context = tokens[:n]
+    while context and context[0] == START:
+        context.pop(0)
+    return bytes(context), bytes(query), bytes(targets[place] for place in scored)
+
+
+# passages of documents
+
+
+def sequences(made: Prompts, split: str, domain: int, count: int, first: int = 0, size: int = 6) -> list[bytes]:
+    """`count` sequences of one domain, whole, from number `first` on."""
+    found: list[bytes] = []
+    for k in range(math.ceil(4 * (first + count) / size)):
+        batch = made.batch(split, k, size)
+        assert batch.group is not None
+        assert batch.group.tolist() == [place % 4 for place in range(k * size, (k + 1) * size)]
+        found += [b"".join(said(batch, row)) for row in range(size) if batch.group[row] == domain]
+    return found[first : first + count]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("domain", range(4))
+def test_an_epoch_reads_each_block_of_each_document_once(small: None, split: str, domain: int) -> None:
+    texts = documents(list(DOMAINS)[domain], split)
+    blocks = [text[i : i + SIZE] for text in texts for i in range(0, len(text) - SIZE + 1, SIZE)]
+    assert any(len(text) < SIZE for text in texts) or split != "train"
+    first, second = (sequences(prompts(), split, domain, len(blocks), epoch * len(blocks)) for epoch in range(2))
+    assert Counter(first) == Counter(second) == Counter(blocks)
+    assert len(set(first)) > 3
+    # held-out blocks come in one order, whatever the epoch and the seed; training blocks in one of each epoch and seed
+    assert (first == second) == (split != "train")
+    assert (first == sequences(prompts(seed=1), split, domain, len(blocks))) == (split != "train")
+    assert first == sequences(prompts(), split, domain, len(blocks), size=5)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_context_query_and_target_follow_each_other_in_a_document_of_the_split(small: None, split: str) -> None:
+    texts = {domain: documents(domain, split) for domain in DOMAINS}
+    batch = prompts().batch(split, 3, 40)
+    assert batch.group is not None
+    for row, group in enumerate(batch.group.tolist()):
+        parts = said(batch, row)
+        assert tuple(map(len, parts)) == (C, Q, A)
+        assert sum(b"".join(parts) in text for text in texts[list(DOMAINS)[group]]) == 1
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_wrong_context_is_of_another_document_of_the_same_domain(small: None, split: str) -> None:
+    texts = {domain: documents(domain, split) for domain in DOMAINS}
+    for k in range(4):
+        batch = prompts().batch(split, k, 20)
+        assert batch.group is not None
+        assert batch.wrong_context is not None
+        for row, group in enumerate(batch.group.tolist()):
+            wrong = bytes(batch.wrong_context[row].tolist())
+            (source,) = (text for text in texts[list(DOMAINS)[group]] if wrong in text)
+            assert said(batch, row)[0] not in source
+
+
+def test_a_wrong_context_is_found_where_one_document_has_nearly_all_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    texts = {name: letter * size for name, letter, size in (("a", b"a", 17), ("b", b"b", 17 * 400), ("c", b"c", 17))}
+    ids = np.concatenate([[START, *text] for text in texts.values()]).astype(np.uint16)
+    monkeypatch.setattr(module.corpus, "prepare", lambda *arguments: dict.fromkeys(SPLITS, ids))
+    batch = prompts(domains=["code"]).batch("train", 0, 402)
+    assert batch.wrong_context is not None
+    pairs = Counter((chr(own[0]), chr(wrong[0])) for own, wrong in zip(batch.tokens, batch.wrong_context, strict=True))
+    assert sum(pairs.values()) == 402
+    assert all(own != wrong for own, wrong in pairs)
+    assert pairs["b", "a"] + pairs["b", "c"] == 400
+
+
+def test_batches_are_pure_functions_of_seed_split_and_k(small: None) -> None:
+    made = prompts(seed=3)
+    expected = {(split, k): made.batch(split, k, 6) for split in SPLITS for k in range(20)}
+    again = prompts(seed=3)
+    for (split, k), batch in reversed(expected.items()):
+        other = again.batch(split, k, 6)
+        for name in ("tokens", "targets", "group", "wrong_context"):
+            assert torch.equal(getattr(batch, name), getattr(other, name))
+    assert not torch.equal(prompts(seed=4).batch("train", 0, 6).tokens, expected["train", 0].tokens)
+
+
+def test_processes_share_a_batch(small: None) -> None:
+    batch = prompts().batch("train", 5, 6)
+    parts = [batch.rows(first, 2) for first in (0, 2, 4)]
+    for name in ("tokens", "targets", "group", "wrong_context"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+def test_documents_that_are_too_short_are_named(small: None) -> None:
+    with pytest.raises(
+        ValueError, match=r"task\.context=90, task\.query=3, task\.target=5: 0 documents of the train split of code"
+    ):
+        prompts(context=90).prepare()
+
+
+# files
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def record(context: str, query: str, target: str) -> dict[str, str]:
+    return {"context": context, "query": query, "target": target}
+
+
+ROWS = [
+    *(record(f"context {k:03}", f"{k:03}?", f"<{k:03}>") for k in range(60)),
+    record("short", "", "1"),
+    record("", "ab", "2345"),
+    record("", "", "longer than five bytes"),
+    record("a context that is too long", "a long query", "é̂"),
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return write(tmp_path / "a.jsonl", ROWS)
+
+
+def everything(made: Prompts, split: str) -> list[tuple[bytes, bytes, bytes]]:
+    size = len(made.sources["files"][split].document)
+    batch = made.batch(split, 0, size)
+    return [said(batch, place) for place in range(size)]
+
+
+def test_every_row_of_a_file_is_in_one_split(file: str) -> None:
+    found = [everything(prompts(files=[file]), split) for split in SPLITS]
+    expected = [
+        (r["context"].encode()[-C:], r["query"].encode()[-Q:], r["target"].encode()[:A]) for r in ROWS
+    ]  # longer parts are cut, shorter ones are whole
+    assert Counter(itertools.chain(*found)) == Counter(expected)
+    assert [len(part) for part in found] == [len(ROWS) - 8, 4, 4]  # 5 % of the bytes each
+
+
+def test_splits_depend_on_rows_not_on_their_order_or_file(file: str, tmp_path: Path) -> None:
+    files = [write(tmp_path / "b.jsonl", ROWS[40:][::-1]), write(tmp_path / "c.jsonl", ROWS[:40])]
+    for split in SPLITS:
+        assert set(everything(prompts(files=files), split)) == set(everything(prompts(files=[file]), split))
+
+
+def test_rows_with_one_context_stay_together_and_are_no_wrong_context_of_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [record(f"text {k % 8}", f"q{k}", f"t{k}") for k in range(80)])
+    made, contexts = prompts(files=[path]), []
+    for split in SPLITS:
+        examples = everything(made, split)
+        contexts.append({context for context, _, _ in examples})
+        assert len(examples) == 10 * len(contexts[-1])
+        batch = made.batch(split, 1, 30)
+        assert batch.wrong_context is not None
+        for place in range(30):
+            wrong = bytes(b for b in batch.wrong_context[place].tolist() if b != START)
+            assert wrong != said(batch, place)[0]
+            assert wrong in contexts[-1]
+    assert list(map(len, contexts)) == [4, 2, 2]
+    assert len(set.union(*contexts)) == 8
+
+
+def test_sequences_of_a_file_have_no_group_and_metrics_have_no_parts(file: str) -> None:
+    made = prompts(files=[file])
+    batch = made.batch("test", 0, 4)
+    assert batch.group is None
+    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 257), batch)
+    names = ["bits_per_byte", *(f"bits_per_byte_{end}" for end in ("without_context", "wrong_context", "trigram"))]
+    assert list(values) == names
+
+
+def test_two_contexts_are_needed_in_each_split(tmp_path: Path) -> None:
+    few = [record(f"text {k % 5}", "", "t") for k in range(80)]
+    with pytest.raises(ValueError, match="5 different contexts are too few, each of train, validation, test needs 2"):
+        prompts(files=[write(tmp_path / "a.jsonl", few)]).prepare()
+    alone = prompts(files=[write(tmp_path / "b.jsonl", [record("", f"q{k}", "t") for k in range(6)])])
+    assert [len(everything(alone, split)) for split in SPLITS] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"context": "a", "query": "b", "target": ""}', "the target is empty: there is nothing to predict"),
+        ('{"context": "a", "query": "b"}', "the key target is missing, there are: context, query"),
+        ('{"query": "b", "target": "c"}', "the key context is missing"),
+        ("{}", "the key context is missing, there are: none"),
+        ('{"context": "a", "query": 3, "target": "c"}', "query must be a string, not int"),
+        ('{"context": null, "query": "b", "target": "c"}', "context must be a string, not NoneType"),
+        ('["a", "b", "c"]', "a row is an object with the keys context, query, target, not list"),
+        ('{"context": "a", "query": "b", "target"', "no JSON: Expecting ':' delimiter"),
+        ("[" * 100_000, "no JSON: maximum recursion depth exceeded"),
+        ('{"context": "\xff", "query": "b", "target": "c"}', "no JSON: 'utf-8' codec can't decode byte 0xff"),
+        ('{"context": "\\ud800", "query": "b", "target": "c"}', "surrogates not allowed"),
+    ],
+    ids=lambda value: value[:45],
+)
+def test_mistakes_in_a_file_are_named_with_their_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_bytes(f"{good}\n\n{line}\n{good}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"task\.files: .*a\.jsonl, line 3: ") as error:
+        prompts(files=[str(path)]).prepare()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"task\.files: cannot read .*: (No such file|Is a directory)"):
+        prompts(files=[str(tmp_path / name)]).prepare()
+
+
+def test_a_run_on_a_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = zoo.train(
+        {"name": "hypernet", "dim": 16, "layers": 1, "heads": 2, "hidden": 8, "code_dim": 4},
+        {"name": "prompts", **SMALL, "files": [file]},
+        {"steps": 2, "batch_size": 4, "warmup": 0},
+        {"accelerator": "cpu", "enable_progress_bar": False},
+        out=str(tmp_path / "run"),
+        validation_batches=1,
+        test_batches=1,
+    )
+    assert set(metrics["test"]) >= {"bits_per_byte", "bits_per_byte_wrong_context", "bits_per_byte_trigram"}
+    assert all(value > 0 for value in metrics["test"].values())
+    Path(file).unlink()
+    model = zoo.load(tmp_path / "run")  # a checkpoint needs no data
+    assert model.task.config.files == (file,)
+    assert model.config.attend_context is False
+    tokens = torch.tensor([[*model.task.encode_context("abc"), *model.task.encode("d")]])
+    assert model(tokens, model.task.n_context).shape == (1, C + 2, 257)
+
+
+# what is read and scored
+
+
+def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
+    rows = [record("né" * k, f"q{k}", "t" * A) for k in range(8)]
+    made = prompts(files=[write(tmp_path / "a.jsonl", rows)], query=2)
+    places = {(*made.encode_context(r["context"]), *made.encode(r["query"] + r["target"])[:-1]) for r in rows}
+    batches = [made.batch(split, 0, len(made.sources["files"][split].document)) for split in SPLITS]
+    assert {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()} == places
+    assert made.encode_context("") == [START] * C
+    assert made.encode_context("ab") == [START] * (C - 2) + [97, 98]
+    assert made.decode(made.encode("né")) == made.decode(made.encode_context("né")) == "né"
+    assert made.decode(made.encode_context("é" * C)) == "\ufffd" + "é" * (C // 2)  # cut within a character
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.task == "prompts"], ids=lambda case: case.name)
+@torch.no_grad()
+def test_the_loss_does_not_depend_on_padding(case: Any, tmp_path: Path) -> None:
+    rows = [record(f"context {k}", "q" * (k % 3), "t" * (1 + k % 4)) for k in range(40)]
+    model = build(case)
+    made = prompts(files=[write(tmp_path / "a.jsonl", rows)])
+    batch = made.batch("train", 0, 20)
+    scored = batch.targets != IGNORE
+    padding = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    # position i predicts byte i + 1: what is read after the last scored position is padding
+    padding[:, C:] = ~scored & (scored.cumsum(1) == scored.sum(1, keepdim=True))
+    assert padding.any(1).sum() > 10
+    first, other, seen = (
+        made.errors(model(torch.where(mask, (batch.tokens + 1) % 257, batch.tokens), C), batch)
+        for mask in (torch.zeros_like(padding), padding, padding.roll(-2, 1))
+    )
+    assert first.shape == (int(scored.sum()),)
+    assert torch.equal(first, other)
+    assert not torch.equal(first, seen)
+
+
+def test_bits_are_those_of_the_model_with_three_contexts_by_domain(small: None) -> None:
+    made, calls = prompts(), []
+    batch = made.batch("test", 0, 10)
+
+    def predict(tokens: torch.Tensor, n: int) -> torch.Tensor:
+        calls.append((tokens, n, torch.randn(*tokens.shape, 257)))
+        return calls[-1][2]
+
+    values = made.evaluate(predict, batch)
+    assert batch.wrong_context is not None
+    (own, a, _), (bare, b, _), (wrong, c, _) = calls
+    assert (a, b, c) == (C, 0, C)
+    assert torch.equal(own, batch.tokens)
+    assert torch.equal(bare, batch.tokens[:, C:])
+    assert torch.equal(wrong, torch.cat([batch.wrong_context, bare], 1))
+    names = ["bits_per_byte", "bits_per_byte_without_context", "bits_per_byte_wrong_context", "bits_per_byte_trigram"]
+    assert list(values) == names + [f"{name}_{domain}" for domain in DOMAINS for name in names]
+    for name, (_, _, output) in zip(names, calls, strict=False):
+        logp = output[:, -A:].log_softmax(-1)
+        bits = -logp.gather(-1, batch.targets[:, -A:, None])[..., 0] / math.log(2)
+        torch.testing.assert_close(values[name], bits.flatten())
+        for index, domain in enumerate(DOMAINS):
+            torch.testing.assert_close(values[f"{name}_{domain}"], bits[torch.arange(10) % 4 == index].flatten())
+
+
+def test_the_trigram_reads_the_same_bytes(small: None) -> None:
+    made = prompts()
+    batch = made.batch("test", 0, 8)
+    trigram = Trigram(split_documents(domain, DOMAINS[domain]())["train"] for domain in DOMAINS)
+    second = np.array([list(b"".join(said(batch, row)[1:])) for row in range(8)])
+    expected = trigram.bits(second[:, :-1], second[:, 1:])[:, Q - 1 :]
+    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 257), batch)
+    assert values["bits_per_byte_trigram"].tolist() == pytest.approx(expected.flatten().tolist(), rel=1e-5)
+
+
+def test_the_reference_is_the_entropy_of_the_bytes_of_targets(small: None, file: str) -> None:
+    def entropy(targets: list[bytes]) -> dict[int, float]:
+        counts = Counter(b"".join(targets))
+        return {byte: count / counts.total() for byte, count in counts.items()}
+
+    def loss(p: dict[int, float]) -> float:
+        return -sum(x * math.log(x) for x in p.values())
+
+    made = prompts(files=[file])
+    targets = [target for _, _, target in everything(made, "train")]
+    assert made.references() == {"best fixed byte distribution": pytest.approx(loss(entropy(targets)))}
+    mixture: Counter[int] = Counter()
+    for domain in DOMAINS:
+        texts = documents(domain, "train")
+        blocks = [text[i : i + SIZE] for text in texts for i in range(0, len(text) - SIZE + 1, SIZE)]
+        mixture.update({byte: p / 4 for byte, p in entropy([block[-A:] for block in blocks]).items()})
+    assert prompts().references() == {"best fixed byte distribution": pytest.approx(loss(mixture))}

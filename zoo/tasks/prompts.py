@@ -1,0 +1,188 @@
+"""Continuing a text given a separate context: an earlier passage of the same document, or what a file says.
+
+    token      0 ... C-1   |   C    C+1 ...                             T-1
+    carries    the context | START  the query, the target but its last, padding     scored: the target alone
+
+A context enters by attention, or through weights alone, as the family says. Tokens are bytes.
+Axes: B sequences, C context tokens, Q tokens of the second part, T = C + Q.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.config import positive
+from zoo.tasks import corpus
+from zoo.tasks.base import SPLITS, Batch, Predict, Task
+from zoo.tasks.corpus import START
+from zoo.tasks.domains import DOMAINS, origin
+from zoo.tasks.examples import ENOUGH, Examples, from_documents, from_rows, read
+from zoo.tasks.ngram import Trigram
+
+IGNORE = -100  # torch's ignore_index: what is no byte of the target
+FILE = "files"
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Bytes of the context, the query and the target. They come from documents of `domains` (null: all four), or from
+    `files`, JSON Lines with the keys context, query and target, all strings, the target not empty."""
+
+    name: str = "prompts"
+    context: int = 64
+    query: int = 16
+    target: int = 32
+    domains: tuple[Literal["code", "medicine", "law", "speeches"], ...] | None = None
+    files: tuple[str, ...] | None = None
+
+
+@functools.lru_cache(maxsize=16)
+def _order(examples: int, seed: int, split: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(examples)
+
+
+class Prompts(Task):
+    """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
+
+    Config = PromptsConfig
+    headline = "bits_per_byte"
+    vocabulary = output_dim = START + 1
+
+    def __init__(self, options: dict[str, Any], seed: int):
+        super().__init__(options, seed)
+        config = self.config
+        positive("task", context=config.context, query=config.query, target=config.target)
+        self.n_context = config.context
+        self.tokens = config.context + config.query + config.target
+        if config.files is None:
+            object.__setattr__(config, "domains", tuple(DOMAINS) if config.domains is None else config.domains)
+            if not config.domains or len(set(config.domains)) < len(config.domains):
+                raise ValueError(f"task.domains={list(config.domains)} must be different names out of {list(DOMAINS)}")
+        elif config.domains is not None:
+            raise ValueError(f"task.domains={list(config.domains)} and task.files={list(config.files)}: choose one")
+        elif not config.files:
+            raise ValueError("task.files=[] must name a file, null for domains")
+
+    @functools.cached_property
+    def sources(self) -> dict[str, dict[str, Examples]]:
+        """The examples of each domain, or of all files together, by split."""
+        config = self.config
+        if config.files:
+            return {FILE: from_rows(row for path in config.files for row in read(path))}
+        sources = {}
+        for domain in config.domains:
+            ids = corpus.prepare(domain, origin(domain), DOMAINS[domain])
+            sources[domain] = {
+                split: from_documents(ids[split], config.context, config.query, config.target) for split in SPLITS
+            }
+            for split, examples in sources[domain].items():
+                found = len(np.unique(examples.document))
+                if found < ENOUGH:
+                    raise ValueError(
+                        f"task.context={config.context}, task.query={config.query}, task.target={config.target}: "
+                        f"{found} documents of the {split} split of {domain} are that long, {ENOUGH} are needed"
+                    )
+        return sources
+
+    def prepare(self) -> None:
+        _ = self.sources
+
+    def batch(self, split: str, k: int, size: int) -> Batch:
+        """Sequence j of a split comes from source j mod D, which gives all its examples in a new order every epoch;
+        held-out ones always in the same. The wrong context is that of the next one from another document."""
+        sources = [splits[split] for splits in self.sources.values()]
+        turn, group = np.divmod(k * size + np.arange(size), len(sources))
+        tokens = np.full((size, self.tokens + 1), START, np.int64)
+        targets = np.full((size, self.tokens - self.n_context), IGNORE, np.int64)
+        wrong = np.full((size, self.n_context), START, np.int64)
+        for row in range(size):
+            examples = sources[group[row]]
+            epoch, place = divmod(int(turn[row]), len(examples.document))
+            key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
+            order = _order(len(examples.document), *key)
+            context, query, target = examples.parts(order[place])
+            query, target = query[-self.config.query :], target[: self.config.target]
+            self._fill(tokens[row], context)
+            second = tokens[row, self.n_context + 1 :]
+            second[: len(query)] = query
+            second[len(query) : len(query) + len(target)] = target
+            targets[row, len(query) : len(query) + len(target)] = target
+            other = place
+            while examples.document[order[other]] == examples.document[order[place]]:
+                other = (other + 1) % len(order)
+            self._fill(wrong[row], examples.parts(order[other])[0])
+        arrays = (tokens[:, :-1], targets, wrong, group)
+        own, scored, other_context, source = (torch.from_numpy(array) for array in arrays)
+        return Batch(own, scored, self.n_context, other_context, None if self.config.files else source)
+
+    def _fill(self, row: np.ndarray, context: np.ndarray) -> None:
+        """Writes the last bytes of a context before place C; what is free on the left stays as it is."""
+        last = context[-self.n_context :]
+        row[self.n_context - len(last) : self.n_context] = last
+
+    def encode(self, text: str) -> list[int]:
+        """START and the bytes of a query, which follow the context."""
+        return [START, *text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the bytes among `ids`; what is no UTF-8 becomes U+FFFD."""
+        return bytes(i for i in ids if i < START).decode(errors="replace")
+
+    def encode_context(self, text: str) -> list[int]:
+        """The C tokens of a context: its last bytes, with START on the left where they are fewer."""
+        last = text.encode()[-self.n_context :]
+        return [START] * (self.n_context - len(last)) + list(last)
+
+    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+        """Nats of each byte of the targets."""
+        targets = batch.targets.flatten()
+        output = output[:, -batch.targets.shape[1] :].flatten(0, 1).float()
+        return F.cross_entropy(output, targets, reduction="none", ignore_index=IGNORE)[targets != IGNORE]
+
+    def references(self) -> dict[str, float]:
+        shares = []
+        for splits in self.sources.values():
+            ids, edges, _ = splits["train"]
+            marks = np.zeros(len(ids) + 1, np.int64)
+            np.add.at(marks, edges[:, 2], 1)
+            np.add.at(marks, np.minimum(edges[:, 3], edges[:, 2] + self.config.target), -1)
+            counts = np.bincount(ids[marks.cumsum()[:-1] > 0], minlength=START)
+            shares.append(counts / counts.sum())
+        p = np.mean(shares, 0)
+        return {"best fixed byte distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
+
+    @functools.cached_property
+    def trigram(self) -> Trigram:
+        """Counted over the training splits of all sources."""
+        return Trigram(splits["train"].ids for splits in self.sources.values())
+
+    def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
+        """Bits of each byte of the targets, of the model with three contexts and of the trigram; also by domain."""
+        assert batch.wrong_context is not None
+        n, scored = batch.n_context, batch.targets != IGNORE
+        query = batch.tokens[:, n:]
+        wrong = torch.cat([batch.wrong_context, query], 1)
+        counted = self.trigram.bits(query.cpu().numpy(), batch.targets.clamp(min=0).cpu().numpy())
+        bits = {
+            "bits_per_byte": self.errors(predict(batch.tokens, n), batch) / math.log(2),
+            "bits_per_byte_without_context": self.errors(predict(query, 0), batch) / math.log(2),
+            "bits_per_byte_wrong_context": self.errors(predict(wrong, n), batch) / math.log(2),
+            "bits_per_byte_trigram": torch.from_numpy(counted).float().to(scored.device)[scored],
+        }
+        if batch.group is None:
+            return bits
+        group = batch.group[:, None].expand_as(scored)[scored]
+        parts = {
+            f"{name}_{domain}": values[group == index]
+            for index, domain in enumerate(self.sources)
+            for name, values in bits.items()
+        }
+        return bits | parts
