@@ -127,6 +127,7 @@ def results(backend: str, dtype: torch.dtype, z: Tensor, index: Tensor, weight: 
 
 SITUATIONS = ["any", "empty block", "one block", "fewer tokens than blocks", "all blocks", "strided", "no token"]
 BACKENDS = [("loop", torch.float64, 1e-12), ("grouped", torch.float32, 1e-6), ("grouped", torch.bfloat16, 2e-2)]
+BACKENDS += [("grouped_op", torch.float32, 1e-6), ("grouped_op", torch.bfloat16, 2e-2)]
 BACKENDS += [("auto", torch.float64, 1e-12), ("auto", torch.float32, 1e-6), ("loop", torch.float32, 1e-6)]
 
 

@@ -18,7 +18,7 @@ from zoo.layers import FeedForward
 from zoo.models.moe import ExpertLoad, MoE, MoEConfig, RoutedDelta, Router, RouterEntropy, balance_loss, expert_counts
 
 D, E = 8, 4
-every_backend = pytest.mark.parametrize("backend", ["reference", "loop", "grouped"])
+every_backend = pytest.mark.parametrize("backend", ["reference", "loop", "grouped", "grouped_op"])
 every_score = pytest.mark.parametrize("score", ["softmax", "sigmoid", "linear"])
 FFN = FeedForward(D, 12, E)
 

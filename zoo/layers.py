@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.delta import Patch, Routing
+from zoo.experts import PRODUCTS, backend_for
 from zoo.past import Past
 
 
@@ -151,19 +152,12 @@ class FeedForward(nn.Module):
         token_N = order_N // routing.index.shape[-1]
         x_ND = rows_D[token_N]
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
-        product = _loop if self._backend(x) == "loop" else _grouped
+        backend = backend_for(x, (self.dim, self.hidden_per_block)) if self.backend == "auto" else self.backend
+        product = PRODUCTS[backend]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
         h_NF = h_NF * routing.weight.reshape(-1)[order_N, None].to(h_NF.dtype)
         y_ND = product(h_NF, down_EFD, counts_E)
         return torch.zeros_like(rows_D, dtype=y_ND.dtype).index_add(0, token_N, y_ND).view(x.shape)
-
-    def _backend(self, x: Tensor) -> str:
-        """`grouped` needs a dtype that F.grouped_mm knows (not float64), 16-byte rows and at least one token."""
-        if self.backend != "auto":
-            return self.backend
-        dtype = _product_dtype(x)
-        aligned = all(n * dtype.itemsize % 16 == 0 for n in (self.dim, self.hidden_per_block))
-        return "grouped" if dtype != torch.float64 and aligned and x.numel() else "loop"
 
     def dense(self, patch: Patch) -> dict[str, Tensor]:
         """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""
@@ -180,23 +174,6 @@ class FeedForward(nn.Module):
                 raise ValueError("a routing differs from token to token: take patch.at(tokens) first")
             weights["down"] = weights["down"] * scale
         return weights
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _loop(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
-    # unbind, not weight[e]: the backward of a select writes zeros of the whole stack for every block
-    parts = zip(x_Ni.split(counts_E.tolist()), weight_Eio.unbind(0), strict=True)
-    return torch.cat([part @ weight for part, weight in parts])
-
-
-def _grouped(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
-    dtype = _product_dtype(x_Ni)  # grouped_mm does not take part in autocast
-    offsets_E = counts_E.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x_Ni.to(dtype), weight_Eio.to(dtype), offs=offsets_E)
 
 
 class Block(nn.Module):

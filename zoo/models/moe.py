@@ -52,7 +52,7 @@ class MoEConfig(ModelConfig):
     balance_weight: float = 0.01
     z_weight: float = 0.001
     bias_rate: float = 0.0
-    backend: Literal["auto", "reference", "loop", "grouped"] = "auto"
+    backend: Literal["auto", "reference", "loop", "grouped", "grouped_op"] = "auto"
 
     def resolve(self, task: Task) -> MoEConfig:
         config = super().resolve(task)
@@ -63,10 +63,10 @@ class MoEConfig(ModelConfig):
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.backend == "grouped" and (self.dim % 4 or self.hidden % 4):
+        if self.backend in ("grouped", "grouped_op") and (self.dim % 4 or self.hidden % 4):
             raise ValueError(
-                f"model.backend=grouped needs rows of 16 bytes: model.dim={self.dim} and model.hidden={self.hidden} "
-                f"must be multiples of 4 (8 in bfloat16)"
+                f"model.backend={self.backend} needs rows of 16 bytes: model.dim={self.dim} and model.hidden="
+                f"{self.hidden} must be multiples of 4 (8 in bfloat16)"
             )
         if self.renormalise and self.top_k == 1:
             raise ValueError(

@@ -1,0 +1,70 @@
+"""torch.compile: every family is one graph, and a compiled run writes what an uncompiled one writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, batch_of, build
+
+import zoo
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+    return
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_graph_without_breaks_for_all_batches(case: Case) -> None:
+    """aot_eager traces forward and backward as inductor would, without its minute of code generation."""
+    model, plain = build(case).float(), build(case).float()
+    model.decoder.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for k in range(2):
+            batch = batch_of(model)._replace(tokens=model.task.batch("train", k, 3).tokens)
+            losses = [m.task.errors(m(batch.tokens, batch.n_context), batch).mean() for m in (model, plain)]
+            for loss in losses:
+                loss.backward()
+            torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-4, msg=name)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_a_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(CASES[0]).float()
+    unembed = model.decoder.unembed
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return unembed(x)
+
+    monkeypatch.setattr(model.decoder, "unembed", broken)
+    model.decoder.compile(fullgraph=True, backend="aot_eager")
+    batch = batch_of(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(batch.tokens.float(), batch.n_context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["transformer", "moe"])
+def test_a_compiled_run_ends_like_an_uncompiled_one(model: str, tmp_path: Path) -> None:
+    def run(name: str, compiled: bool) -> dict[str, Any]:
+        return zoo.train(
+            model={"name": model, "dim": 16, "layers": 1, "heads": 2, "hidden": 16},
+            task={"name": "noise", "tokens": 16},
+            optim={"steps": 6, "batch_size": 8, "warmup": 2},
+            trainer={"accelerator": "cpu", "enable_progress_bar": False},
+            **{"validate_every": 3, "validation_batches": 1, "test_batches": 1, "compile": compiled},
+            out=str(tmp_path / name),
+        )
+
+    eager, compiled = run("eager", False), run("compiled", True)
+    assert compiled["test"]["nats"] == pytest.approx(eager["test"]["nats"], abs=1e-5)
+    states = [zoo.load(tmp_path / name).state_dict() for name in ("eager", "compiled")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-4)

@@ -1,0 +1,160 @@
+"""Benchmarks of whole training steps: families against the transformer, peers, the limit, Lightning's loop, loaders.
+
+Axes: B sequences, T tokens, D model, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.bench import peers
+from zoo.bench.timing import Case
+from zoo.data import Stream
+from zoo.models import MODELS, Model
+
+SIZE = {"dim": 256, "layers": 4, "heads": 8, "hidden": 704}
+B, T, V = 8, 256, 257
+
+
+def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
+    """The transformer against peers and against its own matrix products; the families against the transformer."""
+    ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    ours = build("transformer", SIZE, {"name": "noise", "vocabulary": V, "tokens": T}).to(device)
+    variants: dict[str, Callable[[], Any]] = {"transformer": step(ours.decoder, lambda m, x: m(x)[0], ids)}
+    if compiled:
+        fast = copy.deepcopy(ours)
+        torch.compiler.reset()
+        fast.decoder.compile(fullgraph=True)
+        variants["transformer, compiled"] = step(fast.decoder, lambda m, x: m(x)[0], ids)
+    sizes = {"vocabulary": V, "tokens": T, **SIZE}
+    for name, (module, call) in peers.decoders(**sizes).items():
+        variants[name] = step(module.to(device), call, ids)
+    variants["matrix products"] = limit(ours, device)
+    yield Case("steps", f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", "transformer", variants)
+    yield Case(
+        "steps",
+        "families, default sizes, text of 128 bytes",
+        "transformer",
+        {name: _default_step(name, device) for name in MODELS},
+    )
+
+
+def loops(device: torch.device, quick: bool) -> Iterator[Case]:
+    """What surrounds the steps: Lightning's loop with our logging, the loader, and the extraction of a patch."""
+    yield _lightning(device, 40 if quick else 200)
+    model = build("transformer", {}, {"name": "regression"}).to(device)
+    stream = iter(Stream(model.task, "train", 64, 10**9))
+    bare = bare_step(model)
+    batch = next(stream)
+    yield Case(
+        "loops",
+        "loader alone, regression",
+        "step",
+        {"step": lambda: bare(batch), "loader": lambda: next(stream)},
+        {"loader": 1 / 50},
+    )
+    for name in MODELS:
+        yield _extraction(name, device)
+
+
+def build(family: str, size: dict[str, Any], task: dict[str, Any]) -> Model:
+    torch.manual_seed(0)
+    return MODELS[family](model={"name": family, **size}, task=task, optim={})
+
+
+def step(module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], ids: Tensor) -> Callable[[], Any]:
+    """Forward, cross-entropy, backward, AdamW."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+    def work() -> None:
+        logits = call(module, ids[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return work
+
+
+def limit(model: Model, device: torch.device) -> Callable[[], Any]:
+    """The step's matrix products alone, 6·P·B·T + 12·L·D·T²·B FLOPs with P parameters of matrices, all of one size."""
+    P = sum(p.numel() for name, p in model.decoder.named_parameters() if p.dim() > 1 and "embedding" not in name)
+    flops = 6 * P * B * T + 12 * SIZE["layers"] * SIZE["dim"] * T**2 * B
+    x, W = torch.randn(B * T, SIZE["dim"], device=device), torch.randn(SIZE["dim"], SIZE["hidden"], device=device)
+    out = torch.empty(B * T, SIZE["hidden"], device=device)
+    count = round(flops / (2 * B * T * SIZE["dim"] * SIZE["hidden"]))
+
+    def work() -> None:
+        for _ in range(count):
+            torch.mm(x, W, out=out)
+
+    return work
+
+
+def bare_step(model: Model) -> Callable[[Any], Any]:
+    """What the trainer does with a batch, and nothing else."""
+    configured: Any = model.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    seat = model.decoder.context_to_delta
+
+    def work(batch: Any) -> None:
+        output, patches = model.decoder(batch.tokens, batch.n_context)
+        loss = model.task.errors(output, batch).mean() + (seat.aux_loss(patches) if seat else 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), model.optim.clip)
+        optimizer.step()
+        schedule.step()
+        if seat:
+            seat.after_step()
+
+    return work
+
+
+def _default_step(family: str, device: torch.device) -> Callable[[], Any]:
+    model = build(family, {}, {"name": "noise", "vocabulary": V, "tokens": 128}).to(device)
+    batch = model.task.batch("train", 0, 32)
+    batch = batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
+    work = bare_step(model)
+    return lambda: work(batch)
+
+
+def _lightning(device: torch.device, count: int) -> Case:
+    """The default run's steps: by zoo.training's trainer with its logging, and by a loop that has nothing else."""
+    import tempfile
+
+    from zoo.training import train
+
+    def by_trainer() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                optim={"steps": count},
+                trainer={"accelerator": device.type, "enable_progress_bar": False},
+                validate_every=count,
+                validation_batches=1,
+                test_batches=1,
+                out=f"{folder}/run",
+            )
+
+    def bare() -> None:
+        model = build("transformer", {}, {"name": "regression"}).to(device)
+        work = bare_step(model)
+        for batch in Stream(model.task, "train", 64, count):
+            work(batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device)))
+
+    return Case("loops", f"the trainer, {count} steps", "bare loop", {"bare loop": bare, "trainer": by_trainer}, {})
+
+
+def _extraction(family: str, device: torch.device) -> Case:
+    model = build(family, {}, {"name": "regression", "queries": 1}).to(device).eval().requires_grad_(False)
+    batch = model.task.batch("test", 0, 32)
+    tokens, n = batch.tokens.to(device), batch.n_context
+    removed = torch.arange(tokens.shape[1], device=device) < n
+    variants = {"contextual forward": lambda: model(tokens, n), "deltas": lambda: model.deltas(tokens, removed)}
+    return Case("loops", f"model.deltas of one query, {family}", "contextual forward", variants, {"deltas": 2.5})
