@@ -133,7 +133,7 @@ def test_a_wrong_context_is_found_where_one_document_has_nearly_all_blocks(
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     texts = {name: letter * size for name, letter, size in (("a", b"a", 17), ("b", b"b", 17 * 400), ("c", b"c", 17))}
     ids = np.concatenate([[START, *text] for text in texts.values()]).astype(np.uint16)
-    monkeypatch.setattr(module.corpus, "prepare", lambda *arguments: dict.fromkeys(SPLITS, ids))
+    monkeypatch.setattr(module, "domain_ids", lambda domains: [dict.fromkeys(SPLITS, ids)])
     batch = prompts(domains=["code"]).batch("train", 0, 402)
     assert batch.wrong_context is not None
     pairs = Counter((chr(own[0]), chr(wrong[0])) for own, wrong in zip(batch.tokens, batch.wrong_context, strict=True))

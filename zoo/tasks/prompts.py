@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import positive
-from zoo.tasks import corpus
 from zoo.tasks.base import SPLITS, Batch, Predict, Task
 from zoo.tasks.corpus import START
-from zoo.tasks.domains import DOMAINS, origin
+from zoo.tasks.domains import DOMAINS
 from zoo.tasks.examples import ENOUGH, Examples, from_documents, from_rows, read
 from zoo.tasks.ngram import Trigram
+from zoo.tasks.text import domain_ids
 
 IGNORE = -100  # torch's ignore_index: what is no byte of the target
 FILE = "files"
@@ -78,8 +78,7 @@ class Prompts(Task):
         if config.files:
             return {FILE: from_rows(row for path in config.files for row in read(path))}
         sources = {}
-        for domain in config.domains:
-            ids = corpus.prepare(domain, origin(domain), DOMAINS[domain])
+        for domain, ids in zip(config.domains, domain_ids(config.domains), strict=True):
             sources[domain] = {
                 split: from_documents(ids[split], config.context, config.query, config.target) for split in SPLITS
             }
