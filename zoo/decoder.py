@@ -221,11 +221,7 @@ class Pair:
 def shear_and_down(pair: Pair) -> Patch:
     """The emitted patch, every reader sheared from z to zC, and the missing residual as a rank-1 update of `down`."""
     pair.along("state before", pair.z)
-    return add_residual(pair, replace(pair.emitted, input=Shear(pair.z, pair.zC - pair.z)))
-
-
-def add_residual(pair: Pair, patch: Patch) -> Patch:
-    """`patch`, under which the hidden units h are the contextual ones, and (vC − v) hᵀ/|h|² added to `down`."""
+    patch = replace(pair.emitted, input=Shear(pair.z, pair.zC - pair.z))
     h_BTF = pair.ffn.hidden(pair.z, patch)
     residual = LowRank((pair.vC - pair.v).unsqueeze(-1), pair.along("hidden units of", h_BTF).unsqueeze(-1))
     return patch.add("down", residual)

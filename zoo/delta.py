@@ -121,11 +121,7 @@ class Scale(Delta):
         return scale if self.core is None else 1 + self.core * (scale - 1)
 
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
-        return F.linear(self.move(x), W) * self._factor(self.rows)
-
-    def move(self, x: Tensor) -> Tensor:
-        """x scaled by columns, for x (*,T,i): what a reader sees."""
-        return x * self._factor(self.columns)
+        return F.linear(x * self._factor(self.columns), W) * self._factor(self.rows)
 
     def dense(self, W: Tensor) -> Tensor:
         _refuse_core(self)
@@ -241,13 +237,12 @@ class Routing:
 class Patch:
     """All that a context does to one feed-forward network, names as its parameters.
 
-    input: a shear of what every reader of the input sees, or a scale of its columns (rows 1); weights, biases (*,o):
-    per matrix; routing: the blocks used; chunk: how many tokens share one update, None for the whole sequence. Weight
-    updates add to the stored W before the input acts on the sum: the dense weight of a reader is
-    (W + ΔW)(I + shift aᵀ/|a|²), or (W + ΔW) diag(columns).
+    input: a shear of what every reader of the input sees; weights, biases (*,o): per matrix; routing: the blocks used;
+    chunk: how many tokens share one update, None for the whole sequence. Weight updates add to the stored W before the
+    shear acts on the sum: the dense weight of a reader is (W + ΔW)(I + shift aᵀ/|a|²).
     """
 
-    input: Shear | Scale | None = None
+    input: Shear | None = None
     weights: Mapping[str, Delta] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None

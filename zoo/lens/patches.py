@@ -2,17 +2,19 @@
 
     form            what it changes                                 one for      no patch where
     shear           gate, up (one shear), down                      each token   a state or the hidden units are zero
-    norm_scale      columns of gate and up, down                    each token   an entry of a state is zero, hidden too
     output          down                                            each token   the hidden units are zero
     bias            a bias of down: a steering vector               each token   never
     static          gate, up, down                                  all tokens   states or hidden units are dependent
     static_output   down                                            all tokens   hidden units are dependent
 
-Patches are total: relative to the stored weights, with the family switched off. shear and norm_scale contain the weight
-updates that the family emitted with the context; the other forms absorb them: they are what the stored weights lack.
-Routing is no weight update but a choice, made per token in every form: by the router that saw the context where gate
-and up are patched, by the router that did not (the query alone) where only the output is. After Dherin et al. 2025
-(arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv 2511.17864, gated blocks, norm scales, experts).
+Patches are total: relative to the stored weights, with the family switched off. shear contains the weight updates that
+the family emitted with the context; the other forms absorb them: they are what the stored weights lack. Routing is no
+weight update but a choice, made per token in every form: by the router that saw the context where gate and up are
+patched, by the router that did not (the query alone) where only the output is.
+
+A change of the norm's scale, zC/z entry by entry, is exact for one block but is no form here: its largest entries
+magnify rounding at every layer. After Dherin et al. 2025 (arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv
+2511.17864, gated blocks and experts).
 Axes: B batch, T kept tokens, D model, F hidden units of all blocks; o outputs and i inputs of one matrix.
 """
 
@@ -26,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import lookup
-from zoo.decoder import Pair, add_residual, shear_and_down
-from zoo.delta import LowRank, Patch, Routing, Scale
+from zoo.decoder import Pair, shear_and_down
+from zoo.delta import LowRank, Patch, Routing
 from zoo.models import Model
 
 
@@ -45,19 +47,6 @@ def exact(
     no exact patch of this form exists, and for an unknown form.
     """
     return model.decoder.replace_context(tokens, removed, lookup(form, FORMS, "form"), n_context, parallel)
-
-
-def norm_scale(pair: Pair) -> Patch:
-    """The scale of norm2 changed so that it gives zC, as a scale of its readers' columns; `down` as with a shear."""
-    lost = (pair.z == 0) & (pair.zC != 0)
-    if lost.any():
-        raise ValueError(
-            f"layer {pair.layer}: {int(lost.sum())} entries of states are zero where the context makes them other than "
-            f"zero, which no scale does: use form='shear', 'output' or 'bias'"
-        )
-    columns = torch.where(pair.z == 0, 1, pair.zC / pair.z)
-    rows = columns.new_ones(()).expand(*columns.shape[:2], pair.ffn.gate.shape[0])
-    return add_residual(pair, replace(pair.emitted, input=Scale(rows, columns)))
 
 
 def output(pair: Pair) -> Patch:
@@ -87,13 +76,12 @@ def static(pair: Pair) -> Patch:
 
 
 def static_output(pair: Pair) -> Patch:
-    """The smallest update of `down` alone that serves all T tokens of a sequence: at most F of them."""
+    """The smallest update of `down` alone that serves all T tokens: at most F, fewer where few experts run."""
     return _static_down(pair, Patch(routing=_shared(_routing_alone(pair))))
 
 
 FORMS: dict[str, Callable[[Pair], Patch]] = {
     "shear": shear_and_down,
-    "norm_scale": norm_scale,
     "output": output,
     "bias": bias,
     "static": static,
@@ -143,9 +131,9 @@ def _inverse(pair: Pair, what: str, state_BTn: Tensor) -> Tensor:
     rank_B = (s_BT > torch.finfo(state_BTn.dtype).eps ** 0.5 * s_BT[:, :1]).sum(-1)
     if (rank_B < tokens).any():
         raise ValueError(
-            f"layer {pair.layer}: the {what} the FFN of {tokens} tokens have rank {int(rank_B.min())} in {dtype} (row "
-            f"{int(rank_B.argmin())}), so no static patch serves them all; equal tokens at the start of a query have "
-            f"equal states: keep one token of the context; else {INSTEAD}"
+            f"layer {pair.layer}: the {what} the FFN of {tokens} tokens have rank {int(rank_B.min())} in "
+            f"{state_BTn.dtype} (row {int(rank_B.argmin())}), so no static patch serves them all; equal tokens at the "
+            f"start of a query have equal states: keep one token of the context; else {INSTEAD}"
         )
     return ((u_BTT / s_BT.unsqueeze(1)) @ vh_BTn / length_BT1).mT.to(state_BTn.dtype)
 
