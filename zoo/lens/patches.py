@@ -124,18 +124,16 @@ def _inverse(pair: Pair, what: str, state_BTn: Tensor) -> Tensor:
             f"patch serves at most {size} here; {INSTEAD}"
         )
     pair.along(what, state_BTn)
-    dtype = torch.promote_types(state_BTn.dtype, torch.float32)
-    length_BT1 = state_BTn.to(dtype).norm(dim=-1, keepdim=True)
-    # of unit length: a token's size says nothing about how far it is from the span of the others
-    u_BTT, s_BT, vh_BTn = torch.linalg.svd(state_BTn / length_BT1, full_matrices=False)
+    states = state_BTn.to(torch.promote_types(state_BTn.dtype, torch.float32))
+    u_BTT, s_BT, vh_BTn = torch.linalg.svd(states, full_matrices=False)
     rank_B = (s_BT > torch.finfo(state_BTn.dtype).eps ** 0.5 * s_BT[:, :1]).sum(-1)
     if (rank_B < tokens).any():
         raise ValueError(
             f"layer {pair.layer}: the {what} the FFN of {tokens} tokens have rank {int(rank_B.min())} in "
-            f"{state_BTn.dtype} (row {int(rank_B.argmin())}), so no static patch serves them all; equal tokens at the "
-            f"start of a query have equal states: keep one token of the context; else {INSTEAD}"
+            f"{state_BTn.dtype} (row {int(rank_B.argmin())}): one static patch cannot tell them apart; equal tokens at "
+            f"the start of a query have equal states: keep one token of the context; else {INSTEAD}"
         )
-    return ((u_BTT / s_BT.unsqueeze(1)) @ vh_BTn / length_BT1).mT.to(state_BTn.dtype)
+    return ((u_BTT / s_BT.unsqueeze(1)) @ vh_BTn).mT.to(state_BTn.dtype)
 
 
 INSTEAD = "use a form with one patch per token (shear, output, bias), or a fit by ridge regression (zoo.lens.static)"
