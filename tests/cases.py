@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from zoo.delta import Patch
+from zoo.layers import Layout
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch
 
@@ -97,3 +102,21 @@ def batch_of(model: Model, size: int = 3) -> Batch:
     batch = model.task.batch("test", 0, size)
     tokens = batch.tokens.double() if batch.tokens.is_floating_point() else batch.tokens
     return batch._replace(tokens=tokens)
+
+
+def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Layout) -> Tensor:
+    """The decoder written out once more, with a dense matrix per token or sequence and no notion of a patch."""
+    x = model.decoder.embed(query)
+    for block, patch in zip(model.decoder.blocks, patches, strict=True):
+        v, ffn, scale = block.attend(x, layout), block.ffn, torch.ones(())
+        if patch.routing and patch.chunk is None:  # weights shared by all tokens, a choice of blocks for each
+            scale = patch.routing.scales(ffn.blocks).repeat_interleave(ffn.hidden_per_block, -1)
+            patch = replace(patch, routing=None)
+        W, z = ffn.dense(patch), block.norm2(v)
+        h = scale * F.silu(_times(W["gate"], z)) * _times(W["up"], z)
+        x = v + _times(W["down"], h) + patch.biases.get("down", torch.zeros(()))
+    return model.decoder.unembed(x)
+
+
+def _times(W: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("btoi,bti->bto", W, x) if W.dim() == 4 else x @ W.mT

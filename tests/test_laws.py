@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import CASES, Case, batch_of, build, trained
+from cases import CASES, Case, batch_of, build, plain_forward, trained
 from torch import Tensor
 
 from zoo.delta import Delta, LowRank, Patch, Shear
@@ -34,17 +33,6 @@ def context_of(model: Model) -> tuple[Tensor, int]:
 
 def prefix(tokens: Tensor, length: int) -> Tensor:
     return torch.arange(tokens.shape[1]) < length
-
-
-def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Layout) -> Tensor:
-    """The decoder written out once more, with a dense matrix per token and no notion of a patch."""
-    x = model.decoder.embed(query)
-    for block, patch in zip(model.decoder.blocks, patches, strict=True):
-        v = block.attend(x, layout)
-        z, W = block.norm2(v), block.ffn.dense(patch)
-        hidden = F.silu(torch.einsum("btfd,btd->btf", W["gate"], z)) * torch.einsum("btfd,btd->btf", W["up"], z)
-        x = v + torch.einsum("btdf,btf->btd", W["down"], hidden)
-    return model.decoder.unembed(x)
 
 
 def equivalence(model: Model, tokens: Tensor, n_context: int, removed: Tensor) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,7 @@ class Decoder(nn.Module):
         n_context = int(removed.sum()) if n_context is None else n_context
         _check_context(tokens, n_context)
         kept = (~removed).nonzero().squeeze(1)
+        n_kept = int((~removed[:n_context]).sum())
         full = self.layout(tokens.shape[1], n_context, tokens.device)
         reduced = full.keep(kept)
         xC_BTD = self.embed(tokens)
@@ -186,6 +188,7 @@ class Decoder(nn.Module):
         patches = []
         for layer, block in enumerate(self.blocks):
             v_BTD = block.attend(xC_BTD[:, kept] if parallel else x_BTD, reduced)
+            z_BTD = block.norm2(v_BTD)
             vC_BTD = block.attend(xC_BTD, full)
             zC_BTD = block.norm2(vC_BTD)
             emitted = self.emit(zC_BTD, layer, n_context)
@@ -194,15 +197,16 @@ class Decoder(nn.Module):
                 layer=layer,
                 ffn=block.ffn,
                 emitted=emitted.at(kept),
+                alone=partial(self.emit, z_BTD, layer, n_kept),
                 vC=vC_BTD[:, kept],
                 zC=zC_BTD[:, kept],
                 outC=xC_BTD[:, kept],
                 v=v_BTD,
-                z=block.norm2(v_BTD),
+                z=z_BTD,
             )
             patches.append(patch_of(pair))
             if not parallel:
-                x_BTD = v_BTD + block.ffn(pair.z, patches[-1])
+                x_BTD = v_BTD + block.ffn(z_BTD, patches[-1])
         return patches
 
 
@@ -211,12 +215,13 @@ class Pair:
     """One layer's states at the kept tokens, (B,T,D), with the whole context (C) and without what was removed.
 
     v enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emitted: the family's patch with
-    the whole context, one per token.
+    the whole context, one per token; alone(): what it emits without what was removed, as it comes.
     """
 
     layer: int
     ffn: FeedForward
     emitted: Patch
+    alone: Callable[[], Patch]
     vC: Tensor
     zC: Tensor
     outC: Tensor
@@ -225,9 +230,10 @@ class Pair:
 
     def along(self, what: str, state: Tensor) -> Tensor:
         """state/|state|² (*,n), the row of a rank-1 update; raises ValueError, naming `what`, where a state is zero."""
-        if not state.any(-1).all():
+        square = state.square().sum(-1, keepdim=True)
+        if not square.all():
             raise ValueError(f"layer {self.layer}: the {what} the FFN are zero for a token, no rank-1 patch exists")
-        return state / state.square().sum(-1, keepdim=True)
+        return state / square
 
 
 def shear_and_down(pair: Pair) -> Patch:

@@ -1,0 +1,478 @@
+"""Every form of patch stands for the context exactly, is what its formula says, and says so where it cannot exist."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, batch_of, build, plain_forward
+from test_delta import at_most
+from torch import Tensor
+
+from zoo.decoder import Pair
+from zoo.delta import LowRank, Patch, Routing
+from zoo.layers import FeedForward
+from zoo.lens.patches import FORMS, exact
+from zoo.models import MODELS, Model
+
+MISS = 1e-2
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
+STATIC = ("static", "static_output")
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_form = pytest.mark.parametrize("form", FORMS)
+PREFIX = torch.arange(12) < 7
+SCATTERED = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.tensor([1, 4, 5]), True)
+
+
+def tokens_of(model: Model) -> Tensor:
+    """Twelve tokens in the model's precision: a context of seven, separate where the task says so, and a query."""
+    tokens = batch_of(model).tokens
+    if tokens.is_floating_point():
+        return tokens.to(model.decoder.head.weight.dtype)
+    for first, second in ((0, 2), (7, 8)):  # equal tokens at the start of a query have no static patch
+        tokens[:, second] = (tokens[:, first] + 1) % 8
+    return tokens
+
+
+def distances(model: Model, tokens: Tensor, removed: Tensor, patches: list[Patch], n_context: int) -> dict[str, float]:
+    """Largest distance from the contextual output, relative to it: with dense weights, with patches, with neither."""
+    kept = ~removed
+    query, layout = tokens[:, kept], model.decoder.layout(tokens.shape[1], n_context).keep(kept)
+    n_kept = int(kept[:n_context].sum()) if model.task.n_context else 0
+    contextual = model(tokens, n_context)[:, kept]
+    outputs = {
+        "dense": plain_forward(model, query, patches, layout),
+        "patched": model(query, n_kept, patches, layout.positions),
+        "reduced": model(query, n_kept, positions=layout.positions),
+    }
+    largest = contextual.abs().max()
+    return {name: ((output - contextual).abs().max() / largest).item() for name, output in outputs.items()}
+
+
+@every_case
+@every_form
+@pytest.mark.parametrize(
+    ("removed", "dtype"),
+    [(PREFIX, torch.float64), (SCATTERED, torch.float64), (PREFIX, torch.float32)],
+    ids=["all", "part", "float32"],
+)
+@torch.no_grad()
+def test_exact(case: Case, form: str, removed: Tensor, dtype: torch.dtype) -> None:
+    model = build(case).to(dtype)
+    tokens = tokens_of(model)
+    errors = distances(model, tokens, removed, exact(model, tokens, removed, form, n_context=7), 7)
+    assert max(errors["dense"], errors["patched"]) <= EXACT[dtype]
+    assert errors["reduced"] > MISS
+
+
+@every_case
+@every_form
+@torch.no_grad()
+def test_exact_in_parallel(case: Case, form: str) -> None:
+    model = build(case)
+    tokens = tokens_of(model)
+    errors = distances(model, tokens, SCATTERED, exact(model, tokens, SCATTERED, form, True, 7), 7)
+    assert max(errors["dense"], errors["patched"]) <= EXACT[torch.float64]
+
+
+@every_case
+@every_form
+@torch.no_grad()
+def test_states_of_two_unpatched_passes_do_not_give_a_patch(case: Case, form: str) -> None:
+    model, wrong = build(case), []
+
+    def mistake(pair: Pair) -> Patch:
+        wrong.append(FORMS[form](pair))
+        return pair.alone()  # the query's stream goes on as if nothing was patched
+
+    model.decoder.replace_context(tokens_of(model), PREFIX, mistake, 7)
+    assert distances(model, tokens_of(model), PREFIX, wrong, 7)["dense"] > MISS
+
+
+def pair_of(model: Model, tokens: Tensor | None = None, removed: Tensor = PREFIX) -> Pair:
+    """The states of the first layer."""
+    pairs: list[Pair] = []
+    tokens = tokens_of(model) if tokens is None else tokens
+    model.decoder.replace_context(tokens, removed, lambda pair: pairs.append(pair) or Patch(), 7)  # type: ignore
+    return pairs[0]
+
+
+def silu_product(W: dict[str, Tensor], z: Tensor) -> Tensor:
+    return F.silu(W["gate"] @ z) * (W["up"] @ z)
+
+
+def rank_1(u: Tensor, x: Tensor) -> Tensor:
+    """The smallest matrix that maps x to u."""
+    return torch.outer(u, x) / (x @ x)
+
+
+def hidden_scale(ffn: FeedForward, routing: Routing | None, b: int, t: int) -> Tensor:
+    """s of one token, by a loop over its chosen blocks."""
+    if routing is None:
+        return torch.ones(ffn.gate.shape[0]).double()
+    scale = torch.zeros(ffn.blocks, ffn.hidden_per_block).double()
+    for block, weight in zip(routing.index[b, t].flatten(), routing.weight[b, t].flatten(), strict=True):
+        scale[block] += weight
+    return scale.flatten()
+
+
+def stored(ffn: FeedForward) -> dict[str, Tensor]:
+    return {name: ffn.weight(name) for name in ("gate", "up", "down")}
+
+
+def emitted(pair: Pair, b: int, t: int) -> dict[str, Tensor]:
+    """Weights with what the family emitted at one token."""
+    deltas = pair.emitted.weights
+    return {n: W + deltas[n].dense(W)[b, t] if n in deltas else W for n, W in stored(pair.ffn).items()}
+
+
+def formula(form: str, pair: Pair, alone: Routing | None, b: int, t: int) -> dict[str, Tensor]:
+    """The dense weights of one token as the theory states them, s on the columns of `down`."""
+    z, zC, v, vC, outC = (state[b, t] for state in (pair.z, pair.zC, pair.v, pair.vC, pair.outC))
+    if form == "output":
+        W, s = stored(pair.ffn), hidden_scale(pair.ffn, alone, b, t)
+        h = s * silu_product(W, z)
+        return {**W, "down": (W["down"] + rank_1(outC - v - W["down"] @ h, h)) * s}
+    W, s = emitted(pair, b, t), hidden_scale(pair.ffn, pair.emitted.routing, b, t)
+    h = s * silu_product(W, zC)
+    down = (W["down"] + rank_1(vC - v, h)) * s
+    change = torch.eye(len(z)).double() + rank_1(zC - z, z)
+    return {"gate": W["gate"] @ change, "up": W["up"] @ change, "down": down}
+
+
+def assert_equal_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in ("gate", "up", "down"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+@every_case
+@pytest.mark.parametrize("form", ["shear", "output"])
+@torch.no_grad()
+def test_patches_of_single_tokens_are_what_their_formulas_say(case: Case, form: str) -> None:
+    model = build(case)
+    pair = pair_of(model)
+    alone, dense = model.decoder.emit(pair.z, 0, 0).routing, pair.ffn.dense(FORMS[form](pair))
+    for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+        expected = formula(form, pair, alone, b, t)
+        assert_equal_weights({name: W.expand(3, 5, -1, -1)[b, t] for name, W in dense.items()}, expected)
+
+
+@every_case
+@torch.no_grad()
+def test_a_bias_is_what_its_formula_says(case: Case) -> None:
+    model = build(case)
+    pair = pair_of(model)
+    alone, patch, W = model.decoder.emit(pair.z, 0, 0).routing, FORMS["bias"](pair), stored(pair.ffn)
+    assert not patch.weights
+    for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+        ffn_z = W["down"] @ (hidden_scale(pair.ffn, alone, b, t) * silu_product(W, pair.z[b, t]))
+        torch.testing.assert_close(patch.biases["down"][b, t], pair.outC[b, t] - pair.v[b, t] - ffn_z)
+
+
+@every_case
+@pytest.mark.parametrize("form", STATIC)
+@torch.no_grad()
+def test_static_patches_are_what_their_formulas_say(case: Case, form: str) -> None:
+    model = build(case)
+    pair = pair_of(model)
+    patch, W = FORMS[form](pair), stored(pair.ffn)
+    routing = pair.emitted.routing if form == "static" else model.decoder.emit(pair.z, 0, 0).routing
+    dense = pair.ffn.dense(replace(patch, routing=None))
+    for b in range(3):
+        expected = dict(W)
+        if form == "static":
+            for name in ("gate", "up"):
+                read = torch.stack([emitted(pair, b, t)[name] @ pair.zC[b, t] for t in range(5)], 1)
+                expected[name] = W[name] + (read - W[name] @ pair.z[b].T) @ torch.linalg.pinv(pair.z[b].T)
+        units = [hidden_scale(pair.ffn, routing, b, t) * silu_product(expected, pair.z[b, t]) for t in range(5)]
+        H = torch.stack(units, 1)
+        missing = (pair.outC - pair.v)[b].T - W["down"] @ H
+        expected["down"] = W["down"] + missing @ torch.linalg.pinv(H)
+        assert_equal_weights({name: total.expand(3, -1, -1)[b] for name, total in dense.items()}, expected)
+
+
+MOE = [case for case in CASES if case.family == "moe"]
+
+
+@pytest.mark.parametrize("case", MOE, ids=lambda case: case.name)
+@torch.no_grad()
+def test_experts_share_the_residual_with_the_smallest_norm(case: Case) -> None:
+    """ΔD_e = δv γ_e h_eᵀ / Σ γ²|h|² over the chosen experts; splitting δv evenly, or to the best alone, is larger."""
+    pair = pair_of(build(case))
+    ffn, routing = pair.ffn, pair.emitted.routing
+    assert routing is not None
+    down = FORMS["shear"](pair).weights["down"].dense(ffn.weight("down"))
+    for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+        shift, zC = (pair.vC - pair.v)[b, t], pair.zC[b, t]
+        chosen = list(zip(routing.index[b, t].flatten().tolist(), routing.weight[b, t].flatten(), strict=True))
+        gate, up = (W.unflatten(0, (ffn.blocks, -1)) for W in (ffn.gate, ffn.up))
+        units = {e: F.silu(gate[e] @ zC) * (up[e] @ zC) for e, _ in chosen}
+        total = sum(weight**2 * units[e].square().sum() for e, weight in chosen)
+        expected = torch.zeros(ffn.dim, ffn.blocks, ffn.hidden_per_block).double()
+        for e, weight in chosen:
+            expected[:, e] = torch.outer(shift, weight * units[e]) / total
+        torch.testing.assert_close(down[b, t], expected.flatten(1), rtol=1e-9, atol=1e-12)
+        evenly = sum(1 / units[e].square().sum() for e, _ in chosen) ** 0.5 / sum(w for _, w in chosen).abs()
+        best = 1 / max(weight.abs() * units[e].norm() for e, weight in chosen)
+        assert expected.norm() <= (1 + 1e-12) * shift.norm() * min(evenly, best)
+
+
+@pytest.mark.parametrize("case", MOE, ids=lambda case: case.name)
+@torch.no_grad()
+def test_the_router_sees_the_context_where_its_input_is_patched(case: Case) -> None:
+    model = build(case)
+    pair = pair_of(model)
+    alone = model.decoder.emit(pair.z, 0, 0).routing
+    assert alone is not None
+    assert pair.emitted.routing is not None
+    contextual, reduced = (r.weight.flatten(2) for r in (pair.emitted.routing, alone))
+    assert (contextual - reduced).abs().max() > MISS
+    for form, patch_of in FORMS.items():
+        routing = patch_of(pair).routing
+        assert routing is not None
+        expected = contextual if form in ("shear", "static") else reduced
+        torch.testing.assert_close(routing.weight.flatten(2), expected, rtol=0, atol=1e-12)
+
+
+@every_case
+@torch.no_grad()
+def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Case) -> None:
+    model = build(case)
+    n_kept = 4 if model.task.n_context else 0
+    positions = model.decoder.layout(12, 7).positions[~SCATTERED]
+    _, used = model.decoder(tokens_of(model)[:, ~SCATTERED], n_kept, positions=positions)
+    at = torch.arange(9)
+    pair = pair_of(model, removed=SCATTERED)
+    alone, expected = (pair.ffn.dense(patch.at(at)) for patch in (pair.alone(), used[0]))
+    for name, W in expected.items():
+        torch.testing.assert_close(alone[name], W, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.family != "hypernet"], ids=lambda case: case.name)
+@every_form
+@torch.no_grad()
+def test_where_nothing_goes_no_weight_changes(case: Case, form: str) -> None:
+    model = build(case)
+    patches = exact(model, tokens_of(model)[:, 7:], torch.zeros(5, dtype=torch.bool), form)
+    for block, patch in zip(model.decoder.blocks, patches, strict=True):
+        dense = block.ffn.dense(replace(patch, routing=None))
+        for name, W in stored(block.ffn).items():
+            assert (dense[name] - W).abs().max() <= 1e-10
+        assert patch.biases.get("down", torch.zeros(1)).abs().max() <= 1e-10
+
+
+def build_deep(family: str, layers: int, **options: Any) -> Model:
+    """A model of running text with drawn weights and a vocabulary that a query need not repeat."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "heads": 4, "hidden": 20 if family == "moe" else 80}
+    model = MODELS[family](
+        model={"name": family, "layers": layers, **sizes, **options},
+        task={"name": "noise", "vocabulary": 256},
+        optim={},
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def different_tokens(rows: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(256, generator=generator)[:count] for _ in range(rows)])
+
+
+FAMILIES: dict[str, dict[str, Any]] = {"transformer": {}, "hypernet": {"chunk": 4}, "moe": {}}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@functools.cache
+def deep(family: str, dtype: torch.dtype) -> Model:
+    return build_deep(family, 24, **FAMILIES[family]).to(dtype)
+
+
+@every_family
+@every_form
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@torch.no_grad()
+def test_24_layers(family: str, form: str, dtype: torch.dtype) -> None:
+    """Patches aim at the contextual states anew at each layer, so rounding does not add up where they are used as made;
+    where weights are rebuilt or layers patched in parallel it does."""
+    model, eps = deep(family, dtype), torch.finfo(dtype).eps
+    tokens, removed = different_tokens(4, 25), torch.arange(25) < 20
+    sequential, parallel = (
+        distances(model, tokens, removed, exact(model, tokens, removed, form, parallel), 20)
+        for parallel in (False, True)
+    )
+    assert sequential["patched"] <= 8 * eps
+    assert sequential["patched"] < parallel["patched"]
+    assert max(sequential["dense"], parallel["dense"], parallel["patched"]) <= 1000 * eps
+    assert sequential["reduced"] > 0.1
+
+
+@every_family
+@pytest.mark.parametrize("form", ["shear", "output", "bias"])
+@torch.no_grad()
+def test_bfloat16_gives_the_same_tokens(family: str, form: str) -> None:
+    """One of 20 may differ where two logits are as good as equal, one step of bfloat16 apart at most."""
+    model, positions = deep(family, torch.bfloat16), torch.arange(20, 25)
+    tokens, removed = different_tokens(4, 25), torch.arange(25) < 20
+    logits, query = model(tokens)[:, 20:], tokens[:, 20:]
+    best, chosen = logits.argmax(-1), model(query, patches=exact(model, tokens, removed, form), positions=positions)
+    regret = logits.amax(-1) - logits.gather(-1, chosen.argmax(-1, keepdim=True)).squeeze(-1)
+    assert (regret <= torch.finfo(torch.bfloat16).eps * logits.amax(-1)).all()
+    assert (chosen.argmax(-1) == best).sum() >= 19
+    assert (model(query, positions=positions).argmax(-1) == best).sum() <= 2
+
+
+@pytest.mark.parametrize(
+    ("form", "what", "capacity"), [("static", "states", 32), ("static_output", "hidden units", 80)]
+)
+@every_family
+@torch.no_grad()
+def test_one_static_patch_serves_as_many_tokens_as_its_input_has_dimensions(
+    family: str, form: str, what: str, capacity: int
+) -> None:
+    options = {"top_k": 4} if family == "moe" else FAMILIES[family]  # all experts run: all hidden units are there
+    model = build_deep(family, 2, **options).double()
+    removed = torch.arange(10 + capacity + 1) < 10
+    tokens = different_tokens(2, len(removed))
+    patches = exact(model, tokens[:, :-1], removed[:-1], form)
+    errors = distances(model, tokens[:, :-1], removed[:-1], patches, 10)
+    assert max(errors["dense"], errors["patched"]) <= EXACT[torch.float64]
+    for patch in patches:
+        assert patch.chunk is None
+        for delta in patch.weights.values():
+            assert isinstance(delta, LowRank)
+            assert delta.u.shape[0] == 2
+            assert delta.u.shape[-1] == capacity
+    with pytest.raises(
+        ValueError, match=rf"layer 0: {capacity + 1} tokens are more than the {capacity} {what} .* ridge"
+    ):
+        exact(model, tokens, removed, form)
+
+
+@torch.no_grad()
+def test_tokens_of_one_expert_share_its_hidden_units() -> None:
+    model = build_deep("moe", 1, top_k=1).double()
+    tokens, removed = different_tokens(2, 70), torch.arange(70) < 10
+    routing = pair_of(model, tokens, removed).alone().routing
+    assert routing is not None
+    counts = F.one_hot(routing.index.squeeze(-1), 4).sum(1)
+    rank = int(counts.clamp(max=20).sum(-1).min())
+    assert rank < 60
+    with pytest.raises(ValueError, match=f"layer 0: the hidden units of the FFN of 60 tokens have rank {rank} in"):
+        exact(model, tokens, removed, "static_output")
+
+
+@every_case
+@pytest.mark.parametrize("form", STATIC)
+@torch.no_grad()
+def test_each_row_has_a_static_patch_of_its_own(case: Case, form: str) -> None:
+    model = build(case)
+    tokens = tokens_of(model)
+    together, alone = (exact(model, t, PREFIX, form) for t in (tokens, tokens[1:2]))
+    for block, many, one in zip(model.decoder.blocks, together, alone, strict=True):
+        for name, delta in many.weights.items():
+            W = block.ffn.weight(name)
+            assert isinstance(delta, LowRank)
+            torch.testing.assert_close(delta.dense(W)[1:2], one.weights[name].dense(W), rtol=0, atol=1e-9)
+        down = many.weights["down"].dense(block.ffn.weight("down"))
+        assert (down[0] - down[1]).abs().max() > MISS
+
+
+@pytest.mark.parametrize("form", STATIC)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@torch.no_grad()
+def test_equal_first_tokens_need_one_token_of_the_context(form: str, dtype: torch.dtype) -> None:
+    model = build_deep("transformer", 2).to(dtype)
+    tokens, removed = different_tokens(3, 15), torch.arange(15) < 10
+    tokens[1, 11] = tokens[1, 10]
+    with pytest.raises(ValueError, match=r"layer 0: .* of 5 tokens have rank 4 in torch.* \(row 1\).*keep one token"):
+        exact(model, tokens, removed, form)
+    errors = distances(model, tokens, removed, exact(model, tokens, removed), 10)
+    removed[0] = False
+    kept = distances(model, tokens, removed, exact(model, tokens, removed, form, n_context=10), 10)
+    assert max(errors["dense"], kept["dense"]) <= EXACT[dtype]
+
+
+@torch.no_grad()
+def test_dependent_states_are_named_and_leave_the_output() -> None:
+    """Queries blind to each other are linear in x and its image under attention: rank 2·3 in the first layer."""
+    model = build(CASES[0])
+    removed = torch.arange(14) < 7
+    tokens = torch.randn(2, 14, 4).double()
+    tokens[:, 7:, -1] = 0  # queries bring no y
+    with pytest.raises(ValueError, match="layer 0: the states before the FFN of 7 tokens have rank 6 in"):
+        exact(model, tokens, removed, "static")
+    assert distances(model, tokens, removed, exact(model, tokens, removed, "static_output"), 7)["dense"] <= 1e-10
+
+
+@torch.no_grad()
+def test_a_token_with_small_hidden_units_would_spoil_the_others() -> None:
+    """Its update is large, and what rounding leaves of that in the directions of other tokens is too."""
+    pair = pair_of(build(CASES[0]))
+    z_BTD = pair.z.clone()
+    z_BTD[1, 2] *= 1e-5  # hidden units 1e-10 as large as those of others
+    with pytest.raises(
+        ValueError, match=r"the hidden units of the FFN of 5 tokens have rank 4 in torch.float64 \(row 1"
+    ):
+        FORMS["static_output"](replace(pair, z=z_BTD))
+    patch = FORMS["output"](replace(pair, z=z_BTD))
+    torch.testing.assert_close(pair.v + pair.ffn(z_BTD, patch), pair.outC, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_without_hidden_units_a_bias_is_left() -> None:
+    model = build(CASES[0])
+    torch.nn.init.zeros_(model.decoder.blocks[1].ffn.up)
+    tokens = tokens_of(model)
+    for form in ("shear", "output", "static", "static_output"):
+        with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN are zero for a token"):
+            exact(model, tokens, PREFIX, form)
+    assert distances(model, tokens, PREFIX, exact(model, tokens, PREFIX, "bias"), 7)["dense"] <= 1e-10
+
+
+@torch.no_grad()
+def test_states_whose_square_is_no_number_above_zero_are_refused_too() -> None:
+    model = build(CASES[0]).float()
+    model.decoder.blocks[1].ffn.up.mul_(1e-30)
+    with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN are zero for a token"):
+        exact(model, tokens_of(model), PREFIX, "output")
+
+
+def test_unknown_forms_are_named() -> None:
+    model = build(CASES[0])
+    with pytest.raises(ValueError, match="form 'sheer' does not exist; did you mean shear"):
+        exact(model, tokens_of(model), PREFIX, "sheer")
+
+
+WIDE = {"dim": 320, "heads": 4, "layers": 2}
+LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "transformer": ("transformer", {"hidden": 320}, 0),
+    "hypernet rank 1": ("hypernet", {"hidden": 320, "context": "running", "rank": 1, "code_dim": 8}, 1),
+    "hypernet rank 4": ("hypernet", {"hidden": 320, "context": "running", "rank": 4, "code_dim": 8}, 4),
+    "hypernet scale": ("hypernet", {"hidden": 320, "chunk": 8, "emission": "scale", "code_dim": 8}, 0),
+    "moe": ("moe", {"hidden": 80}, 0),
+}
+
+
+@pytest.mark.parametrize(("family", "options", "rank"), LARGE.values(), ids=LARGE)
+@every_form
+@torch.no_grad()
+def test_no_matrix_per_token_is_formed(family: str, options: dict[str, Any], rank: int, form: str) -> None:
+    """Nothing is larger than the factors of one layer's patch, or a stored matrix, while patches are made and used."""
+    model = build_deep(family, **{**WIDE, **options})
+    tokens, removed = different_tokens(2, 64), torch.arange(64) < 4
+    limit = max(2 * 64 * 320 * (rank + 1), 320 * 320)
+    assert 50 * limit <= 2 * 60 * 320 * 320  # B·T·o·i
+    with at_most(limit):
+        patches = model.deltas(tokens, removed) if form == "shear" else exact(model, tokens, removed, form)
+        model(tokens[:, 4:], patches=patches, positions=torch.arange(4, 64))
+    if form != "bias":
+        with pytest.raises(AssertionError), at_most(limit):
+            model.decoder.blocks[0].ffn.dense(replace(patches[0], routing=None).at(torch.arange(60)))
