@@ -71,6 +71,9 @@ def summarise(
 class ContextToDelta(nn.Module, ABC):
     """The seat of a family in the decoder: from the states before each FFN to the patch of that FFN."""
 
+    reads_query: bool = True
+    """False where the patch of a query is made from the separate context alone, the same for all queries."""
+
     @abstractmethod
     def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
         """The patch of layer `layer` for states z (B,T,D) whose first n_context tokens are a separate context.

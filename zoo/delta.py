@@ -98,14 +98,12 @@ class LowRank(Delta):
         _refuse_core(self)
         return self.u, self.v
 
-    def __add__(self, other: LowRank) -> LowRank:
+    def __add__(self, other: LowRank) -> Delta:
         _refuse_core(self)
         _refuse_core(other)
-        lead = torch.broadcast_shapes(self.u.shape[:-2], other.u.shape[:-2])
-        u, v = (
-            torch.cat([t.expand(*lead, -1, -1) for t in pair], -1) for pair in ((self.u, other.u), (self.v, other.v))
-        )
-        return LowRank(u, v)
+        if self.u.shape[:-2] != other.u.shape[:-2]:
+            return Sum(self, other)  # one update for many others: its factors are not repeated
+        return LowRank(torch.cat([self.u, other.u], -1), torch.cat([self.v, other.v], -1))
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ class Shear(Delta):
 
 @dataclass(frozen=True)
 class Sum(Delta):
-    """The sum of an update without factors and a low-rank one, both relative to the same W."""
+    """The sum of an update and a low-rank one whose factors do not join with its own, both relative to the same W."""
 
     first: Delta
     second: LowRank

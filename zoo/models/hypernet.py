@@ -138,6 +138,7 @@ class EmittedDelta(ContextToDelta):
     def __init__(self, config: HypernetConfig):
         super().__init__()
         self.config = config
+        self.reads_query = config.context != "segment"
         self.generator = Generator(config)
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 

@@ -124,6 +124,7 @@ class RoutedDelta(ContextToDelta):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
+        self.reads_query = config.route_on == "token" or config.chunk is not None
         self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
             Router(config) for _ in range(config.layers)
         )

@@ -1,0 +1,414 @@
+"""Thought vectors and matrices: each form against its dense definition, and what one patch does for many queries."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CASES, Case, build, trained
+from test_delta import at_most
+from torch import Tensor
+
+from zoo.delta import LowRank, Patch, Routing, Sum
+from zoo.lens.queries import sample_queries
+from zoo.lens.static import FORMS, Moments, answer, choose, first, fit, relative_error
+from zoo.models import Model
+from zoo.tasks import TASKS
+
+BY_NAME = {case.name: case for case in CASES}
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+INPUTS, OUTPUTS = 6, 4
+
+
+def samples(count: int, rank: int = INPUTS) -> tuple[Tensor, Tensor]:
+    """Unrelated a (N,6), on a subspace of `rank` dims away from zero, and y (N,4)."""
+    a = torch.randn(count, rank).double() @ torch.randn(rank, INPUTS).double() + 0.5 * (rank == INPUTS)
+    return a, torch.randn(count, OUTPUTS).double()
+
+
+def solved(a: Tensor, y: Tensor, form: str, ridge: float) -> tuple[Tensor, Tensor]:
+    """M (o,i) and b (o)."""
+    moments = Moments()
+    moments.add(a, y)
+    low_rank, bias = moments.solve(FORMS[form], ridge)
+    return low_rank.dense(torch.empty(0))[0], bias[0]
+
+
+def dense(a: Tensor, y: Tensor, ridge: float, samples_side: bool) -> Tensor:
+    """Y Aᵀ (A Aᵀ + λI)⁻¹ or Y (AᵀA + λI)⁻¹ Aᵀ for the columns A = aᵀ, Y = yᵀ; λ as a share of the mean eigenvalue."""
+    A, Y = a.mT, y.mT
+    penalty = ridge * A.square().sum() / min(A.shape)
+    gram = A.mT @ A if samples_side else A @ A.mT
+    inverse = torch.linalg.inv(gram + penalty * torch.eye(len(gram)).double())
+    return Y @ inverse @ A.mT if samples_side else Y @ A.mT @ inverse
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.5])
+@pytest.mark.parametrize("count", [1, 3, 6, 7, 40])
+def test_matrix_is_ridge_regression_on_both_sides(count: int, ridge: float) -> None:
+    a, y = samples(count)
+    M, b = solved(a, y, "matrix", ridge)
+    for samples_side in (True, False):
+        torch.testing.assert_close(M, dense(a, y, ridge, samples_side), rtol=0, atol=1e-10)
+    assert not b.any()
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.5])
+@pytest.mark.parametrize("count", [2, 3, 7, 40])
+def test_affine_is_the_same_on_centred_samples(count: int, ridge: float) -> None:
+    a, y = samples(count)
+    M, b = solved(a, y, "affine", ridge)
+    # centred samples have one direction less: the mean eigenvalue is over count − 1
+    share = ridge * min(count, INPUTS) / min(count - 1, INPUTS)
+    expected = dense(a - a.mean(0), y - y.mean(0), share, count <= INPUTS)
+    torch.testing.assert_close(M, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(b, y.mean(0) - expected @ a.mean(0), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["vector", "affine"])
+def test_one_sample_gives_a_vector(form: str) -> None:
+    a, y = samples(1)
+    M, b = solved(a, y, form, 1e-3)
+    assert not M.any()
+    torch.testing.assert_close(b, y[0])
+
+
+def test_vector_is_the_mean() -> None:
+    a, y = samples(9)
+    M, b = solved(a, y, "vector", 0.0)
+    assert not M.any()
+    torch.testing.assert_close(b, y.mean(0))
+
+
+@pytest.mark.parametrize(("form", "unknowns"), [("matrix", INPUTS), ("affine", INPUTS + 1)])
+def test_as_many_samples_as_unknowns_are_met_exactly_and_no_more(form: str, unknowns: int) -> None:
+    for count in range(1, unknowns + 2):
+        a, y = samples(count)
+        M, b = solved(a, y, form, 0.0)
+        error = (a @ M.mT + b - y).abs().max()
+        assert error < 1e-9 if count <= unknowns else error > 1e-2, count
+
+
+def test_without_ridge_the_smallest_solution() -> None:
+    a, y = samples(4)
+    torch.testing.assert_close(solved(a, y, "matrix", 0.0)[0], (torch.linalg.pinv(a) @ y).mT, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("count", "rank", "expected"), [(4, INPUTS, 4), (40, INPUTS, 6), (40, 2, 2), (1, 1, 1)])
+def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int) -> None:
+    """Rounding in float32 is no direction of its own; without a cut, ridge 0 would fit it with a huge matrix."""
+    a, y = (t.float() for t in samples(count, rank))
+    moments = Moments()
+    moments.add(a, y)
+    low_rank, _ = moments.solve(FORMS["matrix"], 0.0)
+    assert low_rank.u.shape == (1, OUTPUTS, expected)
+    assert low_rank.v.shape == (1, INPUTS, expected)
+
+
+def test_zero_states_get_no_matrix() -> None:
+    moments = Moments()
+    moments.add(torch.zeros(5, INPUTS), torch.ones(5, OUTPUTS))
+    low_rank, bias = moments.solve(FORMS["affine"], 1e-3)
+    assert low_rank.u.shape[-1] == 0
+    torch.testing.assert_close(bias, torch.ones(1, OUTPUTS).double())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [5, 60, 2], [64, 0, 3]])
+def test_a_stream_gives_what_one_batch_gives(form: str, sizes: list[int]) -> None:
+    a, y = samples(sum(sizes))
+    moments = Moments()
+    for part_a, part_y in zip(a.split(sizes), y.split(sizes), strict=True):
+        moments.add(part_a, part_y)
+    assert moments.triangle is not None
+    assert len(moments.triangle) <= 1 + INPUTS + OUTPUTS  # however many samples
+    whole = torch.cat([torch.ones(sum(sizes), 1), a, y], 1)
+    torch.testing.assert_close(moments.triangle.mT @ moments.triangle, whole.mT @ whole, rtol=0, atol=1e-9)
+    low_rank, bias = moments.solve(FORMS[form], 1e-3)
+    M, b = solved(a, y, form, 1e-3)
+    torch.testing.assert_close(low_rank.dense(a)[0], M, rtol=0, atol=1e-10)
+    torch.testing.assert_close(bias[0], b, rtol=0, atol=1e-10)
+
+
+def linear_attention(count: int, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries a, what a context of linear attention adds to them, Σ v (k·a), or plus a constant; and the map itself."""
+    keys, values = torch.randn(5, 16).double(), torch.randn(5, 16).double()
+    M, a = values.mT @ keys, torch.randn(count, 16).double()
+    return a, a @ M.mT + 3 * constant, M
+
+
+def test_what_linear_attention_adds_is_one_matrix_for_every_query() -> None:
+    a, y, M = linear_attention(16, False)
+    torch.testing.assert_close(solved(a, y, "matrix", 0.0)[0], M, rtol=0, atol=1e-9)
+    assert (solved(a[:15], y[:15], "matrix", 0.0)[0] - M).norm() > 0.05 * M.norm()
+
+
+def test_a_vector_and_a_matrix_at_once_need_both() -> None:
+    a, y, M = linear_attention(40, True)
+    estimate, b = solved(a, y, "affine", 0.0)
+    torch.testing.assert_close(estimate, M, rtol=0, atol=1e-9)
+    torch.testing.assert_close(b, torch.full((16,), 3.0).double(), rtol=0, atol=1e-9)
+    for form in ("vector", "matrix"):
+        estimate, b = solved(a, y, form, 0.0)
+        assert (a @ estimate.mT + b - y).norm() > 0.1 * y.norm()
+
+
+def test_the_mean_of_token_patches_is_too_small_by_the_dimension() -> None:
+    a, y, M = linear_attention(4096, False)
+    mean = (y.mT @ (a / a.square().sum(-1, keepdim=True))) / len(a)
+    assert ((mean - M).norm() / M.norm()).sub(1 - 1 / 16).abs() < 0.02
+    assert (16 * mean - M).norm() < 0.2 * M.norm()
+    assert (solved(a, y, "matrix", 0.0)[0] - M).norm() < 1e-10 * M.norm()
+
+
+# patches of whole models
+
+
+def contexts(model: Model) -> Tensor:
+    """Two contexts: the separate ones of the task, or the first 6 tokens of a text."""
+    tokens = model.task.batch("test", 0, 2).tokens[:, : model.task.n_context or 6]
+    return tokens.double() if tokens.is_floating_point() else tokens
+
+
+def queries(model: Model, context: Tensor, count: int, k: int = 0) -> tuple[Tensor, int]:
+    """`count` samples after `context`, on text as rows of four tokens, and the length of the context."""
+    rows = count if model.task.independent_queries else -(-count // 4)
+    return sample_queries(model.task, context, rows, "validation", k, length=4), len(context)
+
+
+@every_case
+@pytest.mark.parametrize("form", ["matrix", "affine", "output"])
+@torch.no_grad()
+def test_few_queries_are_met_exactly(case: Case, form: str) -> None:
+    """Up to D queries, gate, up and down, or down alone, can stand for the context without any error."""
+    model = build(case)
+    tokens, n = queries(model, contexts(model)[0], 8)
+    patches = fit(model.decoder, [tokens], n, form, ridge=0.0)
+    expected = model(tokens, n)[:, n:]
+    torch.testing.assert_close(answer(model.decoder, tokens[:, n:], patches), expected, rtol=0, atol=1e-7)
+    if case.name != "hypernet-constant":
+        assert (model(tokens[:, n:]) - expected).abs().max() > 1e-2
+    weights = {name for patch in patches for name in patch.weights}
+    if case.family != "hypernet":
+        assert weights == ({"down"} if form == "output" else {"gate", "up", "down"})
+
+
+@pytest.mark.parametrize("name", ["transformer-regression", "transformer-noise-tied", "hypernet-segment-low-rank"])
+@torch.no_grad()
+def test_the_patched_model_is_a_plain_model_with_other_weights(name: str) -> None:
+    model = build(BY_NAME[name])
+    tokens, n = queries(model, contexts(model)[0], 8)
+    plain = copy.deepcopy(model)
+    plain.decoder.context_to_delta = None
+    for block, patch in zip(plain.decoder.blocks, fit(model.decoder, [tokens], n, "matrix", 0.0), strict=True):
+        for matrix, weight in block.ffn.dense(patch).items():
+            assert weight.shape[0] == 1
+            block.ffn.weight(matrix).copy_(weight[0])
+    torch.testing.assert_close(plain(tokens[:, n:]), model(tokens, n)[:, n:], rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+def test_equal_first_tokens_of_text_have_no_static_patch() -> None:
+    """Alone, two equal tokens have equal states; after a context they do not: no matrix tells them apart."""
+    model = build(BY_NAME["transformer-noise-tied"])
+    tokens, n = queries(model, contexts(model)[0], 8)
+    tokens[:, n + 1] = tokens[:, n]
+    patches = fit(model.decoder, [tokens], n, "matrix", 0.0)
+    error = (answer(model.decoder, tokens[:, n:], patches) - model(tokens, n)[:, n:]).abs()
+    assert error[:, :2].max() > 1e-2
+
+
+SEGMENT = [
+    case for case in CASES if case.name.startswith("hypernet-segment") and case.name != "hypernet-segment-attend"
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", SEGMENT, ids=lambda case: case.name)
+@torch.no_grad()
+def test_what_a_hypernetwork_emits_is_the_static_patch(case: Case, form: str) -> None:
+    """For queries it was not fitted on: from one sample, and nothing is left to fit."""
+    model = build(case)
+    tokens, n = queries(model, contexts(model)[0], 1)
+    others, _ = queries(model, contexts(model)[0], 30, k=1)
+    patches = fit(model.decoder, [tokens], n, form)
+    torch.testing.assert_close(answer(model.decoder, others[:, n:], patches), model(others, n)[:, n:])
+    emitted = model.decoder(others, n)[1]
+    for block, patch, full in zip(model.decoder.blocks, patches, emitted, strict=True):
+        for name, delta in full.weights.items():
+            W = block.ffn.weight(name)
+            torch.testing.assert_close(patch.weights[name].dense(W), delta.at(torch.tensor([n])).dense(W)[:, 0])
+    assert relative_error(model.decoder, others, n, [Patch()] * 2) > 1e-2
+
+
+@torch.no_grad()
+def test_where_queries_attend_to_the_context_more_is_left_to_fit() -> None:
+    model = build(BY_NAME["hypernet-segment-attend"])
+    tokens, n = queries(model, contexts(model)[0], 200)
+    others, _ = queries(model, contexts(model)[0], 200, k=1)
+    emitted = [Patch(weights={m: LowRank(d.u, d.v) for m, d in p.weights.items()}) for p in model.decoder(tokens, n)[1]]
+    fitted = fit(model.decoder, [tokens], n)
+    errors = [relative_error(model.decoder, others, n, patches) for patches in (fitted, emitted)]
+    assert 1e-6 < errors[0] < 0.6 * errors[1]
+
+
+@functools.cache
+def trained_samples(name: str) -> tuple[Model, Tensor, Tensor, Tensor, int]:
+    """A trained model; 200 samples and 200 held-out queries after one context, 200 samples after another."""
+    model = trained(name)
+    here, other = contexts(model)
+    tokens, n = queries(model, here, 200)
+    return model, tokens, queries(model, here, 200, k=1)[0], queries(model, other, 200)[0], n
+
+
+@pytest.mark.parametrize("name", ["transformer-regression", "transformer-noise-tied", "hypernet-running", "moe-token"])
+def test_a_static_patch_transfers_to_held_out_queries(name: str) -> None:
+    """The context's own patch, against none, against that of another context, and against a vector."""
+    model, tokens, held_out, others, n = trained_samples(name)
+    decoder = model.decoder
+    none = relative_error(decoder, held_out, n, [Patch()] * 2)
+    vector = relative_error(decoder, held_out, n, fit(decoder, [tokens], n, "vector"))
+    foreign = relative_error(decoder, held_out, n, fit(decoder, [others], n))
+    own = relative_error(decoder, held_out, n, fit(decoder, [tokens], n))
+    assert own < min(none, vector, foreign) / 3, (own, none, vector, foreign)
+
+
+@pytest.mark.parametrize(("form", "dimension"), [("matrix", 16), ("output", 24)])
+def test_without_ridge_as_many_samples_as_dimensions_are_the_worst_choice(form: str, dimension: int) -> None:
+    """Double descent: met well, and useless for other queries; ridge repairs it, and so do more samples."""
+    model, tokens, held_out, _, n = trained_samples("transformer-noise-tied")
+    rows = dimension // 4
+    errors = choose(model.decoder, tokens, held_out, n, form, (1, rows, 50), (0.0, 1e-2)).errors
+    assert errors[rows, 0.0] > 5 * max(errors[1, 0.0], errors[50, 0.0], errors[rows, 1e-2]), errors
+    few = tokens[:rows]  # of which two start alike, which no patch can meet
+    assert relative_error(model.decoder, few, n, fit(model.decoder, [few], n, form, 0.0)) < 0.01
+
+
+@pytest.mark.parametrize("name", ["transformer-regression", "hypernet-running", "moe-token"])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_batches_of_queries_give_what_one_gives(name: str, form: str) -> None:
+    model = build(BY_NAME[name])
+    tokens, n = queries(model, contexts(model)[0], 40)
+    if model.task.independent_queries:
+        parts = [torch.cat([tokens[:, :n], part], 1) for part in tokens[:, n:].split([7, 30, 3], 1)]
+    else:
+        parts = list(tokens.split([2, 7, 1]))
+    outputs = [answer(model.decoder, tokens[:, n:], fit(model.decoder, b, n, form)) for b in ([tokens], parts)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-8)
+
+
+@torch.no_grad()
+def test_relative_error_is_one_for_the_best_constant_and_zero_for_the_context() -> None:
+    model = build(BY_NAME["transformer-regression"])
+    tokens, n = queries(model, contexts(model)[0], 8)
+    y = model(tokens, n)[0, n:, 0]
+    none = [Patch()] * 2
+    alone = answer(model.decoder, tokens[:, n:], none)[0, :, 0]
+    expected = (alone - y).square().mean() / y.var(correction=0)
+    assert relative_error(model.decoder, tokens, n, none) == pytest.approx(float(expected))
+    exact = fit(model.decoder, [tokens], n, "matrix", 0.0)
+    assert relative_error(model.decoder, tokens, n, exact) < 1e-12
+
+
+def test_choose_takes_the_least_held_out_error() -> None:
+    model, tokens, held_out, _, n = trained_samples("transformer-regression")
+    choice = choose(model.decoder, tokens, held_out, n, "output", (4, 60), (1e-3, 1e3))
+    assert set(choice.errors) == {(4, 1e-3), (4, 1e3), (60, 1e-3), (60, 1e3)}
+    assert choice.errors[choice.samples, choice.ridge] == min(choice.errors.values())
+    assert (choice.samples, choice.ridge) == (60, 1e-3)
+    direct = fit(model.decoder, [first(model.decoder, tokens, n, 4)], n, "output", 1e3)
+    assert relative_error(model.decoder, held_out, n, direct) == choice.errors[4, 1e3]
+    with pytest.raises(ValueError, match="201 samples asked for, must lie between 1 and the 200 given"):
+        choose(model.decoder, tokens, held_out, n, counts=(201,))
+
+
+@torch.no_grad()
+def test_samples_are_queries_where_they_are_blind_to_each_other_else_rows() -> None:
+    for name, shape in (("transformer-regression", (1, 7 + 3, 4)), ("transformer-noise-tied", (3, 6 + 4))):
+        model = build(BY_NAME[name])
+        tokens, n = queries(model, contexts(model)[0], 24)
+        assert first(model.decoder, tokens, n, 3).shape == shape
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "name", ["transformer-regression", "hypernet-segment-full", "hypernet-running", "moe-token", "moe-context-linear"]
+)
+@torch.no_grad()
+def test_no_update_is_formed_per_token(name: str, form: str) -> None:
+    model = build(BY_NAME[name])
+    tokens, n = queries(model, contexts(model)[0], 12)
+    with at_most(12 * model.decoder.blocks[0].ffn.gate.numel() - 1):
+        patches = fit(model.decoder, [tokens], n, form)
+        answer(model.decoder, tokens[:, n:], patches)
+
+
+def test_one_update_for_many_others_is_not_repeated() -> None:
+    own = LowRank(torch.randn(3, 7, 5, 2), torch.randn(3, 7, 4, 2))
+    static = LowRank(torch.randn(1, 5, 1), torch.randn(1, 4, 1))
+    total = own + static
+    assert isinstance(total, Sum)
+    assert total.second is static
+    assert isinstance(static + static, LowRank)
+
+
+@torch.no_grad()
+def test_one_choice_of_blocks_serves_all_tokens() -> None:
+    ffn = build(BY_NAME["moe-token"]).decoder.blocks[0].ffn
+    z = torch.randn(2, 5, 16).double()
+    routing = Routing(torch.tensor([[[2, 0]]]), torch.tensor([[[0.7, 0.3]]]).double(), torch.zeros(1, 1, 4).double())
+    scale = torch.tensor([0.3, 0.0, 0.7, 0.0]).double().repeat_interleave(12)
+    expected = (torch.nn.functional.silu(z @ ffn.gate.mT) * (z @ ffn.up.mT) * scale) @ ffn.down
+    torch.testing.assert_close(ffn(z, Patch(routing=routing)), expected)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    model = build(BY_NAME["transformer-regression"])
+    tokens, n = queries(model, contexts(model)[0], 5)
+    other, _ = queries(model, contexts(model)[1], 5)
+
+    def stream() -> Iterator[Tensor]:
+        yield tokens
+
+    with pytest.raises(ValueError, match="form of a static patch 'afine' does not exist; did you mean affine"):
+        fit(model.decoder, [tokens], n, "afine")
+    with pytest.raises(ValueError, match=r"ridge=-1.0 must not be negative"):
+        fit(model.decoder, [tokens], n, ridge=-1.0)
+    with pytest.raises(ValueError, match="stands for one context: the first 7 tokens differ between rows"):
+        fit(model.decoder, [torch.cat([tokens, other])], n)
+    with pytest.raises(ValueError, match="stands for one context"):
+        fit(model.decoder, [tokens, other], n)
+    with pytest.raises(ValueError, match="passed over several times: give a list"):
+        fit(model.decoder, stream(), n)
+    with pytest.raises(ValueError, match="at least one sample query"):
+        fit(model.decoder, [], n)
+    for wrong in (0, 12):
+        with pytest.raises(ValueError, match=f"n_context={wrong} must lie between 1 and 11"):
+            fit(model.decoder, [tokens], wrong)
+
+
+def test_sample_queries_are_fresh_inputs_after_the_context() -> None:
+    task = TASKS["regression"]({"name": "regression", "queries": 2}, 0)
+    context = task.batch("test", 0, 1).tokens[0, :20]
+    tokens = sample_queries(task, context, 50)
+    assert tokens.shape == (1, 70, 4)
+    assert torch.equal(tokens[0, :20], context)
+    assert not tokens[0, 20:, -1].any()
+    assert tokens[0, 20:, :-1].std(0).sub(1).abs().max() < 0.4
+    for other in (sample_queries(task, context, 50, "test"), sample_queries(task, context, 50, k=1)):
+        assert not torch.equal(other[0, 20:], tokens[0, 20:])
+    assert torch.equal(sample_queries(task, context, 50), tokens)
+
+
+def test_sample_queries_of_text_are_windows() -> None:
+    task = TASKS["noise"]({"name": "noise", "tokens": 9}, 0)
+    context = torch.tensor([3, 1, 2])
+    tokens = sample_queries(task, context, 5, length=4)
+    assert torch.equal(tokens[:, :3], context.expand(5, 3))
+    assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens[:, :4])
+    with pytest.raises(ValueError, match=r"length=10 must lie between 1 and task\.tokens=9"):
+        sample_queries(task, context, 5, length=10)

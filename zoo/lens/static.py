@@ -1,0 +1,254 @@
+"""Thought vectors and matrices: one weight update that stands for a context on every query (Mazzawi et al. 2025).
+
+Fitted in closed form on sample queries, layer by layer: the states come from the layers below as they are already
+patched, the targets from a pass with the context, so that a layer repairs what the layers below left over.
+Source: arXiv 2510.08734; the output side as ridge regression of the remaining residual, and vector and matrix at once,
+are ours.
+
+A static patch has leading dims (1). What it is relative to depends on the family: where the update of a query is made
+from the separate context alone (hypernetwork on segments, router on the context), the patch contains that update as it
+was emitted, and is total: decoder(queries, patches=patch). Else the family goes on emitting what it makes of the
+query's own tokens, and the patch comes on top: decoder(queries, added=patch). `answer` knows which.
+
+Axes: N samples (query tokens), B rows, n tokens of the context, T tokens, i inputs and o outputs of a linear map,
+r rank, D model, F hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.config import lookup
+from zoo.decoder import Decoder
+from zoo.delta import LowRank, Patch, Routing
+from zoo.layers import FeedForward
+
+
+class Form(NamedTuple):
+    """input: gate and up are patched before down is; matrix, bias: what each of them gains."""
+
+    input: bool
+    matrix: bool
+    bias: bool
+
+
+FORMS = {
+    "vector": Form(input=True, matrix=False, bias=True),
+    "matrix": Form(input=True, matrix=True, bias=False),
+    "affine": Form(input=True, matrix=True, bias=True),
+    "output": Form(input=False, matrix=True, bias=False),
+}
+
+
+class Moments:
+    """The sufficient statistics of samples (a, y) for every form, in a stream: count, Σa, Σy, Σaaᵀ, Σyaᵀ.
+
+    Held as the triangle R of the QR decomposition of the rows [1, a, y], at most 1+i+o of them: RᵀR are the sums, and
+    R has the condition number of the samples instead of its square.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.inputs, self.eps = 0, 0, 0.0
+        self.triangle: Tensor | None = None
+
+    def add(self, a: Tensor, y: Tensor) -> None:
+        """Takes in the samples a (...,i) and y (...,o)."""
+        a_Ni, y_No = a.flatten(0, -2), y.flatten(0, -2)
+        rows = torch.cat([torch.ones_like(a_Ni[:, :1]), a_Ni, y_No], -1).double()
+        if self.triangle is not None:
+            rows = torch.cat([self.triangle, rows])
+        self.triangle = torch.linalg.qr(rows, mode="r").R
+        self.count, self.inputs, self.eps = self.count + len(a_Ni), a_Ni.shape[1], torch.finfo(a.dtype).eps
+
+    def solve(self, form: Form, ridge: float) -> tuple[LowRank, Tensor]:
+        """M = u vᵀ (1,o,i) and b (1,o) with the least Σ|y − M a − b|² + λ|M|², in float64; zero where `form` lacks one.
+
+        λ = ridge · trace(G)/size of the smaller of the Gram matrices G = AAᵀ (i,i) and AᵀA (N,N) of the samples A
+        (centred, if there is a bias); both give the same M. ridge = 0: of all best M the smallest. Singular values of
+        A that the precision of the samples cannot tell from zero are left out, so r ≤ min(N, i).
+        """
+        assert self.triangle is not None
+        i = self.inputs
+        # the first row holds the means, the others the same samples without them
+        rows = self.triangle[1:] if form.bias else self.triangle
+        a_Ri, y_Ro = rows[:, 1 : 1 + i], rows[:, 1 + i :]
+        left, s, right = torch.linalg.svd(a_Ri, full_matrices=False)
+        size = min(self.count - form.bias, i)
+        largest = s[:1].sum()
+        keep = (s > largest * self.eps * max(self.count, i)) & form.matrix
+        left, s, v_ir = left[:, keep], s[keep], right[keep].mT
+        penalty = ridge * a_Ri.square().sum() / max(size, 1)
+        u_or = y_Ro.mT @ (left * (s / (s.square() + penalty)))
+        mean = self.triangle[0, 1:] / self.triangle[0, 0]
+        bias_o = (mean[i:] - u_or @ (v_ir.mT @ mean[:i])) * form.bias
+        return LowRank(u_or[None], v_ir[None]), bias_o[None]
+
+
+@torch.no_grad()
+def fit(
+    decoder: Decoder, batches: Iterable[Tensor], n_context: int, form: str = "affine", ridge: float = 1e-3
+) -> list[Patch]:
+    """One static patch per layer that stands for the first n_context tokens, which all rows of all batches share.
+
+    batches: tokens (B,T) or (B,T,token_dim), each query token a sample; passed over twice per layer, so that only the
+    states of one batch are in memory. form: vector, matrix, affine (both) or output (down alone); ridge: see Moments.
+    Equal first tokens of running text have equal states but different targets: let queries start differently.
+    Raises ValueError for an unknown form, a negative ridge, no samples, or different contexts.
+    """
+    what = lookup(form, FORMS, "form of a static patch")
+    if ridge < 0:
+        raise ValueError(f"ridge={ridge} must not be negative")
+    patches: list[Patch] = []
+    for layer, block in enumerate(decoder.blocks):
+        for matrices in (FeedForward.readers, ("down",)) if what.input else (("down",),):
+            moments = Moments()
+            for tokens in _same_context(batches, n_context):
+                patches = patches or _start(decoder, tokens[:1], n_context)
+                seen = _states(decoder, tokens, n_context, patches, layer)
+                if matrices == ("down",):
+                    h_BTF = block.ffn.hidden(seen.z, seen.patch)
+                    moments.add(h_BTF, seen.outC - seen.v - block.ffn(seen.z, seen.patch))
+                else:
+                    moments.add(seen.z, seen.zC - seen.z)
+            low_rank, bias = moments.solve(what, ridge)
+            patches[layer] = patches[layer].plus(_update(block.ffn, matrices, what, low_rank, bias))
+    return patches
+
+
+def answer(decoder: Decoder, queries: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """The output (B,T,V) for queries (B,T) or (B,T,token_dim) alone, under static patches of this decoder."""
+    return decoder(queries, **{"added" if reads_query(decoder) else "patches": patches})[0]
+
+
+def reads_query(decoder: Decoder) -> bool:
+    """Whether the family makes the update of a query from the query's own tokens too."""
+    return decoder.context_to_delta is not None and decoder.context_to_delta.reads_query
+
+
+@torch.no_grad()
+def relative_error(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch]) -> float:
+    """Σ|y − y_C|² / Σ|y_C − ȳ_C|² over all query tokens of tokens (B,T): how far the patches are from the context.
+
+    y_C: output with the context, ȳ_C: its mean over queries, y: output on the queries alone under the patches.
+    0: as good as the context; 1: as good as the best constant answer, so what moves all queries alike stays near 1.
+    """
+    contextual = decoder(tokens, n_context)[0][:, n_context:].flatten(0, 1).double()
+    patched = answer(decoder, tokens[:, n_context:], patches).flatten(0, 1).double()
+    return float((patched - contextual).square().sum() / (contextual - contextual.mean(0)).square().sum())
+
+
+class Choice(NamedTuple):
+    """The number of samples and the ridge with the least error, and the relative error of every such pair."""
+
+    samples: int
+    ridge: float
+    errors: dict[tuple[int, float], float]
+
+
+def choose(
+    decoder: Decoder,
+    tokens: Tensor,
+    held_out: Tensor,
+    n_context: int,
+    form: str = "affine",
+    counts: Sequence[int] = (16, 64, 256),
+    ridges: Sequence[float] = (0.0, 1e-4, 1e-3, 1e-2),
+) -> Choice:
+    """The number of samples out of `tokens` and the ridge whose patches are best on `held_out`, of the same context.
+
+    The error on the samples themselves says nothing: it is near zero even where the patch fails on all else.
+    Raises ValueError where `tokens` has fewer samples than a count asks for.
+    """
+    errors = {}
+    for count in counts:
+        samples = [first(decoder, tokens, n_context, count)]
+        for ridge in ridges:
+            patches = fit(decoder, samples, n_context, form, ridge)
+            errors[count, ridge] = relative_error(decoder, held_out, n_context, patches)
+    return Choice(*min(errors, key=errors.__getitem__), errors)
+
+
+def first(decoder: Decoder, tokens: Tensor, n_context: int, count: int) -> Tensor:
+    """The first `count` samples: query tokens where they are blind to each other, else rows."""
+    one_row = decoder.independent_queries and len(tokens) == 1
+    available = tokens.shape[1] - n_context if one_row else len(tokens)
+    if not 0 < count <= available:
+        raise ValueError(f"{count} samples asked for, must lie between 1 and the {available} given")
+    return tokens[:, : n_context + count] if one_row else tokens[:count]
+
+
+class _States(NamedTuple):
+    """One layer's states at the queries, (B,T,D): v, z alone, zC, outC with the context; patch: what applies alone."""
+
+    v: Tensor
+    z: Tensor
+    zC: Tensor
+    outC: Tensor
+    patch: Patch
+
+
+def _states(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch], layer: int) -> _States:
+    # Decoder.replace_context for many passes: it stops at `layer` and forms no update per token
+    full = decoder.layout(tokens.shape[1], n_context, tokens.device)
+    alone = full.keep(torch.arange(n_context, tokens.shape[1], device=tokens.device))
+    xC_BTD = decoder.embed(tokens)
+    x_BTD = xC_BTD[:, n_context:]
+    for index, block in enumerate(decoder.blocks[: layer + 1]):
+        v_BTD, vC_BTD = block.attend(x_BTD, alone), block.attend(xC_BTD, full)
+        z_BTD, zC_BTD = block.norm2(v_BTD), block.norm2(vC_BTD)
+        patch = decoder.emit(z_BTD, index, 0).plus(patches[index]) if reads_query(decoder) else patches[index]
+        xC_BTD = vC_BTD + block.ffn(zC_BTD, decoder.emit(zC_BTD, index, n_context))
+        if index < layer:
+            x_BTD = v_BTD + block.ffn(z_BTD, patch)
+    return _States(v_BTD, z_BTD, zC_BTD[:, n_context:], xC_BTD[:, n_context:], patch)
+
+
+def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
+    """What the patches hold before any fit: what the family emits for the context alone, where it does so."""
+    if reads_query(decoder):
+        return [Patch()] * len(decoder.blocks)
+    return [_whole(patch) for patch in decoder(tokens, n_context)[1]]
+
+
+def _whole(emitted: Patch) -> Patch:
+    """The update that all queries of one sequence get, without the mask that keeps it off the context's own tokens."""
+    weights = {name: replace(delta, core=None) for name, delta in emitted.weights.items()}  # type: ignore[type-var]
+    routing = emitted.routing
+    if routing:
+        routing = Routing(routing.index[:, -1:], routing.weight[:, -1:], routing.logits[:, -1:])
+    return Patch(weights=weights, routing=routing)
+
+
+def _update(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:
+    """The patch of `matrices` from the map of a state z to what `zC − z` adds (readers), or to the output (down)."""
+    weights, biases = {}, {}
+    for name in matrices:
+        W = ffn.weight(name)
+        u, b = (low_rank.u, bias) if name == "down" else (W.double() @ low_rank.u, bias @ W.double().mT)
+        if form.matrix:
+            weights[name] = LowRank(u.to(W.dtype).contiguous(), low_rank.v.to(W.dtype).contiguous())
+        if form.bias:
+            biases[name] = b.to(W.dtype).contiguous()
+    return Patch(weights=weights, biases=biases)
+
+
+def _same_context(batches: Iterable[Tensor], n_context: int) -> Iterator[Tensor]:
+    """The batches, checked; raises ValueError if they are none, have no queries, or differ in the context."""
+    if iter(batches) is batches:
+        raise ValueError("batches are passed over several times: give a list, or what starts anew in every loop")
+    context = None
+    for tokens in batches:
+        T = tokens.shape[1]
+        if not 0 < n_context < T:
+            raise ValueError(f"n_context={n_context} must lie between 1 and {T - 1}: there are {T} tokens")
+        context = tokens[:1, :n_context] if context is None else context
+        if not (tokens[:, :n_context] == context).all():
+            raise ValueError(f"a static patch stands for one context: the first {n_context} tokens differ between rows")
+        yield tokens
+    if context is None:
+        raise ValueError("no batches: a static patch is fitted on at least one sample query")
