@@ -1,0 +1,1 @@
+"""Analysis of trained models: what a context does to their weights."""
