@@ -8,7 +8,8 @@ D model; o outputs and i inputs of a matrix W (o,i).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -58,18 +59,24 @@ def growth(
             f"matrices={list(matrices)} must be names out of {list(MATRICES)}, "
             f"and n_context={n_context} must leave context and queries of {tokens.shape[1]} tokens"
         )
-    increments, distance = [], []
-    first: list[list[Matrix]] = []
+    prefixes = _prefixes(model, tokens, n_context, matrices, part)
+    first = before = next(prefixes)
+    increments, distance = [], [_distances(first, first)]
+    for now in prefixes:
+        increments.append(_distances(now, before))
+        distance.append(_distances(now, first))
+        before = now
+    weights = [[torch.linalg.matrix_norm(b.ffn.weight(name)) for name in matrices] for b in model.decoder.blocks]
+    return Growth(torch.stack(increments), torch.stack(distance), torch.stack([torch.stack(row) for row in weights]))
+
+
+def _prefixes(
+    model: Model, tokens: Tensor, n_context: int, matrices: Sequence[str], part: Part
+) -> Iterator[list[list[Matrix]]]:
+    """The patched matrices, by layer and name, for each length of the context."""
     for length in range(n_context + 1):
         prefix = torch.cat([tokens[:, :length], tokens[:, n_context:]], 1)
-        layers = record(model, prefix, length)
-        now = [[layer.matrix(name, part) for name in matrices] for layer in layers]
-        if first:
-            increments.append(_distances(now, before))
-        first, before = first or now, now
-        distance.append(_distances(now, first))
-    weights = [[torch.linalg.matrix_norm(layer.ffn.weight(name)) for name in matrices] for layer in layers]
-    return Growth(torch.stack(increments), torch.stack(distance), torch.stack([torch.stack(row) for row in weights]))
+        yield [[layer.matrix(name, part) for name in matrices] for layer in record(model, prefix, length)]
 
 
 def _distances(one: list[list[Matrix]], other: list[list[Matrix]]) -> Tensor:
@@ -151,7 +158,7 @@ def shrinking(W: Tensor, s: Tensor) -> list[LowRank]:
     _refuse_zero(s[1:])
     total = LowRank(*(s.new_zeros(*s.shape[1:-1], size, 0) for size in W.shape))
     steps = [total]
-    for before, now in zip(s[:-1], s[1:], strict=True):
+    for before, now in pairwise(s):
         u = total.linear(W, (before - now).unsqueeze(-2)).mT
         total = total + LowRank(u, (now / now.square().sum(-1, keepdim=True)).unsqueeze(-1))
         steps.append(total)
