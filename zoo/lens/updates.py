@@ -22,6 +22,7 @@ from zoo.models import Model
 
 MATRICES = (*FeedForward.readers, "down")
 Part = Literal["total", "emitted"]
+PARTS: tuple[Part, ...] = ("total", "emitted")
 """total: what stands for the whole context; emitted: what the family itself emits, without the part of attention."""
 
 
@@ -208,13 +209,17 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
 
 
 @torch.no_grad()
+def changes(layers: list[Layer], alone: list[Layer], part: Part = "total") -> list[dict[str, Matrix]]:
+    """By layer and matrix, the patched matrices of `layers` less those of `alone`, the record without a context."""
+    return [
+        {name: layer.matrix(name, part) - null.matrix(name, "emitted") for name in MATRICES}
+        for layer, null in zip(layers, alone, strict=True)
+    ]
+
+
 def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, Matrix]]:
     """What the context does: by layer and matrix, ΔW(context, query) − ΔW(no context, query), leading dims (B,Q).
 
     For a transformer and a hypernetwork that reads the context alone, the second term is zero.
     """
-    alone = record(model, tokens[:, n_context:], 0)
-    return [
-        {name: layer.matrix(name, part) - null.matrix(name, "emitted") for name in MATRICES}
-        for layer, null in zip(record(model, tokens, n_context), alone, strict=True)
-    ]
+    return changes(record(model, tokens, n_context), record(model, tokens[:, n_context:], 0), part)
