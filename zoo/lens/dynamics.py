@@ -49,7 +49,7 @@ def growth(
     W_i is the weight that stands for c_1 … c_i at query x: the model reads (c_1 … c_i, x), the query right after the
     prefix. All W_i share the stored W, so differences need no reference; W_0 is the query alone. In layer 0 the readers
     keep one key, the query's reduced state, and the increments have rank 1. Deeper layers run on the patched stream of
-    the layers below, so their key moves with i and an increment has rank 2: each W_i is exact for its own stream, and
+    the layers below, so their key moves with i and increments reach rank 2: each W_i is exact for its own stream, and
     the sequence is no delta rule there. A falling curve is no sign of learning: an average over i tokens
     falls like 1/i without any training. Raises ValueError without a context or for an unknown matrix.
     """
@@ -112,7 +112,7 @@ def log_log_slope(curves: Tensor, start: int = 1) -> Slope:
     def slope(y: Tensor) -> Tensor:
         return torch.tensordot(x, y.log(), dims=1) / x.square().sum()
 
-    return Slope(slope(values.flatten(1).mean(1)), slope(values))
+    return Slope(slope(values.reshape(len(values), -1).mean(1)), slope(values))
 
 
 ContextualLayer = Callable[[Tensor, Layout], Tensor]
