@@ -1,1 +1,1 @@
-"""Instruments that read, apply and plot the weight update that a context amounts to."""
+"""The lens: reads, compares, stores and reuses the weight update that a context amounts to in any model of the zoo."""

@@ -1,0 +1,175 @@
+"""The use of experts, counted once more by loops, and what becomes of it without the context."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from cases import CASES, Case, batch_of, build
+from torch import Tensor
+
+from zoo.delta import Routing
+from zoo.lens.routing import Usage, expert_sets, mutual_information, switched, usage
+from zoo.models import Model
+from zoo.tasks import Batch
+
+MOE = [case for case in CASES if case.family == "moe"]
+every_moe = pytest.mark.parametrize("case", MOE, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def close(actual: Tensor, expected: Tensor | list[float]) -> None:
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+def grouped(model: Model, size: int = 6) -> Batch:
+    return batch_of(model, size)._replace(group=torch.arange(size) % 3)
+
+
+def sets_of(routing: Routing, experts: int) -> list[list[frozenset[int]]]:
+    """The routed experts of each token of each sequence."""
+    return [[frozenset(k for k in token if k < experts) for token in row] for row in routing.index.tolist()]
+
+
+def naive_information(pairs: list[tuple[int, int]]) -> float:
+    def entropy(values: list[object]) -> float:
+        return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
+
+    x, y = (entropy([pair[side] for pair in pairs]) for side in (0, 1))
+    return 2 * (x + y - entropy([*pairs])) / (x + y)
+
+
+@every_moe
+@torch.no_grad()
+def test_usage_equals_counts_by_loops(case: Case) -> None:
+    model = build(case)
+    batch, E, K = grouped(model), model.config.experts, model.config.top_k
+    actual = usage(model, [batch])
+    assert batch.group is not None
+    assert actual.information is not None
+    for layer, patch in enumerate(model.decoder(batch.tokens, batch.n_context)[1]):
+        assert patch.routing is not None
+        sets = sets_of(patch.routing, E)
+        tokens = [chosen for row in sets for chosen in row]
+        assert {len(chosen) for chosen in tokens} == {K}
+        counts = [sum(e in chosen for chosen in tokens) for e in range(E)]
+        close(actual.load[layer], [count * E / (K * len(tokens)) for count in counts])
+        close(actual.dead[layer], sum(count == 0 for count in counts) / E)
+        for e in range(E):
+            close(
+                actual.together[layer, e], [sum({e, f} <= chosen for chosen in tokens) / len(tokens) for f in range(E)]
+            )
+        p = patch.routing.logits.softmax(-1)
+        close(actual.entropy[layer], -(p * p.log()).sum(-1).mean().float())
+        pairs = [(e, int(g)) for g, row in zip(batch.group, sets, strict=True) for chosen in row for e in chosen]
+        close(actual.information[layer], naive_information(pairs))
+    assert actual.together.diagonal(dim1=1, dim2=2).sum(-1).tolist() == pytest.approx([K] * 2)
+
+
+@every_moe
+@torch.no_grad()
+def test_usage_of_parts_is_that_of_the_whole(case: Case) -> None:
+    model = build(case)
+    batch = grouped(model)
+    whole, parts = usage(model, [batch]), usage(model, [batch.rows(0, 2), batch.rows(2, 4)])
+    for name in Usage._fields:
+        close(getattr(parts, name), getattr(whole, name))
+    assert not torch.equal(usage(model, [batch.rows(0, 2)]).load, whole.load)
+
+
+@torch.no_grad()
+def test_no_token_and_no_group() -> None:
+    model = build(BY_NAME["moe-token-top1-shared"])
+    with torch.no_grad():
+        model.decoder.context_to_delta.routers[1].bias[2] = -10.0  # type: ignore[union-attr]
+    actual = usage(model, [batch_of(model)])
+    assert actual.information is None
+    assert actual.shuffled is None
+    assert actual.load[1, 2] == 0
+    assert not actual.together[1, 2].any()
+    assert actual.dead[1] >= 0.25
+    with pytest.raises(ValueError, match="no batches"):
+        usage(model, [])
+
+
+def test_shared_experts_are_left_out() -> None:
+    index = torch.tensor([[[2, 0, 4], [3, 1, 4]]])
+    routing = Routing(index, torch.tensor([0.0, -1.0, 1.0]).expand(1, 2, 3), torch.zeros(1, 2, 4))
+    assert expert_sets(routing, 4).tolist() == [[[True, False, True, False], [False, True, False, True]]]
+
+
+def test_mutual_information_of_tables() -> None:
+    tables = {"same": torch.eye(3), "independent": torch.tensor([1.0, 2, 3])[:, None] * torch.tensor([2.0, 5])}
+    assert mutual_information(tables["same"]).item() == pytest.approx(1)
+    assert mutual_information(tables["independent"]).item() == pytest.approx(0, abs=1e-6)
+    table = torch.tensor([[3.0, 1], [0, 4]])
+    pairs = [(x, y) for x in range(2) for y in range(2) for _ in range(int(table[x, y]))]
+    close(mutual_information(torch.stack([table, table.mT, 7 * table])), [naive_information(pairs)] * 3)
+    assert mutual_information(torch.tensor([[5.0]])).isnan()
+
+
+@torch.no_grad()
+def test_experts_that_follow_the_group_stand_out_from_shuffled_groups() -> None:
+    model = build(BY_NAME["moe-token-top1-shared"])
+    group = torch.arange(40) % 2
+    tokens = torch.randint(2, (40, 12))
+    apart, alike = Batch(tokens + 2 * group[:, None], tokens, 0, group=group), Batch(tokens, tokens, 0, group=group)
+    for batch, stands_out in ((apart, True), (alike, False)):
+        actual = usage(model, [batch])
+        assert actual.information is not None
+        assert actual.shuffled is not None
+        assert (actual.information[0] > 5 * actual.shuffled[0]).item() == stands_out
+
+
+@every_moe
+@torch.no_grad()
+def test_a_sheared_router_chooses_as_with_the_context(case: Case) -> None:
+    """Once more with the router's dense patched matrix; a router of the context's mean reads no sheared state."""
+    model = build(case)
+    batch, E = batch_of(model, 8), model.config.experts
+    tokens, n_context = batch.tokens, batch.n_context or 7
+    actual = switched(model, tokens, n_context)
+    assert actual.reduced.min() > 0.05
+    if model.config.route_on == "context":
+        assert actual.sheared.min() > 0.05
+        return
+    assert not actual.sheared.any()
+    removed = torch.arange(tokens.shape[1]) < n_context
+    for layer, patch in enumerate(model.deltas(tokens, removed)):
+        assert patch.input is not None
+        assert patch.routing is not None
+        router = model.decoder.context_to_delta.routers[layer]  # type: ignore[union-attr]
+        contextual = [
+            chosen
+            for row in sets_of(Routing(patch.routing.index.squeeze(2), *[patch.routing.weight] * 2), E)
+            for chosen in row
+        ]
+        z, stored = patch.input.a, router.weight
+        choices = []
+        for W in (stored.expand(*z.shape[:2], -1, -1), stored + patch.input.dense(stored)):
+            score = torch.einsum("bqed,bqd->bqe", W, z)
+            chosen = score.topk(model.config.top_k, -1).indices.flatten(0, 1).tolist()
+            choices.append([frozenset(c) != other for c, other in zip(chosen, contextual, strict=True)])
+        close(actual.reduced[layer], sum(choices[0]) / len(choices[0]))
+        assert not any(choices[1])
+
+
+@every_moe
+@torch.no_grad()
+def test_nothing_switches_if_nothing_goes(case: Case) -> None:
+    model = build(case)
+    tokens = batch_of(model).tokens[:, 7:11]
+    actual = switched(model, tokens, 0)
+    assert not actual.reduced.any()
+    assert not actual.sheared.any()
+
+
+def test_models_without_experts_are_refused() -> None:
+    model = build(BY_NAME["hypernet-constant"])
+    batch = batch_of(model)
+    for call in (lambda: usage(model, [batch]), lambda: switched(model, batch.tokens, 7)):
+        with pytest.raises(ValueError, match=r"model\.name=hypernet has no experts"):
+            call()

@@ -1,0 +1,349 @@
+"""The structure of updates, against dense matrices and textbook definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Case, batch_of, build, trained
+from torch import Tensor
+
+from zoo.delta import Shear
+from zoo.lens.structure import (
+    codes,
+    context_gap,
+    context_share,
+    cosines,
+    effect,
+    effect_cosines,
+    gram,
+    linear_decoding,
+    linear_weights,
+    norms,
+    participation_ratio,
+    query_dependence,
+    query_dependences,
+    shared_queries,
+)
+from zoo.lens.updates import MATRICES, PARTS, Matrix, record, updates
+from zoo.models import Model
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def context_of(model: Model) -> tuple[Tensor, int]:
+    batch = batch_of(model)
+    return batch.tokens, batch.n_context or 7
+
+
+def many_queries(model: Model, queries: int = 40) -> Tensor:
+    """Three contexts of 7 pairs and many inputs to ask about."""
+    inputs = torch.randn(3, queries, 3).double()
+    return torch.cat([batch_of(model).tokens[:, :7], torch.nn.functional.pad(inputs, (0, 1))], 1)
+
+
+def drawn(*lead: int, W: Tensor | None = None) -> Matrix:
+    W = torch.randn(6, 5).double() if W is None else W
+    return Matrix(W, *(torch.randn(*lead, *shape).double() for shape in ((6, 1), (5, 1), (6, 2), (5, 2))))
+
+
+@every_case
+@torch.no_grad()
+def test_norms_equal_those_of_dense_updates(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    actual = norms(model, tokens, n_context)
+    for part in PARTS:
+        for layer, change in enumerate(updates(model, tokens, n_context, part)):
+            for index, name in enumerate(MATRICES):
+                expected = torch.linalg.matrix_norm(change[name].dense())
+                close(getattr(actual, part)[layer, index], expected)
+                W = model.decoder.blocks[layer].ffn.weight(name)
+                close(actual.weights[layer, index], W.square().sum().sqrt())
+                close(getattr(actual.relative(), part)[layer, index], expected / W.norm())
+    reads = case.family != "transformer" and case.name != "hypernet-constant"
+    assert bool(actual.emitted.any()) == reads
+    attends = model.decoder.attend_context or not model.task.n_context
+    assert (actual.total - actual.emitted).abs().max().gt(1e-2) == attends
+
+
+def test_participation_ratio_counts_equal_singular_values() -> None:
+    close(participation_ratio(torch.tensor([3.0, 3.0, 3.0, 0.0]).double()), torch.tensor(3.0).double())
+    close(participation_ratio(torch.tensor([[2.0, 0.0], [1.0, 1.0]]).double()), torch.tensor([1.0, 2.0]).double())
+    A = torch.randn(7, 4).double()
+    covariance = A.mT @ A
+    expected = covariance.trace().square() / (covariance @ covariance).trace()
+    close(participation_ratio(torch.linalg.svdvals(5 * A)), expected)
+    assert 1 < expected < torch.linalg.matrix_rank(A)
+    assert participation_ratio(torch.zeros(3)).isnan()
+
+
+@torch.no_grad()
+def test_participation_ratio_of_updates() -> None:
+    tokens, n_context = context_of(build(BY_NAME["transformer-regression"]))
+    one = updates(build(BY_NAME["transformer-regression"]), tokens, n_context)[0]["gate"].svdvals()
+    close(participation_ratio(one), torch.ones(3, 5).double())
+    low_rank = updates(build(BY_NAME["hypernet-segment-low-rank"]), tokens, n_context)[0]["gate"].svdvals()
+    assert ((participation_ratio(low_rank) > 1.2) & (participation_ratio(low_rank) < 4)).all()
+
+
+def test_cosines_equal_those_of_flat_dense_matrices() -> None:
+    x, y = drawn(4), drawn(3)
+    flat = [m.dense().flatten(1) for m in (x, y)]
+    close(gram(x, y), flat[0] @ flat[1].mT)
+    close(cosines(x, y), torch.nn.functional.cosine_similarity(flat[0][:, None], flat[1][None], dim=-1))
+    close(cosines(x, x).diagonal(), torch.ones(4).double())
+    assert cosines(x, y).abs().max() < 0.99
+    zero = x.each(torch.zeros_like)
+    assert cosines(x, zero).isnan().all()
+
+
+@torch.no_grad()
+def test_a_context_aligns_the_updates_of_its_queries_if_it_alone_is_read() -> None:
+    hypernet, transformer = build(BY_NAME["hypernet-segment-low-rank"]), build(BY_NAME["transformer-regression"])
+    tokens, n_context = context_of(hypernet)
+    gate = updates(hypernet, tokens, n_context)[1]["gate"]
+    close(cosines(gate[0], gate[0]), torch.ones(5, 5).double())
+    assert cosines(gate[:, 0], gate[:, 0]).fill_diagonal_(0).abs().max() < 0.95
+    gate = updates(transformer, tokens, n_context)[1]["gate"]
+    assert cosines(gate[0], gate[0]).fill_diagonal_(0).abs().max() < 0.95
+
+
+@torch.no_grad()
+def test_updates_of_two_models_compare_only_if_shapes_agree() -> None:
+    model, other, moe = (build(BY_NAME[n]) for n in ("transformer-regression", "hypernet-segment-attend", "moe-token"))
+    tokens, n_context = context_of(model)
+    gates = [updates(m, tokens, n_context)[0]["gate"][0] for m in (model, other, moe)]
+    close(
+        cosines(gates[0], gates[1])[1, 2],
+        torch.cosine_similarity(*(g.dense()[i].flatten() for g, i in ((gates[0], 1), (gates[1], 2))), dim=0),
+    )
+    with pytest.raises(ValueError, match=r"\(24, 16\) and \(48, 16\).*effects"):
+        cosines(gates[0], gates[2])
+    effects = [effect(m, tokens, n_context) for m in (model, moe)]
+    assert effect_cosines(*effects).shape == (3,)
+    assert (effect_cosines(*effects).abs() < 1).all()
+    close(effect_cosines(effects[0], -2 * effects[0]), -torch.ones(3).double())
+
+
+@every_case
+@torch.no_grad()
+def test_effect_is_what_the_context_does_to_the_output(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    removed = torch.arange(tokens.shape[1]) < n_context
+    positions = model.decoder.layout(tokens.shape[1], n_context).positions[~removed]
+    patched = model(tokens[:, n_context:], patches=model.deltas(tokens, removed), positions=positions)
+    alone = model(tokens[:, n_context:], positions=positions)
+    if model.task.vocabulary:
+        patched, alone = patched.log_softmax(-1), alone.log_softmax(-1)
+    close(effect(model, tokens, n_context), patched - alone)
+    assert (patched - alone).abs().max() > 1e-2
+    assert effect(model, tokens[:, n_context:], 0).abs().max() < 1e-12
+
+
+def naive_share(dense: Tensor) -> Tensor:
+    """Law of total variance on dense updates (B,Q,o,i)."""
+    flat = dense.flatten(2)
+    between = (flat.mean(1) - flat.mean((0, 1))).square().sum() * flat.shape[1]
+    return between / (flat - flat.mean((0, 1))).square().sum()
+
+
+def test_context_share_splits_the_variance() -> None:
+    x = drawn(4, 3)
+    close(context_share(x), naive_share(x.dense()))
+    assert context_share(x) < 0.6
+    of_context = x[:, :1].each(lambda t: t.expand(-1, 3, *t.shape[2:]))
+    close(context_share(of_context), torch.tensor(1.0).double())
+    of_query = x[:1].each(lambda t: t.expand(4, *t.shape[1:]))
+    assert context_share(of_query).abs() < 1e-12
+    for equal in (of_query[:, :1], x.each(torch.zeros_like)):
+        assert context_share(equal).isnan()
+
+
+SEPARATE = [
+    "hypernet-segment-low-rank",
+    "hypernet-segment-attend",
+    "hypernet-segment-full",
+    "hypernet-segment-scale-gqa",
+]
+SHARED = [*SEPARATE, "moe-context-linear"]
+
+
+@pytest.mark.parametrize("name", [*SHARED, "moe-token", "transformer-regression"])
+@torch.no_grad()
+def test_what_is_made_from_the_context_alone_differs_between_contexts_alone(name: str) -> None:
+    model = build(BY_NAME[name])
+    tokens, n_context = context_of(model)
+    grid = shared_queries(tokens, n_context)
+    assert torch.equal(grid[:, :n_context], tokens[:, :n_context])
+    assert (grid[:, n_context:] == tokens[0, n_context:]).all()
+    emitted, total = (updates(model, grid, n_context, part) for part in ("emitted", "total"))
+    for layer in range(2):
+        for matrix in ("down",) if model.config.name == "moe" else MATRICES:
+            share = context_share(emitted[layer][matrix])
+            if name in SHARED:
+                assert share.item() == pytest.approx(1, abs=1e-12)
+            else:
+                assert share.isnan() or share < 0.5
+        if model.decoder.attend_context:
+            assert context_share(total[layer]["gate"]) < 0.95
+            close(context_share(total[layer]["gate"]), naive_share(total[layer]["gate"].dense()))
+
+
+@pytest.mark.parametrize("name", [*SHARED, "moe-token", "transformer-regression"])
+@torch.no_grad()
+def test_query_dependence_is_0_where_the_context_alone_is_read(name: str) -> None:
+    """Law L5, whatever the number of queries: fewer than their width (5) and more (30)."""
+    model = build(BY_NAME[name])
+    tokens = many_queries(model)
+    for fit in (5, 30):
+        emitted, total = (query_dependences(model, tokens, 7, fit, part) for part in ("emitted", "total"))
+        assert emitted.shape == (2, 3, 3)
+        if name in SHARED:
+            assert emitted[:, -1].max() < 1e-25
+        elif model.config.name == "moe":
+            assert emitted[:, -1].min() > 0.1
+        if model.decoder.attend_context:
+            assert total.min() > 1e-3
+        else:
+            assert total.max() < 1e-25
+    assert query_dependences(build(BY_NAME["transformer-regression"]), tokens, 7, 5, "emitted").isnan().all()
+
+
+@torch.no_grad()
+def test_an_update_of_rounding_errors_has_no_query_dependence() -> None:
+    model = build(BY_NAME["hypernet-segment-down"])
+    tokens = many_queries(model)
+    gate = updates(model, tokens, 7)[1]["gate"]
+    assert 0 < gate.norm().max() < 1e-13
+    assert query_dependences(model, tokens, 7, 20)[:, :2].isnan().all()
+    assert context_share(updates(model, shared_queries(tokens, 7), 7)[1]["gate"]).isnan()
+
+
+def naive_dependence(update: Matrix, x: Tensor, fit: int, ridge: float) -> Tensor:
+    """The primal form with dense matrices, one context after the other."""
+    values = []
+    for dense, rows in zip(update.dense(), x, strict=True):
+        target, mean = torch.einsum("qoi,qi->qo", dense, rows), dense[:fit].mean(0)
+        rest = (target - rows @ mean.mT)[:fit]
+        G = rows[:fit].mT @ rows[:fit]
+        penalty = ridge * G.trace() / min(fit, len(G))
+        static = mean + torch.linalg.solve(G + penalty * torch.eye(len(G)).double(), rows[:fit].mT @ rest).mT
+        values.append((target - rows @ static.mT)[fit:].square().sum() / target[fit:].square().sum())
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("fit", [3, 20])
+@torch.no_grad()
+def test_query_dependence_equals_a_dense_ridge_regression(fit: int) -> None:
+    update, x = drawn(2, 30), torch.randn(2, 30, 5).double()
+    close(query_dependence(update, x, fit, ridge=0.02), naive_dependence(update, x, fit, 0.02))
+    model = build(BY_NAME["hypernet-segment-attend"])
+    tokens = many_queries(model)
+    change, layer = updates(model, tokens, 7)[1]["down"], record(model, tokens, 7)[1]
+    expected = naive_dependence(change, layer.reads("down"), fit, 1e-3)
+    close(query_dependences(model, tokens, 7, fit)[1, 2], expected)
+    assert expected.min() > 1e-3
+
+
+def test_query_dependence_of_a_linear_context_is_0() -> None:
+    """Linear attention: shifts that are linear in the state are one matrix for all queries, though each has its own."""
+    W, M = torch.randn(6, 5).double(), torch.randn(5, 5).double()
+    a = torch.randn(2, 30, 5).double()
+    for shift, lowest, highest in ((a @ M, 0, 1e-9), ((a @ M).tanh(), 1e-2, 1), (torch.randn_like(a), 0.8, 3)):
+        u, v = Shear(a, shift).factors(W)
+        update = Matrix(W, u[..., :0], v[..., :0], u, v)
+        q = query_dependence(update, a, fit=20, ridge=1e-8)
+        assert (q >= lowest).all()
+        assert (q <= highest).all()
+        assert context_share(update) < 0.5
+    for fit in (0, 30):
+        with pytest.raises(ValueError, match=f"fit={fit} must lie between 1 and 29"):
+            query_dependence(update, a, fit)
+
+
+@every_case
+@torch.no_grad()
+def test_codes_are_what_the_heads_read(case: Case) -> None:
+    model = build(case)
+    tokens, n_context = context_of(model)
+    if case.family != "hypernet":
+        with pytest.raises(ValueError, match=f"model.name={case.family} has no code"):
+            codes(model, tokens, n_context)
+        return
+    read = codes(model, tokens, n_context)
+    head = {"low_rank": "v", "full": "full", "scale": "rows"}[model.config.emission]
+    heads = model.decoder.context_to_delta.generator.heads  # type: ignore[union-attr]
+    for code, patch in zip(read, model.decoder(tokens, n_context)[1], strict=True):
+        delta = patch.weights["down"]
+        if head == "v":
+            close(heads["down_v"](code), delta.v)  # type: ignore[attr-defined]
+        elif head == "full" and model.config.context == "segment":
+            close(heads["down_full"](code * 8**-0.5), delta.matrix)  # type: ignore[attr-defined]
+        elif head == "rows" and model.config.context == "segment":
+            close(1 + heads["down_rows"](code * 8**-0.5), delta.rows)  # type: ignore[attr-defined]
+        assert code.shape[-1] == 8
+    assert not model.decoder.context_to_delta.generator.code_norm._forward_hooks  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_linear_weights_answer_the_queries() -> None:
+    model = build(BY_NAME["transformer-regression"])
+    batch = batch_of(model, 16)
+    w = linear_weights(batch)
+    answers = (batch.tokens[:, 7:, :-1] @ w[:, :, None]).squeeze(-1)
+    torch.testing.assert_close(answers, batch.targets.double(), rtol=0, atol=1e-5)
+    assert (answers.roll(1, 0) - batch.targets).abs().mean() > 0.5
+    with pytest.raises(ValueError, match="from 2 context tokens"):
+        linear_weights(batch._replace(n_context=2))
+    with pytest.raises(ValueError, match="no weights"):
+        linear_weights(batch_of(build(BY_NAME["transformer-noise-tied"])))
+
+
+def test_linear_decoding_finds_what_is_linear_in_the_code() -> None:
+    latent = torch.randn(400, 3).double()
+    code = torch.cat([latent @ torch.randn(3, 5).double(), torch.randn(400, 3).double()], 1) + 7
+    found = linear_decoding(code, 2 * latent - 1)
+    assert found.r2 > 0.99
+    assert -0.2 < found.shuffled < 0.1
+    assert linear_decoding(code, latent.square()).r2 < 0.1
+    assert linear_decoding(code, latent, ridge=10).r2 < 0.9
+    assert linear_decoding(torch.ones(400, 8).double(), latent).r2 <= 0
+    assert linear_decoding(code, latent, seed=1).shuffled != linear_decoding(code, latent).shuffled
+    for codes_given, latents_given in ((3, 3), (400, 399)):
+        with pytest.raises(ValueError, match=f"{codes_given} codes and {latents_given} latents"):
+            linear_decoding(code[:codes_given], latent[:latents_given])
+
+
+@torch.no_grad()
+def test_the_code_of_the_first_layer_tells_the_mean_of_the_context() -> None:
+    model = build(BY_NAME["hypernet-segment-low-rank"])
+    batch = batch_of(model, 400)
+    mean = batch.tokens[:, :7].mean(1)
+    found = linear_decoding(codes(model, batch.tokens, 7)[0], mean)
+    assert found.r2 > 0.5
+    assert found.shuffled < 0
+    queries = batch.tokens[:, 7:].mean(1)[:, :3]
+    assert linear_decoding(codes(model, batch.tokens, 7)[0], queries).r2 < 0
+
+
+@torch.no_grad()
+def test_a_model_that_learned_to_read_its_context_suffers_from_a_wrong_one() -> None:
+    name = "hypernet-segment-attend"
+    gaps = []
+    for model in (trained(name), build(BY_NAME[name])):
+        batch = batch_of(model, 200)
+        gap = context_gap(model, batch)
+        values = model.task.evaluate(lambda tokens, n, m=model: m(tokens, n), batch)  # type: ignore[misc]
+        close(gap, values["nmse_wrong_context"] - values["nmse"])
+        gaps.append(gap.mean().item())
+    assert gaps[0] > 0.1
+    assert abs(gaps[1]) < 0.1
+    noise = build(BY_NAME["transformer-noise-tied"])
+    with pytest.raises(ValueError, match=r"task\.name=noise reports no nats_wrong_context: nats, nats_floor"):
+        context_gap(noise, batch_of(noise))

@@ -1,0 +1,225 @@
+"""The patched matrices of a model as vectors: differences, inner products and norms, from factors alone.
+
+Axes: B batch, T tokens, Q query tokens, R rank, P pairs of scalings; o outputs and i inputs of a matrix W (o,i); `*`
+any leading dims, (B,Q) for what `record` gives. Nothing of size (*,o,i) is formed, except where a family emits ΔW in
+full: that is a matrix per token from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.decoder import Pair, shear_and_down
+from zoo.delta import Delta, Full, LowRank, Patch, Scale, Shear, Sum
+from zoo.layers import FeedForward
+from zoo.models import Model
+
+MATRICES = (*FeedForward.readers, "down")
+Part = Literal["total", "emitted"]
+PARTS: tuple[Part, ...] = ("total", "emitted")
+"""total: what stands for the whole context; emitted: what the family itself emits, without the part of attention."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """ΔW = W∘(rows columnsᵀ) + u vᵀ + full: rows (*,o,P), columns (*,i,P), u (*,o,R), v (*,i,R), full (*,o,i) or None.
+
+    rows columnsᵀ scales W entry by entry, a routing scales the hidden units that `down` reads.
+    """
+
+    W: Tensor
+    rows: Tensor
+    columns: Tensor
+    u: Tensor
+    v: Tensor
+    full: Tensor | None = None
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Matrix:
+        """f, which acts on leading dims alone, applied to every tensor but W."""
+        full = None if self.full is None else f(self.full)
+        return Matrix(self.W, f(self.rows), f(self.columns), f(self.u), f(self.v), full)
+
+    def __getitem__(self, index: object) -> Matrix:
+        return self.each(lambda t: t[index])  # type: ignore[index]
+
+    def __sub__(self, other: Matrix) -> Matrix:
+        """The difference of two matrices with the same W, as differences of factors: exactly 0 between equals."""
+        rows, columns = _difference(self.rows, self.columns, other.rows, other.columns)
+        u, v = _difference(self.u, self.v, other.u, other.v)
+        full = self.full
+        if other.full is not None:
+            full = other.full.neg() if full is None else full - other.full
+        return Matrix(self.W, rows, columns, u, v, full)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """ΔW x for x (*,n,i): (*,n,o)."""
+        y = (x @ self.v) @ self.u.mT
+        for row, column in self._scalings():
+            y = y + F.linear(x * column.unsqueeze(-2), self.W) * row.unsqueeze(-2)
+        return y if self.full is None else y + x @ self.full.mT
+
+    def dense(self) -> Tensor:
+        """ΔW itself, (*,o,i), for tests."""
+        dense = self.W * (self.rows @ self.columns.mT) + self.u @ self.v.mT
+        return dense if self.full is None else dense + self.full
+
+    def inner(self, other: Matrix) -> Tensor:
+        """Frobenius inner product ⟨ΔW, ΔW'⟩ (*), leading dims broadcast; raises ValueError if the shapes differ."""
+        if self.W.shape != other.W.shape:
+            raise ValueError(
+                f"matrices of shapes {tuple(self.W.shape)} and {tuple(other.W.shape)} have no inner product: "
+                f"compare their effects on the output instead (zoo.lens.structure.effect)"
+            )
+        total = ((self.u.mT @ other.u) * (self.v.mT @ other.v)).sum((-2, -1))
+        for a, b in self._scalings():
+            for c, d in other._scalings():
+                total = total + ((a * c) @ (self.W * other.W) * (b * d)).sum(-1)
+        if self.full is not None and other.full is not None:
+            total = total + (self.full * other.full).sum((-2, -1))
+        return total + _across(self, other) + _across(other, self)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm (*)."""
+        scaled = replace(self, u=self.u[..., :0], v=self.v[..., :0], full=None)
+        others = replace(self, rows=self.rows[..., :0], columns=self.columns[..., :0])
+        # by QR, as the square root of an inner product would lose half of the digits where factors cancel
+        rest = LowRank(self.u, self.v).norm(self.W) if self.full is None else torch.linalg.matrix_norm(others.dense())
+        if not self.rows.shape[-1]:
+            return rest
+        return (rest.square() + 2 * scaled.inner(others) + scaled.inner(scaled)).clamp(min=0).sqrt()
+
+    def svdvals(self) -> Tensor:
+        """Singular values, descending, (*,n); without scalings n is at most R and all others are zero.
+
+        A scaling of W has no small factors: there one matrix after the other is formed and decomposed.
+        """
+        if self.full is None and not self.rows.shape[-1]:
+            return LowRank(self.u, self.v).svdvals(self.W)
+        lead = self.u.shape[:-2]
+        flat = self.each(lambda t: t.flatten(0, len(lead) - 1))
+        return torch.stack([torch.linalg.svdvals(flat[n].dense()) for n in range(lead.numel())]).unflatten(0, lead)
+
+    def _scalings(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.rows.unbind(-1), self.columns.unbind(-1), strict=True)
+
+
+def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """a bᵀ − c dᵀ as (a − c) bᵀ + c (b − d)ᵀ: small where both are close, and empty where they are equal."""
+    width = max(a.shape[-1], c.shape[-1])
+    a, b, c, d = (F.pad(t, (0, width - t.shape[-1])) for t in (a, b, c, d))
+    left, right = torch.cat([a - c, c], -1), torch.cat([b, b - d], -1)
+    used = left.flatten(0, -2).any(0) & right.flatten(0, -2).any(0)
+    return left[..., used], right[..., used]
+
+
+def _across(one: Matrix, other: Matrix) -> Tensor | float:
+    """Products of what is scaled or full in `one` with what has factors in `other`, and of scaled with full, (*)."""
+    total: Tensor | float = 0.0
+    for row, column in one._scalings():
+        u, v = row.unsqueeze(-1) * other.u, column.unsqueeze(-1) * other.v
+        total = total + ((u.mT @ one.W) * v.mT).sum((-2, -1))
+        if other.full is not None:
+            total = total + ((row.unsqueeze(-2) @ (one.W * other.full)).squeeze(-2) * column).sum(-1)
+    if one.full is not None:
+        total = total + ((other.u.mT @ one.full) * other.v.mT).sum((-2, -1))
+    return total
+
+
+def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Matrix:
+    """The matrix `name` under `patch`, W + ΔW, with leading dims `lead`; patch: one matrix per token, as at() gives.
+
+    The shear acts on the sum of W and the emitted update; a routing scales the columns of `down`.
+    """
+    W = ffn.weight(name)
+    o, i = W.shape
+    rows, columns, full = W.new_ones(*lead, o, 1), W.new_ones(*lead, i, 1), None
+    u, v = W.new_zeros(*lead, o, 0), W.new_zeros(*lead, i, 0)
+    for delta in _terms(patch.weights.get(name)):
+        if isinstance(delta, Scale):
+            rows, columns = delta.rows.expand(*lead, o).unsqueeze(-1), delta.columns.expand(*lead, i).unsqueeze(-1)
+        elif isinstance(delta, Full):
+            full = delta.dense(W).expand(*lead, o, i)
+        else:
+            new = delta.factors(W)
+            assert new is not None
+            u, v = (torch.cat([t, f.expand(*lead, -1, -1)], -1) for t, f in zip((u, v), new, strict=True))
+    matrix = Matrix(W, rows, columns, u, v, full)
+    if patch.input and name in ffn.readers:
+        matrix = _sheared(matrix, patch.input)
+    if patch.routing and name == "down":
+        s = patch.routing.scales(ffn.blocks).squeeze(-2).repeat_interleave(ffn.hidden_per_block, -1).unsqueeze(-1)
+        full = None if matrix.full is None else matrix.full * s.mT
+        matrix = replace(matrix, columns=matrix.columns * s, v=matrix.v * s, full=full)
+    return matrix
+
+
+def _terms(delta: Delta | None) -> list[Delta]:
+    if isinstance(delta, Sum):
+        return [*_terms(delta.first), delta.second]
+    return [] if delta is None else [delta]
+
+
+def _sheared(matrix: Matrix, shear: Shear) -> Matrix:
+    """A (I + shift aᵀ/|a|²) for the matrix A."""
+    u = matrix.apply(shear.shift.unsqueeze(-2)).mT
+    v = (shear.a / shear.a.square().sum(-1, keepdim=True)).unsqueeze(-1)
+    return replace(matrix, u=torch.cat([matrix.u, u], -1), v=torch.cat([matrix.v, v], -1))
+
+
+class Layer(NamedTuple):
+    """One layer's FFN, the reduced states z (B,Q,D) of the queries, and the patches, one per query."""
+
+    ffn: FeedForward
+    z: Tensor
+    total: Patch
+    emitted: Patch
+
+    def matrix(self, name: str, part: Part = "total") -> Matrix:
+        """The patched matrix `name` of each query, W + ΔW (B,Q,o,i) as factors."""
+        return patched(self.ffn, self.total if part == "total" else self.emitted, name, self.z.shape[:-1])
+
+    def reads(self, name: str) -> Tensor:
+        """What the matrix `name` reads in the patched pass without the context, (B,Q,i); `down` before any routing."""
+        return self.z if name in self.ffn.readers else self.ffn.hidden(self.z, replace(self.total, routing=None))
+
+
+@torch.no_grad()
+def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
+    """The layers' patches that stand for the first n_context tokens at each of the others, the queries.
+
+    All patches are relative to the same stored W. Layer 0 reads the same z whatever the context. Deeper layers read
+    the stream that the patched layers below produced, which depends on the context: it is the contextual stream, less
+    what this layer's attention would add. Raises ValueError as Decoder.deltas does.
+    """
+    layers: list[Layer] = []
+
+    def patch_of(pair: Pair) -> Patch:
+        layers.append(Layer(pair.ffn, pair.z, shear_and_down(pair), pair.emitted))
+        return layers[-1].total
+
+    removed = torch.arange(tokens.shape[1], device=tokens.device) < n_context
+    model.decoder.replace_context(tokens, removed, patch_of, n_context)
+    return layers
+
+
+@torch.no_grad()
+def changes(layers: list[Layer], alone: list[Layer], part: Part = "total") -> list[dict[str, Matrix]]:
+    """By layer and matrix, the patched matrices of `layers` less those of `alone`, the record without a context."""
+    return [
+        {name: layer.matrix(name, part) - null.matrix(name, "emitted") for name in MATRICES}
+        for layer, null in zip(layers, alone, strict=True)
+    ]
+
+
+def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, Matrix]]:
+    """What the context does: by layer and matrix, ΔW(context, query) − ΔW(no context, query), leading dims (B,Q).
+
+    For a transformer and a hypernetwork that reads the context alone, the second term is zero.
+    """
+    return changes(record(model, tokens, n_context), record(model, tokens[:, n_context:], 0), part)
