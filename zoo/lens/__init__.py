@@ -1,0 +1,1 @@
+"""Looking into models: the weight updates that contexts amount to, and figures of them."""
