@@ -71,9 +71,9 @@ class Heat:
     x_label: str
     y_label: str
     value_label: str
-    values: tuple[tuple[float, ...], ...]
-    x_names: tuple[str, ...] = ()
-    y_names: tuple[str, ...] = ()
+    values: Sequence[Sequence[float]]
+    x_names: Sequence[str] = ()
+    y_names: Sequence[str] = ()
     diverging: bool = False
 
 
@@ -82,9 +82,9 @@ class Strip:
     """Rows of tokens, one below the other, {label: tokens}; a token's colour says which of `kinds` it is."""
 
     title: str
-    rows: Mapping[str, tuple[str, ...]]
-    kind_of: Mapping[str, tuple[int, ...]]
-    kinds: tuple[str, ...]
+    rows: Mapping[str, Sequence[str]]
+    kind_of: Mapping[str, Sequence[int]]
+    kinds: Sequence[str]
 
     def __post_init__(self) -> None:
         sizes = {len(row) for rows in (self.rows, self.kind_of) for row in rows.values()}
@@ -120,6 +120,6 @@ class Figure:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -53,12 +53,12 @@ def one_bias(pair: Pair) -> Patch:
 
 
 MENU: dict[str, Callable[[Pair], Patch]] = {
-    CONTROL: lambda pair: pair.emitted,
     "shear of gate and up, rank 1 of down": shear_and_down,
     "rank 1 of down alone": output_only,
     "norm scale, rank 1 of down": scale_and_down,
     "biases of gate, up and down": three_biases,
     "bias of down alone": one_bias,
+    CONTROL: lambda pair: pair.emitted,
 }
 
 
@@ -90,9 +90,9 @@ def post_norm_menu(pair: Pair, scale_D: Tensor) -> dict[str, tuple[Patch, Tensor
     turn = LowRank((rms_y * aim / rms_aim - y).unsqueeze(-1), pair.along("hidden units of", h).unsqueeze(-1))
     turned = shear.add("down", turn)
     return {
-        CONTROL: (Patch(chunk=1), scale_D),
         "shear, scale alone": (shear, goal / _unit(y)),
         "shear, rank 1 of down, scale": (turned, goal / _unit(pair.ffn(pair.z, turned))),
+        CONTROL: (Patch(chunk=1), scale_D),
     }
 
 
@@ -147,14 +147,15 @@ def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -
     error = "relative error of the block's output, |error| / |output|"
     return Figure(
         "precision-of-patches",
-        "Patches lose no precision, except an element-wise scale after the FFN",
+        "Scaling states element by element magnifies rounding; other patches do not",
         tuple(
             Bars(title, "", error, tuple(series), log_y=True, horizontal=True)
             for title, series in zip(titles, panels, strict=True)
         ),
-        "Patches made in float64, stored and applied in low precision, for one query token of a random block "
-        f"(D = {DIM}, F = {HIDDEN}, {context} context tokens), against the output in float64. Median and 5 to 95 % of "
-        f"{len(seeds)} seeds.",
+        f"One query token of a random block (D = {DIM}, F = {HIDDEN}, {context} context tokens). Patches are made in "
+        "float64; the whole block, its patch too, is then stored and run in low precision. Error against float64, "
+        f"median and 5 to 95 % of {len(seeds)} seeds. Where a state is near zero, its relative error is large, and a "
+        "scale made to turn it into another state magnifies it.",
         "that patches made in low precision are as good, nor anything about many layers or trained weights.",
         {"seeds": str(list(seeds)), "context": context, "D": DIM, "F": HIDDEN},
         columns=1,
