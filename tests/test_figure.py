@@ -1,0 +1,146 @@
+"""Figures: what is drawn is what is stored, and wrong data is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zoo.lens import draw
+from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
+
+NAMES = ("transformer", "hypernet", "moe")
+LINES = Lines(
+    "growth",
+    "steps",
+    "loss (nats)",
+    (
+        Series("with ΔW", range(1, 5), [4.0, 2.0, 1.0, 0.0], [3, 1, 0.5, 0], [5, 3, 2, 1]),
+        Series("same, other path", (1, 2, 3, 4), (4.0, 2.0, 1.0, 0.5), points=True),
+        Series("control: no ΔW", (1, 2, 3, 4), (5.0, 5.0, 5.0, 5.0), control=True),
+    ),
+    log_x=True,
+    log_y=True,
+    marks={"K = D": 3},
+)
+BARS = Bars(
+    "residuals",
+    "",
+    "largest |difference|",
+    (Series("law", NAMES, (1e-15, 0.0, 2e-15)), Series("control: no patch", NAMES, (1.0, 2.0, 3.0), control=True)),
+    log_y=True,
+    horizontal=True,
+)
+SHARES = Bars(
+    "shares", "layer", "share of tokens", (Series("changed", ("0", "1"), (0.7, 0.8), (0.6, 0.7), (0.8, 0.9)),)
+)
+HEAT = Heat("alignment", "token", "token", "cosine", ((1.0, math.nan), (-0.5, 1.0)), diverging=True)
+STRIP = Strip(
+    "text",
+    {"with": ("a", "\n", "$x$"), "without": ("a", " b", "c")},
+    {"with": (0, 0, 0), "without": (0, 1, 1)},
+    ("same", "other"),
+)
+
+
+def figure(*panels: Panel, name: str = "example") -> Figure:
+    return Figure(name, "A title", panels, "What is seen.", "that it is true.", {"seed": 0})
+
+
+def axes_of(panel: Panel) -> Any:
+    from matplotlib.figure import Figure as Canvas
+
+    ax = Canvas().subplots()
+    draw._DRAW[type(panel)](ax, panel)
+    return ax
+
+
+def test_every_kind_is_written_with_all_its_numbers(tmp_path: Path) -> None:
+    path = draw.save(figure(LINES, BARS, SHARES, HEAT, STRIP), tmp_path / "new")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["example.json", "example.png"]
+    data = json.loads((path.parent / "example.json").read_text())
+    assert [panel["kind"] for panel in data["panels"]] == ["Lines", "Bars", "Bars", "Heat", "Strip"]
+    lines, bars, shares, heat, strip = data["panels"]
+    assert lines["series"][0]["x"] == [1, 2, 3, 4]
+    assert lines["series"][0]["y"] == [4.0, 2.0, 1.0, 0.0]
+    assert lines["series"][0]["low"] == [3, 1, 0.5, 0]
+    assert [one["control"] for one in lines["series"]] == [False, False, True]
+    assert lines["marks"] == {"K = D": 3}
+    assert bars["series"][1] == {**bars["series"][1], "x": list(NAMES), "y": [1.0, 2.0, 3.0]}
+    assert shares["y_label"] == "share of tokens"
+    assert heat["values"] == [[1.0, None], [-0.5, 1.0]]
+    assert strip["rows"]["with"] == ["a", "\n", "$x$"]
+    assert {"title", "caption", "caveat", "settings"} <= data.keys()
+
+
+def test_a_failed_picture_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw.save(figure(LINES), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(ax: object, panel: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setitem(draw._DRAW, Bars, fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        draw.save(figure(BARS), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_numbers_drawn_are_those_given() -> None:
+    ax = axes_of(LINES)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}
+    assert drawn["same, other path"] == [4.0, 2.0, 1.0, 0.5]
+    assert drawn["control: no ΔW"] == [5.0] * 4
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("steps", "loss (nats)")
+    bars = axes_of(SHARES)
+    assert [patch.get_height() for patch in bars.patches] == [0.7, 0.8]
+
+
+def test_zero_on_a_log_axis_stands_below_everything_and_says_so() -> None:
+    ax = axes_of(LINES)
+    lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+    assert list(lines["with ΔW"]) == [4.0, 2.0, 1.0, 0.05]
+    assert "exactly 0 is drawn here" in lines
+    above = Lines("", "x", "y", (Series("a", (1, 2), (1.0, 2.0)),), log_y=True)
+    assert "exactly 0 is drawn here" not in {line.get_label() for line in axes_of(above).get_lines()}
+
+
+def test_controls_are_grey_and_dashed_and_results_are_not() -> None:
+    styles = draw._styles([Series(str(k), (), (), control=k % 2 == 1) for k in range(6)])
+    controls, results = styles[1::2], styles[::2]
+    assert {style["color"] for style in controls} == {"0.45"}
+    assert "-" not in {style["linestyle"] for style in controls}
+    assert len({style["linestyle"] for style in controls}) == 3
+    assert len({style["color"] for style in results}) == 3
+    assert {style["linestyle"] for style in results} == {"-"}
+
+
+def test_text_is_at_least_nine_points() -> None:
+    for panel in (LINES, BARS, HEAT, STRIP):
+        ax = axes_of(panel)
+        assert min(text.get_fontsize() for text in ax.texts or [ax.title]) >= 9
+    assert min(value for key, value in draw.STYLE.items() if "size" in key) >= 9
+
+
+def test_long_strips_are_broken_and_lose_no_token() -> None:
+    tokens = tuple(f"token{i}" for i in range(40))
+    lines = draw._broken(Strip("", {"a": tokens}, {"a": (0,) * 40}, ("same",)))
+    assert len(lines) > 1
+    assert [i for line in lines for i in line] == list(range(40))
+    assert all(sum(len(tokens[i]) + 1 for i in line) <= 88 for line in lines)
+
+
+def test_data_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'a' has 2 x but .*'y': 3"):
+        Series("a", (1, 2), (1.0, 2.0, 3.0))
+    with pytest.raises(ValueError, match="low and high go together"):
+        Series("a", (1, 2), (1.0, 2.0), low=(0.0, 1.0))
+    with pytest.raises(ValueError, match="every series needs the same names"):
+        Bars("b", "", "", (Series("a", ("p", "q"), (1.0, 2.0)), Series("b", ("p", "r"), (1.0, 2.0))))
+    with pytest.raises(ValueError, match="same labels and lengths"):
+        Strip("s", {"a": ("x", "y")}, {"a": (0,)}, ("same",))
+    with pytest.raises(ValueError, match="becomes a file name"):
+        figure(LINES, name="../up")

@@ -1,0 +1,125 @@
+"""Figures as data: every number that is drawn, its unit, what the figure shows and what it does not prove.
+
+A figure is one or more panels: Lines, Bars, Heat or Strip. zoo.lens.draw makes pictures of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve or one set of bars: y at x (numbers for Lines, names for Bars), the range low to high around it.
+
+    control: a reference, drawn in grey. points: markers without a line. Raises ValueError where lengths differ.
+    """
+
+    label: str
+    x: Sequence[Any]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    control: bool = False
+    points: bool = False
+
+    def __post_init__(self) -> None:
+        lengths = {"y": len(self.y), "low": len(self.low or self.x), "high": len(self.high or self.x)}
+        if bool(self.low) != bool(self.high) or set(lengths.values()) != {len(self.x)}:
+            raise ValueError(f"series {self.label!r} has {len(self.x)} x but {lengths}; low and high go together")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Curves over a numeric axis, ranges as bands; marks: vertical lines {label: x}."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    log_x: bool = False
+    log_y: bool = False
+    marks: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Values by name, the same names in every series; on a log axis, where bars have no foot, points with whiskers."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    log_y: bool = False
+    horizontal: bool = False
+
+    def __post_init__(self) -> None:
+        names = [list(series.x) for series in self.series]
+        if any(row != names[0] for row in names):
+            raise ValueError(f"bars {self.title!r}: every series needs the same names, got {names}")
+
+
+@dataclass(frozen=True)
+class Heat:
+    """values[row][column] as colours, NaN left blank; diverging: colours symmetric about zero."""
+
+    title: str
+    x_label: str
+    y_label: str
+    value_label: str
+    values: Sequence[Sequence[float]]
+    x_names: Sequence[str] = ()
+    y_names: Sequence[str] = ()
+    diverging: bool = False
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of tokens, one below the other, {label: tokens}; a token's colour says which of `kinds` it is."""
+
+    title: str
+    rows: Mapping[str, Sequence[str]]
+    kind_of: Mapping[str, Sequence[int]]
+    kinds: Sequence[str]
+
+    def __post_init__(self) -> None:
+        sizes = {len(row) for rows in (self.rows, self.kind_of) for row in rows.values()}
+        if self.rows.keys() != self.kind_of.keys() or len(sizes) != 1:
+            raise ValueError(f"strip {self.title!r}: rows and kind_of need the same labels and lengths, got {sizes}")
+
+
+Panel = Lines | Bars | Heat | Strip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels under one title; caption: what they show; caveat: what they do not prove; settings: how to repeat them."""
+
+    name: str
+    title: str
+    panels: tuple[Panel, ...]
+    caption: str
+    caveat: str
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+    columns: int = 2
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise ValueError(f"figure name {self.name!r} becomes a file name: use a-z, 0-9, _ and -")
+
+    def plain(self) -> dict[str, Any]:
+        """The figure as JSON data; panels name their kind, numbers that are not finite are null."""
+        panels = [{"kind": type(panel).__name__, **asdict(panel)} for panel in self.panels]
+        return _finite({**asdict(self), "panels": panels})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
