@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     from zoo.bench.timing import measure
 
     cases = list(chosen(options.sections or list(SECTIONS), device, options.quick, options.compile))
-    rows = []
+    rows: list[Any] = []
     with tqdm(total=len(cases) * rounds, unit="round") as bar:
         for case in cases:
             bar.set_description(case.name[:40])
@@ -126,4 +125,4 @@ def table(rows: list[Any], about: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

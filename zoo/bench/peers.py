@@ -64,8 +64,8 @@ def decoders(
             num_attention_heads=heads,
             max_position_embeddings=tokens,
             use_cache=False,
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         found["transformers Llama"] = (LlamaForCausalLM(config), lambda model, ids: model(ids).logits)
     if installed("x_transformers"):
         from x_transformers import Decoder, TransformerWrapper

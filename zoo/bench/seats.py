@@ -6,7 +6,7 @@ Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def _mixture_work(experts: int, tokens: int, top_k: int, device: torch.device) -
 
 def _emitted(z: Tensor, rank: int, chunk: int | None) -> tuple[Callable[[], Any], nn.Module]:
     """The generator on the mean of each sequence, or of all earlier chunks, and the FFN it patches."""
-    context = "chunk" if chunk else "segment"
+    context: Literal["chunk", "segment"] = "chunk" if chunk else "segment"
     config = HypernetConfig(dim=D, layers=1, hidden=F, rank=rank, context=context, chunk=chunk)
     module = Seat(EmittedDelta(config), FeedForward(D, F), _emit if chunk is None else lambda seat, z: seat(z, 0, 0))
     return backward(module.to(z.device), z), module

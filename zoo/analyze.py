@@ -1,0 +1,211 @@
+"""Looks into trained models: python -m zoo.analyze report runs/hypernet-regression/ID. All commands: --help."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zoo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoo.models import Model
+
+FORMS = ("affine", "matrix", "output", "vector")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m zoo.analyze",
+        description="Reads, stores and reuses the weight update that a context amounts to.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    report = commands.add_parser("report", help="figures and numbers of one or several checkpoints")
+    report.add_argument("runs", nargs="+", metavar="RUN_OR_CKPT", help="run folders (their best checkpoint) or files")
+    report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report of the first run)")
+
+    figures = commands.add_parser("figures", help="single figures; those of theory need no checkpoint")
+    figures.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: list them)")
+    figures.add_argument("--runs", nargs="+", default=[], metavar="RUN_OR_CKPT", help="checkpoints to show")
+    figures.add_argument("--out", type=Path, default=Path("figures"), help="folder (default: %(default)s)")
+
+    patch = commands.add_parser("patch", help="turn a context into a patch file")
+    patch.add_argument("checkpoint", metavar="RUN_OR_CKPT")
+    patch.add_argument("--context", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd,y of pairs")
+    patch.add_argument("--out", required=True, type=Path, metavar="P.safetensors")
+    patch.add_argument("--form", choices=FORMS, default="affine", help="what is fitted (default: %(default)s)")
+    patch.add_argument("--samples", type=int, default=256, help="sample queries it is fitted on (default: %(default)s)")
+    patch.add_argument("--ridge", type=float, default=1e-3, help="penalty, relative (default: %(default)s)")
+
+    apply = commands.add_parser("apply", help="answer queries under a patch file, without the context")
+    apply.add_argument("checkpoint", metavar="RUN_OR_CKPT")
+    apply.add_argument("--patch", required=True, type=Path, metavar="P.safetensors")
+    apply.add_argument("--query", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the exit code: 2, with one line on stderr, for what cannot be."""
+    options = parse(argv)
+    try:
+        {"report": report, "figures": figures, "patch": patch, "apply": apply}[options.command](options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
+    """Models and their files by label: the family, with a number where one comes twice."""
+    from zoo import checkpoint
+
+    files = [checkpoint.find(path, "best") for path in paths]
+    models: dict[str, Model] = {}
+    sources: dict[str, Path] = {}
+    for file in files:
+        model = zoo.load(file).requires_grad_(False)
+        family = model.config.name
+        same = sum(label.split(" ")[0] == family for label in models)
+        label = f"{family} {same + 1}" if same else family
+        models[label], sources[label] = model, file
+    tasks = {model.task.config.name for model in models.values()}
+    if len(tasks) > 1:
+        raise ValueError(f"the checkpoints were trained on different tasks, {', '.join(sorted(tasks))}: compare one")
+    for model in models.values():
+        model.task.prepare()
+    return models, sources
+
+
+def report(options: argparse.Namespace) -> None:
+    from zoo.lens import report as pages
+
+    models, sources = load_all(options.runs)
+    first = next(iter(sources.values()))
+    run = first.parent.parent if first.parent.name == "checkpoints" else first.parent
+    folder = options.out or run / "report"
+    content = pages.write(models, folder, sources)
+    print(pages.table(content["numbers"]))
+    print(f"\n{len(content['figures'])} figures, report.md and report.json in {folder}")
+
+
+def figures(options: argparse.Namespace) -> None:
+    from zoo.config import lookup
+    from zoo.lens import draw
+    from zoo.lens import report as pages
+
+    if not options.names:
+        print("without a checkpoint:", *pages.THEORY, sep="\n  ")
+        print("with --runs:", *pages.TRAINED, sep="\n  ")
+        return
+    table: dict[str, Any] = pages.TRAINED if options.runs else pages.THEORY
+    for name in options.names:
+        if name in pages.TRAINED and name not in table:
+            raise ValueError(f"the figure {name} shows trained models: give checkpoints with --runs")
+        if name in pages.THEORY and name not in table:
+            raise ValueError(f"the figure {name} shows models of its own: leave out --runs")
+        lookup(name, table, "figure")
+    models = load_all(options.runs)[0] if options.runs else None
+    for name in options.names:
+        print(draw.save(table[name](models) if models else table[name](), options.out), flush=True)
+
+
+def patch(options: argparse.Namespace) -> None:
+    from zoo.lens.files import save_patch
+    from zoo.lens.queries import sample_queries
+    from zoo.lens.static import fit, relative_error
+
+    if options.samples < 1:
+        raise ValueError(f"--samples {options.samples} must be at least 1")
+    models, _ = load_all([options.checkpoint])
+    (model,) = models.values()
+    context = read_context(model, options.context)
+    n = len(context)
+    samples = sample_queries(model.task, context, options.samples, "train")
+    held_out = sample_queries(model.task, context, 128, "validation")
+    patches = fit(model.decoder, [samples], n, options.form, options.ridge)
+    error = relative_error(model.decoder, held_out, n, patches)
+    about = {"form": options.form, "ridge": options.ridge, "samples": options.samples, "context": options.context.name}
+    save_patch(options.out, patches, model, **about, held_out_error=error)
+    print(f"{options.out}: {options.form} patch for {n} context tokens; on other queries its answers are off by")
+    print(f"{error:.2g} of the variance of the answers with the context (0: the same, 1: no better than their mean)")
+
+
+def apply(options: argparse.Namespace) -> None:
+    import torch
+
+    from zoo.lens.files import describe, load_patch
+    from zoo.lens.static import answer
+
+    models, _ = load_all([options.checkpoint])
+    (model,) = models.values()
+    patches = load_patch(options.patch, model)
+    queries = read_query(model, options.query)
+    with torch.no_grad():
+        output = answer(model.decoder, queries, patches)
+        alone = model(queries)
+    print(f"patch of {describe(options.patch)['about'].get('context', 'an unnamed context')}", file=sys.stderr)
+    if model.task.vocabulary is None:
+        for patched, plain in zip(output[0, :, 0].tolist(), alone[0, :, 0].tolist(), strict=True):
+            print(f"{patched:.4f}\twithout the patch {plain:.4f}")
+        return
+    scores = [torch.nn.functional.cross_entropy(y[0, :-1], queries[0, 1:]) for y in (output, alone)]
+    size = len(model.task.decode(queries[0, 1:].tolist()))  # type: ignore[attr-defined]
+    bits = [float(score) * (queries.shape[1] - 1) / size / 0.6931471805599453 for score in scores]
+    print(f"bits per byte of the query: {bits[0]:.3f} with the patch, {bits[1]:.3f} without")
+
+
+def read_context(model: Model, path: Path) -> Tensor:
+    """The context in FILE as tokens (n) or (n,token_dim)."""
+    import torch
+
+    task: Any = model.task
+    if task.vocabulary is None:
+        return torch.tensor(_numbers(path, task.token_dim))
+    if not hasattr(task, "encode"):
+        raise ValueError(f"the model was trained on task.name={task.config.name}, whose tokens are no text")
+    text = path.read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"{path} is empty: a context has at least one byte")
+    ids = task.encode_context(text) if task.n_context else task.encode(text)
+    return torch.tensor(ids)
+
+
+def read_query(model: Model, path: Path) -> Tensor:
+    """The query in FILE as tokens (1,T) or (1,T,token_dim)."""
+    import torch
+
+    task: Any = model.task
+    if task.vocabulary is None:
+        rows = _numbers(path, task.token_dim - 1)
+        return torch.tensor([[*row, 0.0] for row in rows])[None]
+    if not hasattr(task, "encode"):
+        raise ValueError(f"the model was trained on task.name={task.config.name}, whose tokens are no text")
+    ids = task.encode(path.read_text(encoding="utf-8"))
+    if len(ids) < 2:
+        raise ValueError(f"{path} is empty: a query has at least one byte")
+    return torch.tensor([ids])
+
+
+def _numbers(path: Path, width: int) -> list[list[float]]:
+    """The rows of a file of numbers, `width` in each."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file) if row]
+    for line, row in enumerate(rows, 1):
+        try:
+            fits = len([float(cell) for cell in row]) == width
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{path}, line {line}: {width} numbers separated by commas are wanted, got {row!r:.60}")
+    if not rows:
+        raise ValueError(f"{path} is empty: {width} numbers per line are wanted")
+    return [[float(cell) for cell in row] for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Figures of trained models, one label per model: what a context does to the weights of each family.
+
+Every figure has its control. Regression gives contexts of pairs and queries that are blind to each other; on text the
+context is the first half of a sequence and the query what follows.
+Axes: B sequences, T tokens, Q queries, L layers, K samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.decoder import Decoder
+from zoo.delta import Patch
+from zoo.layers import Layout
+from zoo.lens import static, structure
+from zoo.lens.dynamics import growth
+from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.queries import sample_queries
+from zoo.lens.routing import switched
+from zoo.lens.updates import MATRICES, updates
+from zoo.models import Model
+
+Models = Mapping[str, Model]
+
+
+def example(model: Model, size: int) -> tuple[Tensor, int]:
+    """Test tokens of the model's task, and how many of them are the context."""
+    batch = model.task.batch("test", 0, size)
+    return batch.tokens, batch.n_context or model.task.tokens // 2
+
+
+def dense_forward(decoder: Decoder, query: Tensor, patches: Sequence[Patch], layout: Layout) -> Tensor:
+    """The output for query tokens, each with its own patched matrices formed and multiplied: a twin of Decoder.forward.
+
+    For a few tokens only: it holds a matrix per token.
+    """
+    x_BTD = decoder.embed(query)
+    for block, patch in zip(decoder.blocks, patches, strict=True):
+        v_BTD = block.attend(x_BTD, layout)
+        z_BTD1, W = block.norm2(v_BTD).unsqueeze(-1), block.ffn.dense(patch)
+        h_BTF1 = F.silu(W["gate"] @ z_BTD1) * (W["up"] @ z_BTD1)
+        x_BTD = v_BTD + (W["down"] @ h_BTF1).squeeze(-1)
+    return decoder.unembed(x_BTD)
+
+
+@torch.no_grad()
+def law_residuals(models: Models, size: int = 4, queries: int = 4) -> Figure:
+    """Distance from the contextual output, relative to its largest entry, with the dense patched weights."""
+    names = list(models)
+    labels = ("float64", "float32", "control: another context", "control: no patch")
+    rows: dict[str, list[float]] = {label: [] for label in labels}
+    for model in models.values():
+        for dtype in (torch.float64, torch.float32):
+            errors = _residuals(model, dtype, size, queries)
+            rows[str(dtype).removeprefix("torch.")].append(errors[0])
+            if dtype == torch.float64:
+                rows["control: another context"].append(errors[1])
+                rows["control: no patch"].append(errors[2])
+    series = tuple(Series(label, names, y, control="control" in label) for label, y in rows.items())
+    panel = Bars("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
+    return Figure(
+        "law-residuals",
+        "A context equals a weight update, in every family",
+        (panel,),
+        f"{size} contexts, {queries} query tokens each: output of the query alone, with dense patched weights W + ΔW "
+        "in a plain forward pass, against the output with the context.",
+        "anything about how the context is used: the identity holds for any weights, trained or not.",
+        {"contexts": size, "queries": queries, "seed": 0},
+    )
+
+
+def _residuals(model: Model, dtype: torch.dtype, size: int, queries: int) -> tuple[float, float, float]:
+    original = next(model.parameters()).dtype
+    model = model.to(dtype)
+    tokens, n = example(model, size)
+    tokens = tokens[:, : n + queries]
+    tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
+    removed = torch.arange(tokens.shape[1]) < n
+    layout = model.decoder.layout(tokens.shape[1], n).keep(~removed)
+    contextual = model(tokens, n)[:, n:]
+    other = torch.cat([tokens[:, :n].roll(1, 0), tokens[:, n:]], 1)
+    patches, wrong = (model.deltas(t, removed, n) for t in (tokens, other))
+    none = [Patch(routing=patch.routing, chunk=patch.chunk) for patch in patches]
+    outputs = (dense_forward(model.decoder, tokens[:, n:], p, layout) for p in (patches, wrong, none))
+    errors = tuple(float((y - contextual).abs().max() / contextual.abs().max()) for y in outputs)
+    model.to(original)
+    return errors  # type: ignore[return-value]
+
+
+def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> list[Series]:
+    """How much each further context token changes the weights of all layers and matrices, one series per model."""
+    series = []
+    for name, model in models.items():
+        tokens, n = example(model, size)
+        sizes = growth(model, tokens[:, : n + queries], n).relative().together().increments
+        mean_i = sizes.mean((1, 2, 3, 4))
+        series.append(Series(name, list(range(1, n)), mean_i[1:].tolist()))
+    return series
+
+
+@torch.no_grad()
+def static_error(
+    models: Models, counts: Sequence[int] = (4, 8, 16, 32, 64, 128, 256), contexts: int = 8, held_out: int = 256
+) -> Figure:
+    """Held-out error of one patch for all queries against the number of queries it was fitted on, by model."""
+    panels = []
+    for name, model in models.items():
+        decoder = model.decoder
+        tokens, n = example(model, contexts)
+        errors: dict[tuple[str, float], list[list[float]]] = {}
+        for row in tokens:
+            samples = sample_queries(model.task, row[:n], max(counts), "train")
+            test = sample_queries(model.task, row[:n], held_out, "validation")
+            for form in static.FORMS:
+                for ridge in (0.0, 1e-3):
+                    batches = ([static.first(decoder, samples, n, K)] for K in counts)
+                    patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
+                    found = [static.relative_error(decoder, test, n, patch) for patch in patches]
+                    errors.setdefault((form, ridge), []).append(found)
+        medians = {key: torch.tensor(rows).median(0).values.tolist() for key, rows in errors.items()}
+        shown = [(form, ridge) for form, ridge in medians if form != "vector" or ridge]
+        series = [
+            Series(
+                "control: vector" if form == "vector" else f"{form}, λ₀ = {ridge:g}",
+                list(counts),
+                medians[form, ridge],
+                control=form == "vector",
+                points=ridge == 0,
+            )
+            for form, ridge in shown
+        ]
+        config = model.config
+        blocks = decoder.blocks[0].ffn.blocks
+        marks = {"K = D": float(config.dim), "K = hidden units": float(config.hidden * blocks)}
+        panels.append(Lines(name, "samples K (queries)", "held-out error / variance", tuple(series), True, True, marks))
+    return Figure(
+        "static-error",
+        "One weight update can stand for a context on queries it has not seen",
+        tuple(panels),
+        f"Median over {contexts} contexts of Σ|y − y(context)|² / Σ|y(context) − mean|² on {held_out} other queries. "
+        "Without ridge (points) the error peaks where K meets the number of unknowns.",
+        "that fitted patches carry over to other contexts or tasks. The error on the K samples themselves says "
+        "nothing, as it is small even at the peaks.",
+        {"contexts": contexts, "held_out": held_out, "seed": 0},
+    )
+
+
+@torch.no_grad()
+def changed_experts(models: Models, size: int = 64) -> Figure:
+    """Share of tokens that choose other experts when the context goes, by layer; raises ValueError without experts."""
+    panels = []
+    for name, model in models.items():
+        if model.config.name == "moe":
+            tokens, n = example(model, size)
+            shares = switched(model, tokens, n)
+            layers = [str(layer) for layer in range(model.config.layers)]
+            series = (
+                Series("router reads the query alone", layers, shares.reduced.tolist()),
+                Series("control: router patched too", layers, shares.sheared.tolist(), control=True),
+            )
+            panels.append(Bars(name, "layer", "share of tokens with other experts", series))
+    if not panels:
+        raise ValueError("changed-experts needs a mixture of experts among the checkpoints")
+    return Figure(
+        "changed-experts",
+        "Without its context, a token goes to other experts",
+        tuple(panels),
+        f"{size} test sequences; the sets of experts with the context against those of the query alone, on the stream "
+        "of the patched layers below.",
+        "that routing uses the context well: any change of the state before a router may change its choice.",
+        {"sequences": size, "seed": 0},
+    )
+
+
+@torch.no_grad()
+def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Figure:
+    """Size of ΔW by layer and matrix, and how the updates of one layer align between contexts and queries."""
+    panels: list[Panel] = []
+    for name, model in models.items():
+        tokens, n = example(model, size)
+        tokens = tokens[:, : n + queries]
+        relative = structure.norms(model, tokens, n).relative().total.mean((2, 3))
+        layers = [f"layer {layer}" for layer in range(model.config.layers)]
+        panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), MATRICES, layers))
+        few = structure.shared_queries(tokens[:4], n)
+        down = updates(model, few, n)[-1]["down"].each(lambda t: t.flatten(0, 1))
+        panels.append(
+            Heat(
+                f"{name}: alignment, last layer, down",
+                f"update (4 contexts × {queries} queries)",
+                "update, context by context",
+                "cosine of ΔW and ΔW′",
+                structure.cosines(down, down).tolist(),
+                diverging=True,
+            )
+        )
+    return Figure(
+        "norms-and-alignment",
+        "How large the updates are, and who shares them",
+        tuple(panels),
+        f"Left: mean over {size} contexts and {queries} queries. Right: the same {queries} queries after 4 contexts; "
+        "square blocks along the diagonal mean that the context decides, stripes that the query does.",
+        "that a large update matters more: effects depend on what the matrix reads. Updates of rank 1 from one query "
+        "align by construction where they share its state.",
+        {"contexts": size, "queries": queries, "seed": 0},
+    )
+
+
+@torch.no_grad()
+def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figure:
+    """Greedy text after a prompt: with the context, from one token and its patches, and from that token alone.
+
+    Raises ValueError for a task without text.
+    """
+    rows: dict[str, list[str]] = {}
+    kinds: dict[str, list[int]] = {}
+    for name, model in models.items():
+        if not hasattr(model.task, "decode") or model.task.n_context:
+            raise ValueError(f"generation-strip needs running text, {name} was trained on {model.task.config.name}")
+        start = model.task.batch("test", 0, 1).tokens[:, :prompt]
+        with_context = _greedy(model, start, count, lambda model, tokens: model(tokens)[:, -1])
+        through = _greedy(model, start, count, _last_through_patches)
+        alone = _greedy(model, start, count, lambda model, tokens: model(tokens[:, -1:])[:, -1])
+        for label, ids in (("context", with_context), ("W + ΔW", through), ("control: W", alone)):
+            rows[f"{name}, {label}"] = [_shown(model.task.decode([i])) for i in ids]
+            kinds[f"{name}, {label}"] = [int(a != b) for a, b in zip(ids, with_context, strict=True)]
+    strip = Strip(f"{count} greedy tokens after {prompt} bytes", rows, kinds, ("as with the context", "another token"))
+    return Figure(
+        "generation-strip",
+        "Text from one token and its weight updates",
+        (strip,),
+        "Each token of the middle rows comes from a forward pass over the newest token alone, with the patches that "
+        "stand for all tokens before it, made anew for each token.",
+        "that patches are a cheaper memory: each one is made by a pass over the whole context.",
+        {"count": count, "prompt": prompt, "seed": 0},
+        columns=1,
+    )
+
+
+def _greedy(model: Model, tokens: Tensor, count: int, logits: Callable[[Model, Tensor], Tensor]) -> list[int]:
+    for _ in range(count):
+        tokens = torch.cat([tokens, logits(model, tokens).argmax(-1, keepdim=True)], 1)
+    return tokens[0, -count:].tolist()
+
+
+def _last_through_patches(model: Model, tokens: Tensor) -> Tensor:
+    """Logits (B,V) from the last token alone, patched with what stands for all others."""
+    T = tokens.shape[1]
+    removed = torch.arange(T) < T - 1
+    patches = model.deltas(tokens, removed, 0)
+    return model(tokens[:, -1:], patches=patches, positions=torch.tensor([T - 1]))[:, -1]
+
+
+def _shown(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")

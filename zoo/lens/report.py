@@ -1,0 +1,133 @@
+"""A report on trained models: figures, the few numbers that matter, and one JSON with every number plotted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zoo import flops
+from zoo.lens import capacity, draw, figures, precision, structure, toy_figures
+from zoo.lens.figure import Figure
+from zoo.lens.figures import Models, example
+from zoo.lens.updates import updates
+from zoo.models import Model
+
+THEORY: dict[str, Callable[[], Figure]] = {
+    "loss-through-delta": toy_figures.loss_through_delta,
+    "increments-of-delta": toy_figures.increments_of_delta,
+    "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
+    "capacity-cliffs": capacity.capacity_cliffs,
+    "precision-of-patches": precision.precision_of_patches,
+}
+"""Figures that train or draw their own small models."""
+
+TRAINED: dict[str, Callable[[Models], Figure]] = {
+    "law-residuals": figures.law_residuals,
+    "increments-of-delta": lambda models: toy_figures.increments_of_delta(
+        more_increments=figures.increments_by_family(models)
+    ),
+    "static-error": figures.static_error,
+    "changed-experts": figures.changed_experts,
+    "norms-and-alignment": figures.norms_and_alignment,
+    "generation-strip": figures.generation_strip,
+}
+"""Figures of checkpoints."""
+
+
+def fitting(models: Models) -> list[str]:
+    """The figures that these models can give, those that take long and need no model left out."""
+    tasks = [model.task for model in models.values()]
+    names = ["law-residuals", "norms-and-alignment"]
+    if any(model.config.name == "moe" for model in models.values()):
+        names.append("changed-experts")
+    if all(task.independent_queries for task in tasks):
+        names.append("static-error")
+    if all(hasattr(task, "decode") and not task.n_context for task in tasks):
+        names.append("generation-strip")
+    return names
+
+
+def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str, Any]:
+    """Makes all fitting figures of the models in `folder`, report.md and report.json; returns what the JSON holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made: list[Figure] = []
+    with tqdm(fitting(models), unit="figure", leave=False) as bar:
+        for name in bar:
+            bar.set_description(name)
+            made.append(TRAINED[name](models))
+            draw.save(made[-1], folder)
+    numbers = {name: summary(model) for name, model in models.items()}
+    content = {
+        "checkpoints": {name: str(path) for name, path in sources.items()},
+        "numbers": numbers,
+        "figures": {figure.name: figure.plain() for figure in made},
+    }
+    _replace(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _replace(folder / "report.md", markdown(models, numbers, made, sources))
+    return content
+
+
+@torch.no_grad()
+def summary(model: Model, size: int = 16) -> dict[str, float]:
+    """The numbers that matter: sizes, effective rank, who decides the update, and what the context is worth."""
+    tokens, n = example(model, size)
+    tokens = tokens[:, : n + 8]
+    relative = structure.norms(model, tokens, n).relative()
+    singular = updates(model, tokens[:4], n)[-1]["gate"].svdvals()
+    shared = structure.shared_queries(tokens[:4], n)
+    share = structure.context_share(updates(model, shared, n)[-1]["gate"])
+    numbers = {
+        "parameters": float(flops.parameters(model)["total"]),
+        "size of the update, |ΔW|/|W|": float(relative.total.mean()),
+        "of it emitted by the family": float(relative.emitted.mean()),
+        "effective rank of ΔW, last layer, gate": float(structure.participation_ratio(singular).nanmean()),
+        "variance of ΔW between contexts, last layer, gate": float(share),
+    }
+    batch = model.task.batch("test", 0, 64)
+    if batch.wrong_context is not None:
+        numbers["error with a wrong context minus right"] = float(structure.context_gap(model, batch).mean())
+    if model.config.name == "hypernet" and model.task.n_context and not model.task.vocabulary:
+        many = model.task.batch("test", 1, 512)
+        code = structure.codes(model, many.tokens, many.n_context)[-1]
+        decoded = structure.linear_decoding(code, structure.linear_weights(many))
+        numbers["task read off the code, held-out R²"] = decoded.r2
+        numbers["  with shuffled tasks"] = decoded.shuffled
+    return numbers
+
+
+def markdown(
+    models: Models, numbers: Mapping[str, Mapping[str, float]], made: Iterable[Figure], sources: Mapping[str, Path]
+) -> str:
+    """The report as a page; figures lie beside it."""
+    lines = ["# What the context does to the weights", ""]
+    lines += [f"- {name}: {models[name].task.config.name}, `{path}`" for name, path in sources.items()]
+    lines += ["", table(numbers), ""]
+    for figure in made:
+        lines += [f"## {figure.title}", "", f"![{figure.title}]({figure.name}.png)", "", figure.caption, ""]
+        lines += [f"What it does not prove: {figure.caveat}", ""]
+    return "\n".join(lines)
+
+
+def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
+    """Numbers by model, as Markdown."""
+    rows = list(dict.fromkeys(row for values in numbers.values() for row in values))
+    lines = ["| | " + " | ".join(numbers) + " |", "|---" * (len(numbers) + 1) + "|"]
+    for row in rows:
+        cells = [_number(values[row]) if row in values else "" for values in numbers.values()]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
