@@ -104,10 +104,11 @@ def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> li
 
 @torch.no_grad()
 def static_error(
-    models: Models, counts: Sequence[int] = (4, 8, 16, 32, 64, 128, 256), contexts: int = 8, held_out: int = 256
+    models: Models, counts: Sequence[int] = (4, 8, 16, 32, 64, 128, 256), contexts: int = 5, held_out: int = 256
 ) -> Figure:
     """Held-out error of one patch for all queries against the number of queries it was fitted on, by model."""
     panels = []
+    fits = [("vector", 1e-3), *((form, ridge) for form in ("matrix", "affine", "output") for ridge in (0.0, 1e-3))]
     for name, model in models.items():
         decoder = model.decoder
         tokens, n = example(model, contexts)
@@ -115,14 +116,12 @@ def static_error(
         for row in tokens:
             samples = sample_queries(model.task, row[:n], max(counts), "train")
             test = sample_queries(model.task, row[:n], held_out, "validation")
-            for form in static.FORMS:
-                for ridge in (0.0, 1e-3):
-                    batches = ([static.first(decoder, samples, n, K)] for K in counts)
-                    patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
-                    found = [static.relative_error(decoder, test, n, patch) for patch in patches]
-                    errors.setdefault((form, ridge), []).append(found)
+            for form, ridge in fits:
+                batches = ([static.first(decoder, samples, n, K)] for K in counts)
+                patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
+                found = [static.relative_error(decoder, test, n, patch) for patch in patches]
+                errors.setdefault((form, ridge), []).append(found)
         medians = {key: torch.tensor(rows).median(0).values.tolist() for key, rows in errors.items()}
-        shown = [(form, ridge) for form, ridge in medians if form != "vector" or ridge]
         series = [
             Series(
                 "control: vector" if form == "vector" else f"{form}, λ₀ = {ridge:g}",
@@ -131,7 +130,7 @@ def static_error(
                 control=form == "vector",
                 points=ridge == 0,
             )
-            for form, ridge in shown
+            for form, ridge in fits
         ]
         config = model.config
         blocks = decoder.blocks[0].ffn.blocks
@@ -256,4 +255,5 @@ def _last_through_patches(model: Model, tokens: Tensor) -> Tensor:
 
 
 def _shown(piece: bytes) -> str:
-    return piece.decode("utf-8", "replace")
+    text = piece.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

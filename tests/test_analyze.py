@@ -1,0 +1,267 @@
+"""The command that looks into checkpoints: reports, figures, patch files, and messages for what cannot be."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo import analyze
+from zoo.lens import figures, report
+from zoo.lens.figure import Bars, Heat, Lines, Strip
+
+SIZE = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
+FAMILIES = ("transformer", "hypernet", "moe")
+
+
+def train(folder: Path, family: str, task: dict) -> Path:
+    zoo.train(
+        model={"name": family, **SIZE},
+        task=task,
+        optim={"steps": 4, "batch_size": 8, "warmup": 1},
+        trainer={"accelerator": "cpu", "enable_progress_bar": False},
+        **{"validate_every": 4, "validation_batches": 1, "test_batches": 1},
+        out=str(folder),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("regression")
+    task = {"name": "regression", "points": 9, "queries": 4}
+    return {family: train(folder / family, family, task) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(900)))
+    task = {"name": "text", "files": [str(folder / "a.txt")], "tokens": 48}
+    return {family: train(folder / family, family, task) for family in FAMILIES}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick: dict[str, Callable] = {
+        "static-error": functools.partial(figures.static_error, counts=(4, 24), contexts=2, held_out=32),
+        "changed-experts": functools.partial(figures.changed_experts, size=4),
+        "norms-and-alignment": functools.partial(figures.norms_and_alignment, size=4, queries=3),
+        "generation-strip": functools.partial(figures.generation_strip, count=32, prompt=8),
+    }
+    for name, function in quick.items():
+        monkeypatch.setitem(report.TRAINED, name, function)
+
+
+def models_of(runs: dict[str, Path]) -> figures.Models:
+    return {name: zoo.load(path).requires_grad_(False) for name, path in runs.items()}
+
+
+def series_of(panel: Bars | Lines) -> dict[str, list[float]]:
+    return {series.label: list(series.y) for series in panel.series}
+
+
+@pytest.mark.parametrize("task", ["regression", "text"])
+def test_residuals_of_the_law_and_their_controls(task: str, request: pytest.FixtureRequest) -> None:
+    models = models_of(request.getfixturevalue(task))
+    (panel,) = figures.law_residuals(models).panels
+    assert isinstance(panel, Bars)
+    y = series_of(panel)
+    assert max(y["float64"]) <= 1e-10
+    assert 1e-10 < max(y["float32"]) <= 1e-5
+    assert min(y["control: another context"] + y["control: no patch"]) > 1e-3
+    assert all(p.dtype == torch.float32 for p in models["moe"].parameters())
+
+
+def test_the_law_figure_sees_a_wrong_patch(regression: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models_of(regression)["transformer"]
+    deltas = model.deltas
+    monkeypatch.setattr(model, "deltas", lambda *args: [*deltas(*args)[:-1], deltas(*args)[0]])
+    (panel,) = figures.law_residuals({"transformer": model}).panels
+    assert isinstance(panel, Bars)
+    assert series_of(panel)["float64"][0] > 1e-3
+
+
+def test_generation_through_patches_gives_the_same_tokens(text: dict[str, Path]) -> None:
+    (strip,) = figures.generation_strip(models_of(text), count=32, prompt=8).panels
+    assert isinstance(strip, Strip)
+    for name in FAMILIES:
+        assert sum(strip.kind_of[f"{name}, W + ΔW"]) == 0
+        assert len(strip.rows[f"{name}, W + ΔW"]) == 32
+    assert sum(sum(strip.kind_of[f"{name}, control: W"]) for name in FAMILIES) > 0
+
+
+def test_static_error_falls_with_samples_and_ridge_but_not_for_a_vector(regression: dict[str, Path]) -> None:
+    models = {"transformer": models_of(regression)["transformer"]}
+    (panel,) = figures.static_error(models, counts=(4, 64), contexts=3, held_out=64).panels
+    assert isinstance(panel, Lines)
+    y = series_of(panel)
+    assert y["affine, λ₀ = 0.001"][1] < 0.5 * y["affine, λ₀ = 0.001"][0]
+    assert y["affine, λ₀ = 0.001"][1] < 0.5 * y["control: vector"][1]
+    assert panel.marks == {"K = D": 16.0, "K = hidden units": 16.0}
+
+
+def test_norms_and_alignment(regression: dict[str, Path]) -> None:
+    panels = figures.norms_and_alignment(models_of(regression), size=4, queries=3).panels
+    assert [panel.title.partition(":")[0] for panel in panels] == [name for name in FAMILIES for _ in range(2)]
+    hypernet = panels[3]
+    assert isinstance(hypernet, Heat)
+    cosine = torch.tensor(hypernet.values).unflatten(0, (4, 3)).unflatten(2, (4, 3))
+    torch.testing.assert_close(cosine, cosine[:, :1, :, :1].expand_as(cosine), rtol=0, atol=1e-5)  # the context alone
+    transformer = panels[1]
+    assert isinstance(transformer, Heat)
+    assert torch.tensor(transformer.values).std() > 0.01
+
+
+def test_changed_experts_need_a_mixture(regression: dict[str, Path]) -> None:
+    models = models_of(regression)
+    (panel,) = figures.changed_experts(models, size=32).panels
+    assert isinstance(panel, Bars)
+    y = series_of(panel)
+    assert max(y["router reads the query alone"]) > 0
+    assert max(y["control: router patched too"]) == 0
+    with pytest.raises(ValueError, match="changed-experts needs a mixture of experts"):
+        figures.changed_experts({"transformer": models["transformer"]})
+
+
+def test_increments_of_families_fall(regression: dict[str, Path]) -> None:
+    for series in figures.increments_by_family(models_of(regression), size=4, queries=2):
+        assert list(series.x) == list(range(1, 9))
+        assert series.y[-1] < series.y[0]
+
+
+@pytest.mark.parametrize("task", ["regression", "text"])
+def test_report(
+    task: str, small: None, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = request.getfixturevalue(task)
+    assert analyze.main(["report", *map(str, runs.values()), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert set(content["numbers"]) == set(FAMILIES)
+    page = (tmp_path / "report.md").read_text()
+    shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", page)
+    special = "static-error" if task == "regression" else "generation-strip"
+    assert {f"{name}.png" for name in content["figures"]} == set(shown)
+    assert special in content["figures"]
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)
+    assert not list(tmp_path.glob("*tmp*"))
+    for row in content["numbers"]["moe"]:
+        assert row in printed
+        assert row in page
+    for figure in content["figures"].values():
+        assert figure["caveat"] in page
+
+
+def test_a_report_lies_in_the_run_folder(small: None, text: dict[str, Path]) -> None:
+    assert analyze.main(["report", str(text["transformer"])]) == 0
+    assert (text["transformer"] / "report/report.md").exists()
+
+
+@pytest.mark.parametrize("task", ["regression", "text"])
+def test_a_patch_stands_for_its_context(
+    task: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = request.getfixturevalue(task)["transformer"]
+    context, query = tmp_path / "context", tmp_path / "query"
+    if task == "regression":
+        context.write_text("1,0,0,2\n0,1,0,1\n0,0,1,-1\n" * 3)
+        query.write_text("1,1,0\n0,2,1\n")
+    else:
+        context.write_text("7 green bottles hanging on the wall.\n")
+        query.write_text("8 green bottles")
+    file = tmp_path / "p.safetensors"
+    made = ["patch", str(run), "--context", str(context), "--out", str(file), "--samples", "64"]
+    assert analyze.main(made) == 0
+    assert "affine patch for" in capsys.readouterr().out
+    assert analyze.main(["apply", str(run), "--patch", str(file), "--query", str(query)]) == 0
+    printed = capsys.readouterr()
+    assert "patch of context" in printed.err
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", printed.out)]
+    model = zoo.load(run)
+    if task == "regression":
+        pairs = analyze.read_context(model, context)
+        tokens = torch.cat([pairs[None], analyze.read_query(model, query)], 1)
+        with torch.no_grad():
+            expected, plain = model(tokens, 9)[0, 9:, 0], model(tokens[:, 9:])[0, :, 0]
+        assert (torch.tensor(numbers[::2]) - expected).norm() < 0.6 * (plain - expected).norm()
+    else:
+        assert len(numbers) == 2
+
+
+def test_figures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyze.main(["figures"]) == 0
+    listed = capsys.readouterr().out.split()
+    assert {*report.THEORY, *report.TRAINED} <= set(listed)
+    assert len({*report.THEORY, *report.TRAINED}) == 10
+
+
+def test_a_figure_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        report.THEORY,
+        "capacity-cliffs",
+        functools.partial(report.THEORY["capacity-cliffs"], seeds=[0], layers=2, lengths=(4, 40)),
+    )
+    assert analyze.main(["figures", "capacity-cliffs", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "capacity-cliffs.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nowhere"], "no checkpoint at nowhere"),
+        (["report", "{transformer}", "{text}"], "trained on different tasks, regression, text: compare one"),
+        (["figures", "law-residual"], "did you mean law-residuals|law-residual"),
+        (["figures", "static-error"], "shows trained models: give checkpoints with --runs"),
+        (["figures", "capacity-cliffs", "--runs", "{transformer}"], "shows models of its own: leave out --runs"),
+        (["figures", "generation-strip", "--runs", "{transformer}"], "needs running text"),
+        (["patch", "{transformer}", "--context", "none", "--out", "p"], "No such file or directory: 'none'"),
+        (["patch", "{transformer}", "--context", "{wrong}", "--out", "p"], "line 2: 4 numbers separated by commas"),
+        (["patch", "{transformer}", "--context", "{empty}", "--out", "p"], "is empty: 4 numbers per line"),
+        (["patch", "{transformer}", "--context", "{good}", "--out", "p", "--samples", "0"], "--samples 0 must be"),
+        (["apply", "{transformer}", "--patch", "none", "--query", "{good}"], "no patch file at none"),
+        (["apply", "{transformer}", "--patch", "{good}", "--query", "{good}"], "is damaged or no patch file"),
+        (["apply", "{moe}", "--patch", "{patch}", "--query", "{good}"], "was made for another model"),
+        (["apply", "{transformer}", "--patch", "{patch}", "--query", "{good}"], "line 1: 3 numbers separated"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    regression: dict[str, Path],
+    text: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents = {"good": "1,0,0,2\n0,1,0,1\n", "wrong": "1,0,0,2\n0,x,0,1\n", "empty": ""}
+    for name, content in contents.items():
+        Path(name).write_text(content)
+    names = {"text": text["transformer"], **regression, **{name: name for name in contents}, "patch": "p.safetensors"}
+    if "{patch}" in arguments:
+        make = [
+            "patch",
+            str(regression["transformer"]),
+            "--context",
+            "good",
+            "--out",
+            "p.safetensors",
+            "--samples",
+            "8",
+        ]
+        assert analyze.main(make) == 0
+    capsys.readouterr()
+    assert analyze.main([argument.format(**names) for argument in arguments]) == 2
+    answer = capsys.readouterr()
+    assert re.search(f"^error: .*({message})", answer.err), answer.err
+    assert answer.err.count("\n") == 1
+    assert not Path("p").exists()
