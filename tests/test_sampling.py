@@ -15,8 +15,6 @@ from zoo.sampling import choose
 
 __all__ = ["recall"]
 
-# drawing
-
 
 def draws(count: int, **options: Any) -> Tensor:
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).expand(count, 4)
