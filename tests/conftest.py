@@ -2,10 +2,13 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+DATASETS = tempfile.TemporaryDirectory(prefix="zoo-datasets-")
+os.environ["HF_DATASETS_CACHE"] = DATASETS.name
 os.environ["WANDB_MODE"] = "offline"
 sys.path.insert(0, str(Path(__file__).parent))
 

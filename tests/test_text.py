@@ -290,7 +290,7 @@ def bits_one_by_one(made: Text, output: torch.Tensor, batch: Batch) -> tuple[lis
             nats = -output[row, place].log_softmax(-1)[target].item()
             model += [nats / len(spelled) / math.log(2)] * len(spelled)
             for byte in spelled:
-                tokens = np.array([read])
+                tokens = np.array([read[-2:]])
                 targets = np.append(tokens[:, 1:].clip(max=255), [[byte]], 1)
                 counted.append(made.trigram.bits(tokens, targets)[0, -1])
                 read.append(byte)
