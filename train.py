@@ -48,12 +48,16 @@ def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             preset: Any = OmegaConf.to_container(OmegaConf.load(CONF / path / f"{value}.yaml"))
             for key, options in preset.items():
                 paths += [f"{key}.{option}" for option in options] if isinstance(options, dict) else [key]
+        elif path in ("model", "task"):
+            named: Any = OmegaConf.to_container(OmegaConf.load(CONF / path / f"{value}.yaml"))
+            # a file that builds on another one asks for what it changes
+            paths += [f"{path}.{option}" for option in named] if "defaults" in named else [f"{path}.name"]
         else:
-            paths.append(f"{path}.name" if path in ("model", "task") else path)
+            paths.append(path)
     asked: dict[str, Any] = {}
     for path in paths:
         group, _, option = path.partition(".")
-        if group in ("model", "task", "optim") and option:
+        if group in ("model", "task", "optim") and option and option != "defaults":
             asked.setdefault(group, {})[option] = config[group][option]
         elif group in config and not option and not isinstance(config[group], dict):
             asked[group] = config[group]

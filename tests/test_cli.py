@@ -244,6 +244,19 @@ def test_a_missing_package_is_named_and_code_needs_none(
     zoo.load("run").task.batch("test", 0, 2)
 
 
+def test_a_preset_of_text_is_more_than_its_name(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("To be, or not to be. " * 100)
+    few = [*TINY, "debug=fast", "optim.batch_size=8", "trainer.accelerator=cpu"]
+    assert command("task=text", "task.files=[a.txt]", "task.tokens=16", *few, "out=run").code == 0
+    assert list(metrics_of(tmp_path / "run")["test"]) == ["bits_per_byte", "bits_per_byte_trigram"]
+    assert command("resume=run", "task=text").code == 0
+    answer = command("resume=run", "task=tinystories")
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1].endswith(
+        "but task.hub is None in the checkpoint, 'roneneldan/TinyStories' asked"
+    )
+
+
 def test_the_default_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_RUN_ID", "job9")
     assert command(*TINY, *SHORT, "debug=fast", "task=regression").code == 0

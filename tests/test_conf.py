@@ -48,9 +48,12 @@ GROUPS += [(f"task/{name}.yaml", TASKS[name].Config) for name in TASKS]
 GROUPS += [("optim/adamw.yaml", OptimConfig)]
 
 
+PRESETS = ["fineweb_edu", "tinystories", "wikitext103"]  # task=PRESET is task=text with other options
+
+
 @pytest.mark.parametrize(("group", "table"), [("model", MODELS), ("task", TASKS)])
 def test_files_and_tables_name_the_same(group: str, table: dict[str, type]) -> None:
-    assert choices(group) == sorted(table)
+    assert choices(group) == sorted([*table, *(PRESETS if group == "task" else [])])
     for name in table:
         assert read(f"{group}/{name}.yaml")["name"] == name
 
@@ -88,7 +91,7 @@ def test_every_choice_composes_into_valid_options(choice: str) -> None:
     model = MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
     group, name = choice.split("=")
     if group in ("model", "task"):
-        assert config[group]["name"] == name
+        assert config[group]["name"] == ("text" if name in PRESETS else name)
     assert next(model.parameters()).dtype.is_floating_point
 
 
@@ -103,6 +106,13 @@ def test_debugging_overrides_what_it_names(name: str) -> None:
                 assert before.get(key) != value, f"{key} does not change anything"
 
     check(read(f"debug/{name}.yaml"), composed(), composed(f"debug={name}"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_task_but_for_what_it_names(name: str) -> None:
+    values = read(f"task/{name}.yaml")
+    assert values.pop("defaults") == ["text"]
+    assert composed(f"task={name}")["task"] == {**defaults(TASKS["text"].Config), **values}
 
 
 @pytest.mark.parametrize("name", choices("experiment"))

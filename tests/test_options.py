@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
+import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,20 @@ BASE: dict[str, dict[str, Any]] = {
 }
 SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
 
+TEXTS = Path(tempfile.mkdtemp(prefix="zoo-texts-"))
+atexit.register(shutil.rmtree, TEXTS, ignore_errors=True)
+for kind in ("a", "b"):
+    (TEXTS / kind).mkdir()
+    rows = [{"text": f"The {kind} {k} of text. " * 9, "body": f"The body {k} of {kind}. " * 9} for k in range(60)]
+    (TEXTS / kind / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+(TEXTS / "README.md").write_text(
+    "---\nconfigs:\n"
+    "- config_name: a\n  data_files: a/*.jsonl\n  default: true\n"
+    "- config_name: b\n  data_files: b/*.jsonl\n---\n"
+)
+NO_DOMAINS: dict[str, Any] = {"domains": None}
+HUB = {**NO_DOMAINS, "hub": str(TEXTS)}
+
 # option: a value other than that of BASE; a tuple adds what the option needs, on both sides of the comparison
 MODEL_CHANGES: dict[str, dict[str, Any]] = {
     "transformer": SIZES,
@@ -56,8 +73,18 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
         "noise": (0.1, {"function": "noisy"}),
         "units": (5, {"function": "network"}),
     },
-    "text": {"tokens": 41, "domains": ["medicine"]},
     "prompts": {"context": 21, "query": 9, "target": 13, "domains": ["medicine"], "files": (FILES, {"domains": None})},
+    "text": {
+        "tokens": 41,
+        "domains": ["medicine"],
+        "files": ([str(TEXTS / "a" / "*.jsonl")], NO_DOMAINS),
+        "hub": (str(TEXTS), NO_DOMAINS),
+        "subset": ("b", HUB),
+        "documents": (30, HUB),
+        "column": ("body", HUB),
+        "tokenizer": "bpe",
+        "vocabulary": (512, {"tokenizer": "bpe"}),
+    },
     "noise": {"vocabulary": 9, "tokens": 41},
 }
 OPTIM_CHANGES = {
@@ -181,6 +208,8 @@ def test_optim_option_matters(option: str, run_once: Any) -> None:
     assert differ(run_once(), run_once(**{option: OPTIM_CHANGES[option]}))
 
 
+ALONE: dict[str, Any] = {"task.domains": None}
+
 # family, task, changed options, and what the message must name: both options with both values
 REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("transformer", "noise", {"model.dim": 18, "model.heads": 4}, ["model.dim=18", "2·model.heads=8"]),
@@ -234,6 +263,19 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "prompts", {"task.files": [], "task.domains": None}, ["task.files=[]"]),
     ("hypernet", "prompts", {"model.context": "chunk"}, ["model.context=chunk", "task.name=prompts"]),
     ("moe", "prompts", {"model.chunk": 4, "model.route_on": "context"}, ["model.chunk=4", "running text"]),
+    ("moe", "text", {"task.files": ["a.txt"]}, ["task.domains=['law']", "task.files=['a.txt']"]),
+    ("moe", "text", {"task.hub": "a/b"}, ["task.domains=['law']", "task.hub=a/b"]),
+    ("moe", "text", {**ALONE, "task.files": ["a"], "task.hub": "a/b"}, ["task.files=['a']", "task.hub=a/b"]),
+    ("moe", "text", {**ALONE, "task.files": []}, ["task.files=[]"]),
+    ("moe", "text", {"task.column": "body"}, ["task.column=body", "task.hub or task.files"]),
+    ("moe", "text", {"task.subset": "x"}, ["task.subset=x", "task.hub"]),
+    ("moe", "text", {**ALONE, "task.files": ["a"], "task.subset": "x"}, ["task.subset=x", "task.hub"]),
+    ("moe", "text", {**ALONE, "task.files": ["a"], "task.documents": 5}, ["task.documents=5", "task.hub"]),
+    ("moe", "text", {**ALONE, "task.hub": "a/b", "task.documents": 0}, ["task.documents=0"]),
+    ("moe", "text", {"task.vocabulary": 300}, ["task.vocabulary=300", "task.tokenizer=bpe", "bytes"]),
+    ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 257}, ["task.vocabulary=257", "258", "65536"]),
+    ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 65537}, ["task.vocabulary=65537", "258", "65536"]),
+    ("moe", "text", {"task.tokenizer": "bpo"}, ["task.tokenizer='bpo'", "did you mean bpe?"]),
     ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
     ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
     ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),

@@ -175,6 +175,8 @@ def hub(path: str = "set", **splits: list[str]) -> str:
 def test_the_splits_of_a_set_are_its_own(documents: int | None) -> None:
     rows = {"train": STORIES[:80], "validation": STORIES[80:87], "test": STORIES[87:]}
     assert found(hub=hub(**rows), documents=documents) == rows
+    # what is streamed leaves no copy
+    assert any(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) == (documents is None)
 
 
 @pytest.mark.parametrize("documents", [None, 1000])

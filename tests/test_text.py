@@ -21,6 +21,7 @@ from zoo.tasks import Batch, corpus, tokenizer
 from zoo.tasks import text as module
 from zoo.tasks.corpus import START
 from zoo.tasks.domains import DOMAINS, Document
+from zoo.tasks.ngram import Trigram
 from zoo.tasks.text import Text
 
 
@@ -290,7 +291,7 @@ def bits_one_by_one(made: Text, output: torch.Tensor, batch: Batch) -> tuple[lis
             nats = -output[row, place].log_softmax(-1)[target].item()
             model += [nats / len(spelled) / math.log(2)] * len(spelled)
             for byte in spelled:
-                tokens = np.array([read])
+                tokens = np.array([read[-2:]])
                 targets = np.append(tokens[:, 1:].clip(max=255), [[byte]], 1)
                 counted.append(made.trigram.bits(tokens, targets)[0, -1])
                 read.append(byte)
@@ -315,6 +316,15 @@ def test_bits_are_those_of_bytes_whatever_the_tokens(written: None, options: dic
     assert [len(part) for part in parts] == [
         len(made.decode(batch.targets[batch.group == index].flatten().tolist())) for index in range(4)
     ]
+
+
+def test_the_trigram_counts_bytes_whatever_the_tokens(written: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (module.COUNTED, 1000):
+        monkeypatch.setattr(module, "COUNTED", limit)
+        expected = Trigram(splits["train"][:limit] for splits in text().texts)
+        for options in ({}, PAIRS):
+            counts = text(**options).trigram.counts
+            assert all(np.array_equal(a, b) for a, b in zip(counts, expected.counts, strict=True))
 
 
 def test_the_reference_of_byte_pairs_is_of_tokens(written: None) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -78,12 +79,12 @@ def split_documents(source: str, documents: Iterable[tuple[str, bytes]]) -> Iter
                     if max(first, begin) < min(last, end):
                         yield from ((split, ids) for ids in read(max(first, begin), min(last, end)))
             return
-        order = sorted(range(len(keys)), key=keys.__getitem__)
+        order = deque(sorted(range(len(keys)), key=keys.__getitem__))
         share = HELD_OUT * (ends[-1] + len(keys))
         for split, kept in (("test", 2), ("validation", 1), ("train", 0)):
             taken = 0
             while len(order) > kept and (split == "train" or taken < share):
-                document = order.pop(0)
+                document = order.popleft()
                 taken += ends[document + 1] - ends[document] + 1
                 yield from ((split, ids) for ids in read(ends[document], ends[document + 1]))
 
