@@ -76,7 +76,7 @@ class Prompts(Task):
         """The examples of each domain, or of all files together, by split."""
         config = self.config
         if config.files:
-            return {FILE: from_rows(row for path in config.files for row in read(path))}
+            return {FILE: from_rows((row for path in config.files for row in read(path)), config.context)}
         sources = {}
         for domain in config.domains:
             ids = corpus.prepare(domain, origin(domain), DOMAINS[domain])
