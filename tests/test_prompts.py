@@ -215,7 +215,7 @@ def test_splits_depend_on_rows_not_on_their_order_or_file(file: str, tmp_path: P
 
 
 def test_rows_with_one_context_stay_together_and_are_no_wrong_context_of_each_other(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [record(f"text {k % 8}", f"q{k}", f"t{k}") for k in range(80)])
+    path = write(tmp_path / "a.jsonl", [record("x" * k + f"ends in {k % 8}", f"q{k}", f"t{k}") for k in range(80)])
     made, contexts = prompts(files=[path]), []
     for split in SPLITS:
         examples = everything(made, split)
@@ -304,7 +304,7 @@ def test_a_run_on_a_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
-    rows = [record("né" * k, f"q{k}", "t" * A) for k in range(8)]
+    rows = [record("né" * k + str(k), f"q{k}", "t" * A) for k in range(8)]
     made = prompts(files=[write(tmp_path / "a.jsonl", rows)], query=2)
     places = {(*made.encode_context(r["context"]), *made.encode(r["query"] + r["target"])[:-1]) for r in rows}
     batches = [made.batch(split, 0, len(made.sources["files"][split].document)) for split in SPLITS]

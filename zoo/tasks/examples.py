@@ -79,28 +79,28 @@ def _row(line: bytes) -> tuple[bytes, bytes, bytes]:
     return context, query, target
 
 
-def from_rows(rows: Iterable[tuple[bytes, bytes, bytes]]) -> dict[str, Examples]:
+def from_rows(rows: Iterable[tuple[bytes, bytes, bytes]], context: int) -> dict[str, Examples]:
     """Rows by split: in the order of their contexts' hashes, they fill test, then validation, with 5 % of all bytes and
     two contexts each at least; the rest trains.
 
-    Rows of one context stay together, so that no context of the test was trained on; a row without one stands alone.
-    Raises ValueError for too few contexts."""
+    Rows whose last `context` bytes agree stay together, so that no context of the test was trained on; a row without
+    one stands alone. Raises ValueError for too few contexts."""
     documents: dict[bytes, list[tuple[bytes, bytes, bytes]]] = {}
     for row in rows:
-        key = row[0] or b"\0".join(row)
+        key = row[0][-context:] or b"\0".join(row)
         documents.setdefault(hashlib.sha256(key).digest(), []).append(row)
     if len(documents) < ENOUGH * len(SPLITS):
         raise ValueError(
             f"task.files: {len(documents)} different contexts are too few, each of {', '.join(SPLITS)} needs {ENOUGH}"
         )
-    ordered = [documents[key] for key in sorted(documents)]
+    ordered = [documents[key] for key in sorted(documents, reverse=True)]
     share = HELD_OUT * sum(len(part) for document in ordered for row in document for part in row)
     splits = {}
     for split, kept in (("test", 2 * ENOUGH), ("validation", ENOUGH), ("train", 0)):
         taken: list[list[tuple[bytes, bytes, bytes]]] = []
         size = 0
         while len(ordered) > kept and (split == "train" or size < share or len(taken) < ENOUGH):
-            taken.append(ordered.pop(0))
+            taken.append(ordered.pop())
             size += sum(len(part) for row in taken[-1] for part in row)
         splits[split] = _flat(taken)
     return splits

@@ -76,7 +76,7 @@ class Prompts(Task):
         """The examples of each domain, or of all files together, by split."""
         config = self.config
         if config.files:
-            return {FILE: from_rows(row for path in config.files for row in read(path))}
+            return {FILE: from_rows((row for path in config.files for row in read(path)), config.context)}
         sources = {}
         for domain, ids in zip(config.domains, domain_ids(config.domains), strict=True):
             sources[domain] = {
@@ -96,7 +96,7 @@ class Prompts(Task):
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         """Sequence j of a split comes from source j mod D, which gives all its examples in a new order every epoch;
-        held-out ones always in the same. The wrong context is that of the next one from another document."""
+        held-out ones always in the same."""
         sources = [splits[split] for splits in self.sources.values()]
         turn, group = np.divmod(k * size + np.arange(size), len(sources))
         tokens = np.full((size, self.tokens + 1), START, np.int64)
@@ -104,23 +104,27 @@ class Prompts(Task):
         wrong = np.full((size, self.n_context), START, np.int64)
         for row in range(size):
             examples = sources[group[row]]
-            epoch, place = divmod(int(turn[row]), len(examples.document))
-            key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
-            order = _order(len(examples.document), *key)
-            context, query, target = examples.parts(order[place])
+            index, other = self._pick(examples, split, int(turn[row]))
+            context, query, target = examples.parts(index)
             query, target = query[-self.config.query :], target[: self.config.target]
             self._fill(tokens[row], context)
+            self._fill(wrong[row], examples.parts(other)[0])
+            first, last = len(query), len(query) + len(target)
             second = tokens[row, self.n_context + 1 :]
-            second[: len(query)] = query
-            second[len(query) : len(query) + len(target)] = target
-            targets[row, len(query) : len(query) + len(target)] = target
-            other = place
-            while examples.document[order[other]] == examples.document[order[place]]:
-                other = (other + 1) % len(order)
-            self._fill(wrong[row], examples.parts(order[other])[0])
+            second[:first], second[first:last], targets[row, first:last] = query, target, target
         arrays = (tokens[:, :-1], targets, wrong, group)
         own, scored, other_context, source = (torch.from_numpy(array) for array in arrays)
         return Batch(own, scored, self.n_context, other_context, None if self.config.files else source)
+
+    def _pick(self, examples: Examples, split: str, turn: int) -> tuple[int, int]:
+        """Which example comes at a turn, and the next one after it from another document, for the wrong context."""
+        epoch, place = divmod(turn, len(examples.document))
+        key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
+        order = _order(len(examples.document), *key)
+        other = place
+        while examples.document[order[other]] == examples.document[order[place]]:
+            other = (other + 1) % len(order)
+        return order[place], order[other]
 
     def _fill(self, row: np.ndarray, context: np.ndarray) -> None:
         """Writes the last bytes of a context before place C; what is free on the left stays as it is."""
