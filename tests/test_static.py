@@ -25,7 +25,8 @@ INPUTS, OUTPUTS = 6, 4
 
 def samples(count: int, rank: int = INPUTS) -> tuple[Tensor, Tensor]:
     """Unrelated a (N,6), on a subspace of `rank` dims away from zero, and y (N,4)."""
-    a = torch.randn(count, rank).double() @ torch.randn(rank, INPUTS).double() + 0.5 * (rank == INPUTS)
+    turn = torch.linalg.qr(torch.randn(INPUTS, INPUTS).double()).Q
+    a = torch.randn(count, rank).double() @ turn[:rank] + 0.5 * (rank == INPUTS)
     return a, torch.randn(count, OUTPUTS).double()
 
 
@@ -97,10 +98,11 @@ def test_without_ridge_the_smallest_solution() -> None:
     torch.testing.assert_close(solved(a, y, "matrix", 0.0)[0], (torch.linalg.pinv(a) @ y).mT, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("count", "rank", "expected"), [(4, INPUTS, 4), (40, INPUTS, 6), (40, 2, 2), (1, 1, 1)])
-def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int) -> None:
-    """Rounding in float32 is no direction of its own; without a cut, ridge 0 would fit it with a huge matrix."""
-    a, y = (t.float() for t in samples(count, rank))
+def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int, dtype: torch.dtype) -> None:
+    """Rounding is no direction of its own; without a cut, ridge 0 would fit it with a huge matrix."""
+    a, y = (t.to(dtype) for t in samples(count, rank))
     moments = Moments()
     moments.add(a, y)
     low_rank, _ = moments.solve(FORMS["matrix"], 0.0)
