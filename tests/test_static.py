@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cases import CASES, Case, build, trained
 from test_delta import at_most
 from torch import Tensor
 
+from zoo import load, train
 from zoo.delta import LowRank, Patch, Routing, Sum
 from zoo.lens.queries import sample_queries
 from zoo.lens.static import FORMS, Moments, answer, choose, first, fit, relative_error
@@ -247,6 +250,22 @@ def test_what_a_hypernetwork_emits_is_the_static_patch(case: Case, form: str) ->
 
 
 @torch.no_grad()
+def test_a_router_that_reads_the_context_alone_has_chosen_for_good() -> None:
+    model = build(BY_NAME["moe-context-linear"])
+    tokens, n = queries(model, contexts(model)[0], 5)
+    for patch, emitted in zip(fit(model.decoder, [tokens], n), model.decoder(tokens, n)[1], strict=True):
+        assert patch.routing is not None
+        assert emitted.routing is not None
+        for static, each in (
+            (patch.routing.index, emitted.routing.index),
+            (patch.routing.weight, emitted.routing.weight),
+        ):
+            assert static.shape == (1, 1, 2)
+            assert torch.equal(static.expand(-1, 5, -1), each[:, n:])
+            assert not torch.equal(static.expand(-1, 7, -1), each[:, :n])
+
+
+@torch.no_grad()
 def test_where_queries_attend_to_the_context_more_is_left_to_fit() -> None:
     model = build(BY_NAME["hypernet-segment-attend"])
     tokens, n = queries(model, contexts(model)[0], 200)
@@ -414,3 +433,30 @@ def test_sample_queries_of_text_are_windows() -> None:
     assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens[:, :4])
     with pytest.raises(ValueError, match=r"length=10 must lie between 1 and task\.tokens=9"):
         sample_queries(task, context, 5, length=10)
+
+
+@pytest.mark.slow
+def test_the_default_transformer_after_training(tmp_path: Path) -> None:
+    """What the context does to 300 held-out queries, by K samples: medians over 16 contexts."""
+    model = load(train(out=str(tmp_path), trainer={"accelerator": "cpu"})["checkpoint"])
+    n, data = model.task.n_context, []
+    for k, context in enumerate(model.task.batch("test", 0, 16).tokens[:, : model.task.n_context]):
+        data.append(
+            (
+                sample_queries(model.task, context, 256, "train", k),
+                sample_queries(model.task, context, 300, "test", k + 1),
+            )
+        )
+
+    def median(form: str, count: int, ridge: float) -> float:
+        errors = []
+        for tokens, held_out in data:
+            patches = fit(model.decoder, [first(model.decoder, tokens, n, count)], n, form, ridge)
+            errors.append(relative_error(model.decoder, held_out, n, patches))
+        return statistics.median(errors)
+
+    assert median("output", 256, 1e-3) < 0.01
+    assert median("affine", 256, 1e-3) < 0.03
+    assert median("vector", 256, 1e-3) > 0.9
+    # one sample for each hidden unit, fitted exactly
+    assert median("output", 128, 0.0) > 50 * median("output", 128, 1e-3)
