@@ -189,6 +189,12 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "0.routing.weight": ONE[:, :1],
         "0.routing.logits": ONE[:, :1],
     },
+    "an empty matrix": {"0.weights.up.0.LowRank.u": torch.ones(0).double()},
+    "a choice that is no index": {
+        "0.routing.index": torch.zeros(1, 1, 1),
+        "0.routing.weight": ONE[:, :1],
+        "0.routing.logits": ONE[:, :1],
+    },
     "half a routing": {"0.routing.index": torch.zeros(1, 1, 1).long()},
 }
 

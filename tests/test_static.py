@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cases import CASES, Case, build, trained
 from test_delta import at_most
 from torch import Tensor
 
+from zoo import load, train
 from zoo.delta import LowRank, Patch, Routing, Sum
 from zoo.lens.queries import sample_queries
 from zoo.lens.static import FORMS, Moments, answer, choose, first, fit, relative_error
@@ -25,7 +28,8 @@ INPUTS, OUTPUTS = 6, 4
 
 def samples(count: int, rank: int = INPUTS) -> tuple[Tensor, Tensor]:
     """Unrelated a (N,6), on a subspace of `rank` dims away from zero, and y (N,4)."""
-    a = torch.randn(count, rank).double() @ torch.randn(rank, INPUTS).double() + 0.5 * (rank == INPUTS)
+    turn = torch.linalg.qr(torch.randn(INPUTS, INPUTS).double()).Q
+    a = torch.randn(count, rank).double() @ turn[:rank] + 0.5 * (rank == INPUTS)
     return a, torch.randn(count, OUTPUTS).double()
 
 
@@ -97,10 +101,11 @@ def test_without_ridge_the_smallest_solution() -> None:
     torch.testing.assert_close(solved(a, y, "matrix", 0.0)[0], (torch.linalg.pinv(a) @ y).mT, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("count", "rank", "expected"), [(4, INPUTS, 4), (40, INPUTS, 6), (40, 2, 2), (1, 1, 1)])
-def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int) -> None:
-    """Rounding in float32 is no direction of its own; without a cut, ridge 0 would fit it with a huge matrix."""
-    a, y = (t.float() for t in samples(count, rank))
+def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int, dtype: torch.dtype) -> None:
+    """Rounding is no direction of its own; without a cut, ridge 0 would fit it with a huge matrix."""
+    a, y = (t.to(dtype) for t in samples(count, rank))
     moments = Moments()
     moments.add(a, y)
     low_rank, _ = moments.solve(FORMS["matrix"], 0.0)
@@ -242,6 +247,22 @@ def test_what_a_hypernetwork_emits_is_the_static_patch(case: Case, form: str) ->
             W = block.ffn.weight(name)
             torch.testing.assert_close(patch.weights[name].dense(W), delta.at(torch.tensor([n])).dense(W)[:, 0])
     assert relative_error(model.decoder, others, n, [Patch()] * 2) > 1e-2
+
+
+@torch.no_grad()
+def test_a_router_that_reads_the_context_alone_has_chosen_for_good() -> None:
+    model = build(BY_NAME["moe-context-linear"])
+    tokens, n = queries(model, contexts(model)[0], 5)
+    for patch, emitted in zip(fit(model.decoder, [tokens], n), model.decoder(tokens, n)[1], strict=True):
+        assert patch.routing is not None
+        assert emitted.routing is not None
+        for static, each in (
+            (patch.routing.index, emitted.routing.index),
+            (patch.routing.weight, emitted.routing.weight),
+        ):
+            assert static.shape == (1, 1, 2)
+            assert torch.equal(static.expand(-1, 5, -1), each[:, n:])
+            assert not torch.equal(static.expand(-1, 7, -1), each[:, :n])
 
 
 @torch.no_grad()
@@ -412,3 +433,30 @@ def test_sample_queries_of_text_are_windows() -> None:
     assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens[:, :4])
     with pytest.raises(ValueError, match=r"length=10 must lie between 1 and task\.tokens=9"):
         sample_queries(task, context, 5, length=10)
+
+
+@pytest.mark.slow
+def test_the_default_transformer_after_training(tmp_path: Path) -> None:
+    """What the context does to 300 held-out queries, by K samples: medians over 16 contexts."""
+    model = load(train(out=str(tmp_path), trainer={"accelerator": "cpu"})["checkpoint"])
+    n, data = model.task.n_context, []
+    for k, context in enumerate(model.task.batch("test", 0, 16).tokens[:, : model.task.n_context]):
+        data.append(
+            (
+                sample_queries(model.task, context, 256, "train", k),
+                sample_queries(model.task, context, 300, "test", k + 1),
+            )
+        )
+
+    def median(form: str, count: int, ridge: float) -> float:
+        errors = []
+        for tokens, held_out in data:
+            patches = fit(model.decoder, [first(model.decoder, tokens, n, count)], n, form, ridge)
+            errors.append(relative_error(model.decoder, held_out, n, patches))
+        return statistics.median(errors)
+
+    assert median("output", 256, 1e-3) < 0.01
+    assert median("affine", 256, 1e-3) < 0.03
+    assert median("vector", 256, 1e-3) > 0.9
+    # one sample for each hidden unit, fitted exactly
+    assert median("output", 128, 0.0) > 50 * median("output", 128, 1e-3)

@@ -226,6 +226,10 @@ class Routing:
         zeros = self.weight.new_zeros(*self.index.shape[:-1], blocks)
         return zeros.scatter_add(-1, self.index, self.weight)
 
+    def over(self, dims: torch.Size) -> Routing:
+        """One choice for many tokens as one for each, (*,T) = dims."""
+        return Routing(*(t.expand(*dims, -1) for t in (self.index, self.weight, self.logits)))
+
     def at(self, tokens: Tensor, chunk: int | None = None) -> Routing:
         index, weight, logits = (_tokens(t, tokens, chunk) for t in (self.index, self.weight, self.logits))
         return Routing(index.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(2))

@@ -145,9 +145,8 @@ class FeedForward(nn.Module):
         return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
 
     def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
-        # one choice may serve many tokens
-        index_BTK, weight_BTK = (t.expand(*x.shape[:-1], -1) for t in (routing.index, routing.weight))
-        rows_D, index_K = x.reshape(-1, self.dim), index_BTK.reshape(-1)
+        routing = routing.over(x.shape[:-1])
+        rows_D, index_K = x.reshape(-1, self.dim), routing.index.reshape(-1)
         order_N = index_K.argsort(stable=True)
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
         counts_E = counts_E.scatter_add(0, index_K, torch.ones_like(index_K))
@@ -157,7 +156,7 @@ class FeedForward(nn.Module):
         backend = backend_for(x, (self.dim, self.hidden_per_block)) if self.backend == "auto" else self.backend
         product = PRODUCTS[backend]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
-        h_NF = h_NF * weight_BTK.reshape(-1)[order_N, None].to(h_NF.dtype)
+        h_NF = h_NF * routing.weight.reshape(-1)[order_N, None].to(h_NF.dtype)
         y_ND = product(h_NF, down_EFD, counts_E)
         return torch.zeros_like(rows_D, dtype=y_ND.dtype).index_add(0, token_N, y_ND).view(x.shape)
 

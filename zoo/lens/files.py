@@ -166,8 +166,10 @@ def _patch(node: dict[str, Any], ffn: FeedForward, chunk: int | None) -> Patch:
     if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
         raise ValueError(f"chunk {chunk!r} is no number of tokens")
     routing = Routing(**node["routing"]) if "routing" in node else None
-    if routing and not 0 <= routing.index.min() <= routing.index.max() < ffn.blocks:
-        raise ValueError(f"a routing among more than {ffn.blocks} blocks")
+    if routing:
+        blocks = torch.arange(ffn.blocks, device=routing.index.device)
+        if routing.index.dtype != torch.int64 or not torch.isin(routing.index, blocks).all():
+            raise ValueError(f"a routing to others than the blocks 0 to {ffn.blocks - 1}")
     return Patch(
         input=_delta("input", node["input"], matrices["gate"]) if "input" in node else None,  # type: ignore[arg-type]
         weights={name: _delta(name, terms, matrices[name]) for name, terms in node.get("weights", {}).items()},

@@ -70,7 +70,7 @@ class Moments:
 
         λ = ridge · trace(G)/size of the smaller of the Gram matrices G = AAᵀ (i,i) and AᵀA (N,N) of the samples A
         (centred, if there is a bias); both give the same M. ridge = 0: of all best M the smallest. Singular values of
-        A that the precision of the samples cannot tell from zero are left out, so r ≤ min(N, i).
+        A that are within the rounding of the samples are left out, so r ≤ min(N, i).
         """
         assert self.triangle is not None
         i = self.inputs
@@ -78,11 +78,11 @@ class Moments:
         rows = self.triangle[1:] if form.bias else self.triangle
         a_Ri, y_Ro = rows[:, 1 : 1 + i], rows[:, 1 + i :]
         left, s, right = torch.linalg.svd(a_Ri, full_matrices=False)
-        size = min(self.count - form.bias, i)
-        largest = s[:1].sum()
-        keep = (s > largest * self.eps * max(self.count, i)) & form.matrix
+        # the largest singular value of independent errors eps·rms(A); a state is the outcome of several roundings
+        noise = self.eps * a_Ri.norm() * (self.count**-0.5 + i**-0.5)
+        keep = (s > 10 * noise) & form.matrix
+        penalty = ridge * s.square().sum() / max(min(self.count - form.bias, i), 1)
         left, s, v_ir = left[:, keep], s[keep], right[keep].mT
-        penalty = ridge * a_Ri.square().sum() / max(size, 1)
         u_or = y_Ro.mT @ (left * (s / (s.square() + penalty)))
         mean = self.triangle[0, 1:] / self.triangle[0, 0]
         bias_o = (mean[i:] - u_or @ (v_ir.mT @ mean[:i])) * form.bias
