@@ -61,6 +61,7 @@ def test_operations_equal_those_of_dense_matrices(x: Any, y: Any) -> None:
     close(a.inner(b), (dense[0] * dense[1]).sum((-2, -1)))
     close(a.norm(), torch.linalg.matrix_norm(dense[0]))
     values = a.svdvals()
+    assert values.shape[-1] == (x[1] if x in (KINDS["low-rank"], KINDS["none"]) else IN)
     close(values, torch.linalg.svdvals(dense[0])[..., : values.shape[-1]])
     close(values.norm(dim=-1), a.norm())
     rows = torch.randn(B, T, 4, IN, dtype=W.dtype)
