@@ -49,7 +49,12 @@ class Matrix:
         return self.each(lambda t: t[index])  # type: ignore[index]
 
     def __sub__(self, other: Matrix) -> Matrix:
-        """The difference of two matrices with the same W, as differences of factors: exactly 0 between equals."""
+        """The difference of two matrices, as differences of factors: exactly 0 between equals.
+
+        Raises ValueError unless both have the same W.
+        """
+        if self.W.shape != other.W.shape or not torch.equal(self.W, other.W):
+            raise ValueError("the patched matrices have different stored W: only those of one model have a difference")
         rows, columns = _difference(self.rows, self.columns, other.rows, other.columns)
         u, v = _difference(self.u, self.v, other.u, other.v)
         full = self.full
