@@ -61,11 +61,12 @@ def test_operations_equal_those_of_dense_matrices(x: Any, y: Any) -> None:
     close(a.inner(b), (dense[0] * dense[1]).sum((-2, -1)))
     close(a.norm(), torch.linalg.matrix_norm(dense[0]))
     values = a.svdvals()
+    assert values.shape[-1] == (x[1] if x in (KINDS["low-rank"], KINDS["none"]) else IN)
     close(values, torch.linalg.svdvals(dense[0])[..., : values.shape[-1]])
     close(values.norm(dim=-1), a.norm())
     rows = torch.randn(B, T, 4, IN, dtype=W.dtype)
     close(a.apply(rows), rows @ dense[0].mT)
-    c = drawn(*y)
+    c = drawn(*y)  # of the same W as a
     close((a - c).dense(), a.dense() - c.dense())
     close((a - c).norm(), torch.linalg.matrix_norm(a.dense() - c.dense()))
     close(a[1, 1:].dense(), dense[0][1, 1:])
@@ -74,6 +75,9 @@ def test_operations_equal_those_of_dense_matrices(x: Any, y: Any) -> None:
 def test_updates_of_other_shapes_have_no_inner_product() -> None:
     with pytest.raises(ValueError, match=r"\(6, 5\) and \(5, 6\).*effects"):
         drawn(0, 1, False).inner(drawn(0, 1, False, W=W.mT))
+    for other in (W.mT, W + 1):
+        with pytest.raises(ValueError, match="different stored W"):
+            drawn(0, 1, False) - drawn(0, 1, False, W=other)
 
 
 def test_a_small_difference_keeps_its_digits() -> None:

@@ -194,7 +194,8 @@ def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3, seed: int
     """How well an affine map reads the latent (N,P) off the code (N,C): ridge on the first half, R² on the second.
 
     R² is over all P numbers together, against their mean in the first half. The penalty is ridge · trace/C of the
-    covariance. Raises ValueError for fewer than 4 contexts.
+    covariance. Random layers mix enough for a code to tell something: compare with an untrained model. Raises
+    ValueError for fewer than 4 contexts.
     """
     if len(code) != len(latent) or len(code) < 4:
         raise ValueError(f"{len(code)} codes and {len(latent)} latents: as many of both are needed, at least 4")

@@ -49,7 +49,12 @@ class Matrix:
         return self.each(lambda t: t[index])  # type: ignore[index]
 
     def __sub__(self, other: Matrix) -> Matrix:
-        """The difference of two matrices with the same W, as differences of factors: exactly 0 between equals."""
+        """The difference of two matrices, as differences of factors: exactly 0 between equals.
+
+        Raises ValueError unless both have the same W.
+        """
+        if self.W.shape != other.W.shape or not torch.equal(self.W, other.W):
+            raise ValueError("the patched matrices have different stored W: only those of one model have a difference")
         rows, columns = _difference(self.rows, self.columns, other.rows, other.columns)
         u, v = _difference(self.u, self.v, other.u, other.v)
         full = self.full
@@ -86,13 +91,7 @@ class Matrix:
 
     def norm(self) -> Tensor:
         """Frobenius norm (*)."""
-        scaled = replace(self, u=self.u[..., :0], v=self.v[..., :0], full=None)
-        others = replace(self, rows=self.rows[..., :0], columns=self.columns[..., :0])
-        # by QR, as the square root of an inner product would lose half of the digits where factors cancel
-        rest = LowRank(self.u, self.v).norm(self.W) if self.full is None else torch.linalg.matrix_norm(others.dense())
-        if not self.rows.shape[-1]:
-            return rest
-        return (rest.square() + 2 * scaled.inner(others) + scaled.inner(scaled)).clamp(min=0).sqrt()
+        return self.inner(self).clamp(min=0).sqrt()
 
     def svdvals(self) -> Tensor:
         """Singular values, descending, (*,n); without scalings n is at most R and all others are zero.
