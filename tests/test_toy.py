@@ -104,6 +104,8 @@ def test_slope_of_a_power_law() -> None:
     series = toy_figures.with_slope(Series("a", x, [5.0 / i**1.5 if i >= 10 else 1.0 for i in x]))
     assert toy_figures.slope(series) == pytest.approx(-1.5)
     assert series.label == "a: slope −1.50"
+    with pytest.raises(ValueError, match="has 1 points from x=10 on"):
+        toy_figures.slope(Series("b", range(1, 11), [1.0] * 10))
 
 
 def test_increments_decay_by_averaging_not_by_learning() -> None:
