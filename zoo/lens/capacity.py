@@ -96,7 +96,7 @@ def capacity_cliffs(
         (panel,),
         f"{context} context tokens are replaced by one weight update per layer, by least squares, in a random decoder "
         f"of {layers} layers (float64). Median and range over {len(seeds)} seeds. Exact up to D tokens where the patch "
-        "acts on the FFN's input, up to F where it acts on the hidden units, which `down` reads.",
+        "acts on the FFN's input, up to F where it acts on the hidden units; rounding is magnified close to the limit.",
         "that such a patch works for tokens it was not fitted on: below the cliff it interpolates. The states here are "
         "those of random weights; where the cliff of a trained model lies is not measured.",
         {"seeds": str(list(seeds)), "layers": layers, "context": context, "D": DIM, "F": HIDDEN},

@@ -34,7 +34,7 @@ def save(figure: Figure, folder: Path) -> Path:
     heights = [max(map(_height, row)) for row in grid]
     width = 6.0 * columns if columns > 1 else 8.0
     words = (figure.caption, f"What it does not prove: {figure.caveat}")
-    text = "\n".join(textwrap.fill(part, int(width * 14)) for part in words)
+    text = "\n".join(textwrap.fill(part, int(width * 14.8)) for part in words)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas((width, sum(heights) + 0.6 + 0.17 * text.count("\n")), layout="constrained")
         axes = canvas.subplots(len(grid), columns, height_ratios=heights, squeeze=False)
@@ -107,8 +107,8 @@ def _draw_lines(ax: Any, panel: Lines) -> None:
     ax.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
     for label, x in panel.marks.items():
         ax.axvline(x, color="0.2", linewidth=1, linestyle=":")
-        place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
-        ax.annotate(label, (x, 0.5), **place, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (-3, 0)}
+        ax.annotate(label, (x, 0.5), **where, rotation=90, ha="right", va="center", fontsize=9)
     _legend(ax, panel, ax.axhline)
 
 

@@ -147,7 +147,7 @@ def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -
     error = "relative error of the block's output, |error| / |output|"
     return Figure(
         "precision-of-patches",
-        "Scaling states element by element magnifies rounding; other patches do not",
+        "Scaling states element by element magnifies rounding, other patches hardly do",
         tuple(
             Bars(title, "", error, tuple(series), log_y=True, horizontal=True)
             for title, series in zip(titles, panels, strict=True)

@@ -20,6 +20,7 @@ from zoo.tasks.base import Batch
 from zoo.tasks.regression import Regression
 
 DIM, HEADS, HIDDEN = 32, 8, 128
+LR, BATCH_SIZE = 2e-3, 128
 
 
 class SoftmaxAttention(nn.Module):
@@ -132,14 +133,13 @@ def train(
     seed: int,
     steps: int,
     points: int,
-    lr: float = 2e-3,
-    batch_size: int = 128,
+    lr: float = LR,
     watch: Callable[[int, float], None] | None = None,
 ) -> Toy:
     """The model after `steps` steps of Adam, each on new functions; watch(step, training loss) comes before a step."""
     data, optimizer = task(seed, points), torch.optim.Adam(model.parameters(), lr)
     for step in trange(steps, desc="training", leave=False):
-        context, query, target = parts(data.batch("train", step, batch_size))
+        context, query, target = parts(data.batch("train", step, BATCH_SIZE))
         value = loss(model(context, query), target).mean()
         if watch:
             watch(step, value.item())

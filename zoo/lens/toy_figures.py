@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from zoo.delta import Shear
 from zoo.lens.figure import Figure, Lines, Series
-from zoo.lens.toy import Toy, build, loss, parts, task, train
+from zoo.lens.toy import BATCH_SIZE, LR, Toy, build, loss, parts, task, train
 
 LOSS = "loss ½(ŷ − y)²"
+LENGTHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40)
+RECURRENT_LR = 3e-3
 
 
 def mean_series(label: str, x: Sequence[float], value_BX: Tensor, control: bool = False) -> Series:
@@ -95,7 +97,7 @@ def loss_through_delta(
         f"context, and from the query alone with W + ΔW, are the same up to rounding, on {functions} new functions.",
         "that ΔW is cheaper or better than the context. Making ΔW needs the pass with the context, and the identity "
         "holds for any weights, so it says nothing about how the block solves the task.",
-        {"seed": seed, "steps": steps, "points": points, "functions": functions, "lr": 2e-3, "batch_size": 128},
+        {"seed": seed, "steps": steps, "points": points, "functions": functions, "lr": LR, "batch_size": BATCH_SIZE},
     )
 
 
@@ -122,8 +124,12 @@ def with_slope(series: Series, start: int = 10) -> Series:
 
 
 def slope(series: Series, start: int = 10) -> float:
-    """The log-log slope of a series over x >= start, by least squares."""
+    """The log-log slope of a series over x >= start, by least squares; raises ValueError below two such points."""
     pairs = [(float(x), y) for x, y in zip(series.x, series.y, strict=True) if float(x) >= start]
+    if len(pairs) < 2:
+        raise ValueError(
+            f"series {series.label!r} has {len(pairs)} points from x={start} on, a slope needs two or more"
+        )
     log_x, log_y = np.log(np.array(pairs)).T
     return float(np.polyfit(log_x, log_y, 1)[0])
 
@@ -147,10 +153,10 @@ def increments_of_delta(
         "attention, trained": train(build("attention", seed), seed, steps, trained_points),
         "attention, untrained": build("attention", seed),
         "mean pooling, untrained": build("mean", seed),
-        "recurrent (GRU), trained": train(build("recurrent", seed), seed, steps, trained_points, lr=3e-3),
+        "recurrent (GRU), trained": train(build("recurrent", seed), seed, steps, trained_points, lr=RECURRENT_LR),
     }
     sizes, losses = [], []
-    lengths = sorted({0, 1, 2, 3, 5, 7, 10, 15, 20, 30, trained_points, points})
+    lengths = [i for i in sorted({*LENGTHS, trained_points, points}) if i <= points]
     for name, model in models.items():
         control = "untrained" in name
         sizes.append(increment_series(name, increments(model, context, query), control))
@@ -182,7 +188,9 @@ def increments_of_delta(
             "steps": steps,
             "trained_points": trained_points,
             "functions": functions,
-            "lr": "2e-3, GRU 3e-3",
+            "lr": LR,
+            "lr_recurrent": RECURRENT_LR,
+            "batch_size": BATCH_SIZE,
         },
     )
 
@@ -190,7 +198,7 @@ def increments_of_delta(
 def fine_tuned(model: Toy, names: Sequence[str], context_CP: Tensor, lr: float) -> Iterator[Toy]:
     """A copy of the model after 0, 1, … C steps of SGD on the parameters `names`, one pair per step, no context.
 
-    A pair (x, y) becomes the query (x, 0) with target y.
+    It is the same object at every step. A pair (x, y) becomes the query (x, 0) with target y.
     """
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD([parameter for name, parameter in model.named_parameters() if name in names], lr)
@@ -215,8 +223,7 @@ def delta_and_fine_tuning(
     """Test loss against the number of examples: as a context turned into ΔW, and as steps of fine-tuning."""
     model = pretrained or train(build("attention", seed), seed, steps, points)
     context, query, target = parts(task(seed, points, queries).batch("test", 0, functions))
-    lengths = sorted({0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, points})
-    lengths = [i for i in lengths if i <= points]
+    lengths = [i for i in sorted({*LENGTHS, points}) if i <= points]
     with torch.no_grad():
         implicit = [loss(model.through_delta(context[:, :i], query), target).mean(1) for i in lengths]
     tuned: dict[str, list[Tensor]] = {}
