@@ -159,7 +159,7 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
         (lambda c: c.pop("state_dict"), r"is no checkpoint of this zoo"),
         (lambda c: c.update(state_dict=[1]), r"is no checkpoint of this zoo"),
         (lambda c: c.pop("zoo"), r"is no checkpoint of this zoo"),
-        (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 1"),
+        (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 1, 2"),
         (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
         (lambda c: c["zoo"].update(schema=[1]), r"has schema \[1\]"),
         (lambda c: c["zoo"].update(schema="1"), r"has schema '1'"),
@@ -335,3 +335,15 @@ def test_differences_name_both_values() -> None:
 
 def test_read_is_strict_about_its_own_files(best: Path) -> None:
     assert set(read(best)) >= {"zoo", "hyper_parameters", "state_dict", "optimizer_states", "loops", "callbacks"}
+
+
+def test_text_of_schema_1_had_four_domains_and_bytes_alone(tmp_path: Path) -> None:
+    task = {"name": "text", "tokens": 32, "domains": ["code"]}
+    model = MODELS["transformer"](model={"name": "transformer", "dim": 8, "heads": 2}, task=task, optim={})
+    options = {**dict(model.hparams), "task": dict(task)}
+    content = {"zoo": {"schema": 1, "config": {"task": dict(task)}}, "state_dict": model.state_dict()}
+    torch.save({**content, "hyper_parameters": options}, tmp_path / "old.ckpt")
+    assert zoo.load(tmp_path / "old.ckpt").task.config == model.task.config
+    assert read(tmp_path / "old.ckpt")["zoo"]["config"]["task"] == dict(model.hparams)["task"]
+    torch.save({**content, "zoo": {"schema": SCHEMA}, "hyper_parameters": options}, tmp_path / "new.ckpt")
+    assert "task.files=None is not in the checkpoint" in one_line(lambda: zoo.load(tmp_path / "new.ckpt"))

@@ -311,8 +311,8 @@ def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
     assert {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()} == places
     assert made.encode_context("") == [START] * C
     assert made.encode_context("ab") == [START] * (C - 2) + [97, 98]
-    assert made.decode(made.encode("né")) == made.decode(made.encode_context("né")) == "né"
-    assert made.decode(made.encode_context("é" * C)) == "\ufffd" + "é" * (C // 2)  # cut within a character
+    assert made.decode(made.encode("né")) == made.decode(made.encode_context("né")) == "né".encode()
+    assert made.decode(made.encode_context("é" * C)) == ("é" * C).encode()[-C:]  # cut within a character
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.task == "prompts"], ids=lambda case: case.name)

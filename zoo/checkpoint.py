@@ -18,8 +18,21 @@ from zoo import __version__
 from zoo.config import lookup
 from zoo.models import MODELS, Model
 
-SCHEMA = 1
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+SCHEMA = 2
+
+
+def _text_of_four_domains(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Text had no source but its domains, and no tokens but bytes."""
+    new = {name: None for name in ("files", "hub", "subset", "documents", "column", "vocabulary")}
+    for options in (checkpoint["hyper_parameters"], checkpoint["zoo"].get("config")):
+        task = options.get("task") if isinstance(options, dict) else None
+        if isinstance(task, dict) and task.get("name") == "text":
+            task.update({**new, "tokenizer": "bytes", **task})
+    checkpoint["zoo"]["schema"] = 2
+    return checkpoint
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _text_of_four_domains}
 """From schema n to a function that turns such a checkpoint into one of schema n + 1."""
 
 OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}

@@ -99,5 +99,5 @@ def capacity_cliffs(
         "acts on the FFN's input, up to F where it acts on the hidden units; rounding is magnified close to the limit.",
         "that such a patch works for tokens it was not fitted on: below the cliff it interpolates. The states here are "
         "those of random weights; where the cliff of a trained model lies is not measured.",
-        {"seeds": str(list(seeds)), "layers": layers, "context": context, "D": DIM, "F": HIDDEN},
+        {"seeds": f"{min(seeds)} to {max(seeds)}", "layers": layers, "context": context, "D": DIM, "F": HIDDEN},
     )

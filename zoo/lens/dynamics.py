@@ -160,7 +160,8 @@ def shrinking(W: Tensor, s: Tensor) -> list[LowRank]:
     steps = [total]
     for before, now in pairwise(s):
         u = total.linear(W, (before - now).unsqueeze(-2)).mT
-        total = total + LowRank(u, (now / now.square().sum(-1, keepdim=True)).unsqueeze(-1))
+        v = (now / now.square().sum(-1, keepdim=True)).unsqueeze(-1)
+        total = LowRank(torch.cat([total.u, u], -1), torch.cat([total.v, v], -1))
         steps.append(total)
     return steps
 

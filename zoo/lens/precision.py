@@ -157,6 +157,6 @@ def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -
         f"median and 5 to 95 % of {len(seeds)} seeds. Where a state is near zero, its relative error is large, and a "
         "scale made to turn it into another state magnifies it.",
         "that patches made in low precision are as good, nor anything about many layers or trained weights.",
-        {"seeds": str(list(seeds)), "context": context, "D": DIM, "F": HIDDEN},
+        {"seeds": f"{min(seeds)} to {max(seeds)}", "context": context, "D": DIM, "F": HIDDEN},
         columns=1,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,9 +136,9 @@ class Prompts(Task):
         """START and the bytes of a query, which follow the context."""
         return [START, *text.encode()]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of the bytes among `ids`; what is no UTF-8 becomes U+FFFD."""
-        return bytes(i for i in ids if i < START).decode(errors="replace")
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes among `ids`."""
+        return bytes(i for i in ids if i < START)
 
     def encode_context(self, text: str) -> list[int]:
         """The C tokens of a context: its last bytes, with START on the left where they are fewer."""
