@@ -217,33 +217,39 @@ def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figur
     """
     rows: dict[str, list[str]] = {}
     kinds: dict[str, list[int]] = {}
+    equal: dict[str, str] = {}
     for name, model in models.items():
         if not hasattr(model.task, "decode") or model.task.n_context:
             raise ValueError(f"generation-strip needs running text, {name} was trained on {model.task.config.name}")
-        start = model.task.batch("test", 0, 1).tokens[:, :prompt]
+        start = model.task.batch("test", 0, 4).tokens[:, :prompt]
         with_context = _greedy(model, start, count, lambda model, tokens: model(tokens)[:, -1])
         through = _greedy(model, start, count, _last_through_patches)
         alone = _greedy(model, start, count, lambda model, tokens: model(tokens[:, -1:])[:, -1])
         for label, ids in (("context", with_context), ("W + ΔW", through), ("control: W", alone)):
-            rows[f"{name}, {label}"] = [_shown(model.task.decode([i])) for i in ids]
-            kinds[f"{name}, {label}"] = [int(a != b) for a, b in zip(ids, with_context, strict=True)]
-    strip = Strip(f"{count} greedy tokens after {prompt} bytes", rows, kinds, ("as with the context", "another token"))
+            rows[f"{name}, {label}"] = [_shown(model.task.decode([i])) for i in ids[-1].tolist()]
+            kinds[f"{name}, {label}"] = (ids != with_context)[-1].long().tolist()
+        shares = [f"{int((ids == with_context).sum())}" for ids in (through, alone)]
+        equal[name] = f"{shares[0]} through W + ΔW, {shares[1]} with W, of {with_context.numel()}"
+    kind_names = ("as with the context", "another token")
+    strip = Strip(f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts", rows, kinds, kind_names)
     return Figure(
         "generation-strip",
         "Text from one token and its weight updates",
         (strip,),
         "Each token of the middle rows comes from a forward pass over the newest token alone, with the patches that "
-        "stand for all tokens before it, made anew for each token.",
+        "stand for all tokens before it, made anew for each token. Equal to those with the context, over 4 prompts: "
+        + "; ".join(f"{name} {text}" for name, text in equal.items())
+        + ".",
         "that patches are a cheaper memory: each one is made by a pass over the whole context.",
-        {"count": count, "prompt": prompt, "seed": 0},
+        {"count": count, "prompt": prompt, "seed": 0, **equal},
         columns=1,
     )
 
 
-def _greedy(model: Model, tokens: Tensor, count: int, logits: Callable[[Model, Tensor], Tensor]) -> list[int]:
+def _greedy(model: Model, tokens: Tensor, count: int, logits: Callable[[Model, Tensor], Tensor]) -> Tensor:
     for _ in range(count):
         tokens = torch.cat([tokens, logits(model, tokens).argmax(-1, keepdim=True)], 1)
-    return tokens[0, -count:].tolist()
+    return tokens[:, -count:]
 
 
 def _last_through_patches(model: Model, tokens: Tensor) -> Tensor:
