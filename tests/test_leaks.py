@@ -13,6 +13,7 @@ import zoo.models.hypernet
 import zoo.models.moe
 from zoo.context import Summary, summarise
 from zoo.models import Model
+from zoo.past import Past
 
 TEXT = [
     Case("transformer-text", "transformer", "text", {}),
@@ -70,7 +71,7 @@ def loss_on_noise(case: Case) -> float:
         return model.eval().task.errors(model(batch.tokens), batch).mean().item()
 
 
-def leaky(z: Tensor, source: str, n_context: int, chunk: int | None = None) -> Summary:
+def leaky(z: Tensor, source: str, n_context: int, chunk: int | None = None, past: Past | None = None) -> Summary:
     """The mean of the whole sequence, future included."""
     shape = summarise(z, source, n_context, chunk)
     mean = z.mean(1) if source == "segment" else z.mean(1, keepdim=True)
