@@ -18,7 +18,14 @@ def _fresh() -> None:
     return
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# tracing takes seconds: one case of each family is traced with the fast tests
+FAST = {"transformer-noise-gqa-tied", "hypernet-chunk", "moe-token"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[] if case.name in FAST else [pytest.mark.slow]) for case in CASES],
+)
 def test_one_graph_without_breaks_for_all_batches(case: Case) -> None:
     """aot_eager traces forward and backward as inductor would, without its minute of code generation."""
     model, plain = build(case).float(), build(case).float()

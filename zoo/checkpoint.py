@@ -23,7 +23,7 @@ SCHEMA = 2
 
 def _text_of_four_domains(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Text had no source but its domains, and no tokens but bytes."""
-    new = {name: None for name in ("files", "hub", "subset", "documents", "column", "vocabulary")}
+    new = dict.fromkeys(("files", "hub", "subset", "documents", "column", "vocabulary"))
     for options in (checkpoint["hyper_parameters"], checkpoint["zoo"].get("config")):
         task = options.get("task") if isinstance(options, dict) else None
         if isinstance(task, dict) and task.get("name") == "text":
