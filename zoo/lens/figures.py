@@ -98,7 +98,7 @@ def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> li
         tokens, n = example(model, size)
         sizes = growth(model, tokens[:, : n + queries], n).relative().together().increments
         mean_i = sizes.mean((1, 2, 3, 4))
-        series.append(Series(name, list(range(1, n)), mean_i[1:].tolist()))
+        series.append(Series(f"{name}, all layers, relative to |W|", list(range(1, n)), mean_i[1:].tolist()))
     return series
 
 

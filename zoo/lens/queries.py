@@ -16,15 +16,16 @@ def sample_queries(
 ) -> Tensor:
     """The tokens of `context` (n) or (n,token_dim), each followed by queries of the task's batch k of `split`.
 
-    Queries blind to each other share one row (1,n+count,token_dim): fresh inputs (x, 0). Running text has one row
-    per query (count,n+length): the first `length` tokens of a sequence. Raises ValueError for queries that are longer
-    than the task's sequences.
+    Queries blind to each other share one row (1,n+count,token_dim): fresh inputs (x, 0). Text has one row per query
+    (count,n+length): the first `length` tokens of a sequence, or of what follows its separate context. Raises
+    ValueError for queries that are longer than that.
     """
     if task.independent_queries:
         inputs_Kd = task.batch(split, k, -(-count // task.tokens)).tokens.flatten(0, 1)[:count].clone()
         inputs_Kd[:, -1] = 0
         return torch.cat([context, inputs_Kd.to(context)])[None]
-    if not 0 < length <= task.tokens:
-        raise ValueError(f"length={length} must lie between 1 and task.tokens={task.tokens}")
-    windows_KT = task.batch(split, k, count).tokens[:, :length].to(context)
+    longest = task.tokens - task.n_context
+    if not 0 < length <= longest:
+        raise ValueError(f"length={length} must lie between 1 and {longest}, the tokens of a query in this task")
+    windows_KT = task.batch(split, k, count).tokens[:, task.n_context :][:, :length].to(context)
     return torch.cat([context.expand(count, -1), windows_KT], 1)
