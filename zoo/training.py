@@ -275,8 +275,11 @@ def _quiet() -> None:
         ".*No .*logger.* configured.*",
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
 
 
-def _no_tips(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage() and "💡" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for tips and for what the opening lines of a run say better."""
+    known = ("Tip:", "💡", "GPU available:", "TPU available:", "`Trainer.fit` stopped")
+    return not any(text in record.getMessage() for text in known)
