@@ -5,7 +5,10 @@ Axes: B sequences, T tokens, D model, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,14 +130,12 @@ def _default_step(family: str, device: torch.device) -> Callable[[], Any]:
 
 def _lightning(device: torch.device, count: int) -> Case:
     """The default run's steps: by zoo.training's trainer with its logging, and by a loop that has nothing else."""
-    import tempfile
-
     from zoo.training import train
 
     def by_trainer() -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             train(
-                optim={"steps": count},
+                optim={"steps": count, "warmup": 0},
                 trainer={"accelerator": device.type, "enable_progress_bar": False},
                 validate_every=count,
                 validation_batches=1,
