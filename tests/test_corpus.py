@@ -262,6 +262,14 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pyt
         prepare("toy", "1", partial(letters, 0))
 
 
+def test_a_digest_is_of_the_content_alone(cache: Path) -> None:
+    made = [
+        corpus.digest(corpus.prepare(name, origin, lambda k=k: split_documents("toy", letters(k))))
+        for name, origin, k in [("toy", "1", 0), ("joy", "2", 0), ("toy", "3", 50)]
+    ]
+    assert made[0] == made[1] != made[2]
+
+
 def test_the_manifest_names_its_origin(cache: Path) -> None:
     prepare("toy", "package 1.2", partial(letters, 0))
     manifest = json.loads(next(cache.glob("*/manifest.json")).read_text())

@@ -115,8 +115,9 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def digest(folder: Path) -> str:
-    """A hash of all that a folder holds."""
-    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    """A hash of all that a folder holds, wherever it came from."""
+    hashes = json.loads((folder / "manifest.json").read_bytes())["sha256"]
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part]) -> None:
