@@ -252,7 +252,10 @@ def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Ca
         torch.testing.assert_close(alone[name], W, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.family != "hypernet"], ids=lambda case: case.name)
+# of those that emit no update of weights from the query itself
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.family in ("transformer", "moe")], ids=lambda case: case.name
+)
 @every_form
 @torch.no_grad()
 def test_where_nothing_goes_no_weight_changes(case: Case, form: str) -> None:
