@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,7 @@ def apply(options: argparse.Namespace) -> None:
         return
     scores = [torch.nn.functional.cross_entropy(y[0, :-1], queries[0, 1:]) for y in (output, alone)]
     size = len(model.task.decode(queries[0, 1:].tolist()))  # type: ignore[attr-defined]
-    bits = [float(score) * (queries.shape[1] - 1) / size / 0.6931471805599453 for score in scores]
+    bits = [float(score) * (queries.shape[1] - 1) / size / math.log(2) for score in scores]
     print(f"bits per byte of the query: {bits[0]:.3f} with the patch, {bits[1]:.3f} without")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zoo import flops
+from zoo import flops, training
 from zoo.lens import capacity, draw, figures, precision, structure, toy_figures
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
@@ -67,8 +67,8 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
         "numbers": numbers,
         "figures": {figure.name: figure.plain() for figure in made},
     }
-    _replace(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _replace(folder / "report.md", markdown(models, numbers, made, sources))
+    training.write(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    training.write(folder / "report.md", markdown(models, numbers, made, sources))
     return content
 
 
@@ -131,9 +131,3 @@ def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
