@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.bench import __main__ as bench
-from zoo.bench import timing
-from zoo.bench.seats import backward, products
-from zoo.bench.timing import Case, Row, measure, peak_bytes, saved_bytes
+from zoo.bench import growth, timing
+from zoo.bench.seats import backward, mixture, products
+from zoo.bench.timing import Case, Row, kernels, measure, peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 
@@ -28,12 +29,19 @@ def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round(monkeypat
         return speed[name] * 10 ** ((len(calls) - 1) // 2)
 
     monkeypatch.setattr(timing, "stopwatch", clock)
-    case = Case("s", "c", "plain", {name: lambda name=name: name for name in speed}, {"twice": 1.5})
-    (row,) = measure(case, 5, CPU)
+    work = {name: lambda name=name: name for name in speed}
+    row, reverse = measure(Case("s", "c", "plain", work, {("twice", "plain"): 1.5, ("plain", "twice"): 0.6}), 5, CPU)
     assert (row.ratio, row.low, row.high, row.pairs, row.bar) == (2.0, 2.0, 2.0, 5, 1.5)
+    assert (reverse.variant, reverse.baseline, reverse.ratio, reverse.bar) == ("plain", "twice", 0.5, 0.6)
     assert calls[:4] == ["plain", "twice", "twice", "plain"]  # none is always first
-    assert "≤ 1.50 ✗" in bench.table([row], {"device": "x"})
-    assert "✗" not in bench.table([Row(**{**vars(row), "bar": 2.5})], {"device": "x"})
+    assert "≤ 1.50 ✗" in bench.table([row])
+    assert "✗" not in bench.table([reverse])
+
+
+def test_a_variant_may_take_its_own_time() -> None:
+    work = {"slow": lambda: 3.0, "fast": lambda: 1.0}
+    (row,) = measure(Case("s", "c", "fast", work, compiled=("slow",)), 3, CPU)
+    assert (row.ratio, row.seconds, row.megabytes) == (3.0, 3.0, None)
 
 
 def test_peak_counts_what_lives_at_once() -> None:
@@ -69,10 +77,57 @@ def test_the_matrix_products_have_the_flops_of_a_gated_network() -> None:
     assert counter.get_total_flops() == 9 * 2 * 8 * 16 * 256
 
 
+def test_kernels_are_the_products_and_attentions_of_a_step() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, x = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), torch.randn(2, 4, 8)
+
+    def work() -> None:
+        module(x).sum().backward()
+
+    def flops(f: Callable[[], None]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops()
+
+    assert flops(kernels(work)) == flops(work) > 0
+    assert not any(isinstance(p.grad, Tensor) and p.grad.isnan().any() for p in module.parameters())
+    assert flops(kernels(lambda: x.exp())) == 0
+
+
+def test_a_block_of_experts_gets_our_weights() -> None:
+    case = mixture(1024, 2, CPU)
+    ours, theirs = (case.variants[name]() for name in ("moe", "transformers Mixtral, grouped_mm"))
+    assert ours[0].norm() > 0
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-5)  # gradients of z, which differ between the two
+
+
+def growing(case: str, first: int, sizes: list[int], ratio: Callable[[float], float]) -> list[Row]:
+    values = [(str(size), ratio(size)) for size in sizes]
+    return [Row("growth", case, name, str(first), r, r, r, 1, None, 1.0, 1.0) for name, r in values]
+
+
+def test_growth_is_per_token_and_its_fit_finds_the_line(tmp_path: Path) -> None:
+    rows = growing(growth.EXPERTS, 8, [16, 32], lambda e: e / 8)  # total time in proportion to the tokens
+    rows += growing(growth.RANK, 1, [4, 8], lambda r: (2 + r) / 3)
+    for name in growth.LENGTHS.values():
+        rows += growing(name, 128, [256, 512], lambda t: t**2 / 128**2)
+    found = growth.curves(rows)
+    assert found[growth.EXPERTS][1].tolist() == [1, 1, 1]
+    x, y, _ = found[growth.RANK]
+    assert growth.fit(x, y) == pytest.approx((2 / 3, 1 / 3, 1.0))
+    x, y, _ = found[growth.LENGTHS["attention"]]
+    assert growth.fit(x, y)[2] < 0.99  # a parabola is no line
+    assert growth.draw(rows, tmp_path).stat().st_size > 10_000
+    assert len(growth.lines(rows)) == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["seat"], "unknown section seat; sections: seats, growth, steps, loops"),
+        (["seat"], "unknown section seat; sections: seats, memory, growth, steps, loops"),
+        (["seats", "--figure", "x"], "--figure draws the section growth: name it too"),
+        (["--page", "absent.md"], "--page absent.md must be a file with the lines <!-- bench -->"),
         (["--rounds", "0"], "--rounds 0 and --threads 1 must be at least 1"),
         (["--device", "tpu"], "--device tpu is not there"),
     ],
@@ -86,10 +141,19 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--quick", "--rounds", "1", "--json", str(tmp_path / "bench.json")])
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "\nold\n".join(bench.MARKS) + "\nafter\n")
+    files = {"--json": "bench.json", "--figure": "figures", "--page": "page.md"}
+    bench.main(["--quick", "--rounds", "1", *(x for key, name in files.items() for x in (key, str(tmp_path / name)))])
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "bench.json").read_text())
     assert {row["section"] for row in content["rows"]} == set(bench.SECTIONS)
-    assert all(row["ratio"] > 0 and row["peak_mb"] >= 0 for row in content["rows"])
+    assert all(row["ratio"] > 0 and row["megabytes"] >= 0 for row in content["rows"])
     assert printed.count("\n| ") == len(content["rows"]) + 1  # and a head
     assert content["machine"]["torch"] == torch.__version__
+    table, text = bench.table([Row(**row) for row in content["rows"]]), page.read_text()
+    assert table in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert (tmp_path / "figures" / "growth.png").exists()

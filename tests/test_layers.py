@@ -49,8 +49,9 @@ def test_rotary_products_depend_on_distance_alone() -> None:
 def test_rotary_tables() -> None:
     cos, sin = rotary(torch.tensor([0, 3]), 4, 100.0, torch.bfloat16)
     assert cos.dtype == torch.float32
-    angle = torch.tensor([[0.0, 0, 0, 0], [3, 0.3, 3, 0.3]])  # rates 1 and 100^(-2/4)
-    torch.testing.assert_close((cos, sin), (angle.cos(), angle.sin()))
+    angle = torch.tensor([[[0.0, 0, 0, 0]], [[3, 0.3, 3, 0.3]]])  # rates 1 and 100^(-2/4)
+    sign = torch.tensor([-1.0, -1, 1, 1])
+    torch.testing.assert_close((cos, sin), (angle.cos(), sign * angle.sin()))
     assert rotary(torch.tensor([3]), 4, 100.0, torch.float64)[0].dtype == torch.float64
 
 

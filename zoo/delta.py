@@ -78,13 +78,21 @@ class LowRank(Delta):
     v: Tensor
     core: Tensor | None = None
 
+    def _code(self, x: Tensor) -> Tensor:
+        code_TR = x @ self.v
+        return code_TR if self.core is None else code_TR * self.core
+
     def extra(self, x: Tensor) -> Tensor:
         """ΔW x alone, (*,T,o)."""
-        code_TR = x @ self.v
-        return (code_TR if self.core is None else code_TR * self.core) @ self.u.mT
+        return self._code(x) @ self.u.mT
 
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, W) + self.extra(x)
+        lead = x.shape[:-2]
+        if not lead or self.u.shape[:-2] != lead:  # one update for many inputs is not repeated
+            return F.linear(x, W) + self.extra(x)
+        # added within the product's memory: a sum of two would be another pass over all of it, forth and back
+        code, u, y = self._code(x).flatten(0, -3), self.u.flatten(0, -3), F.linear(x.flatten(0, -3), W)
+        return y.baddbmm_(code.to(y.dtype), u.mT.to(y.dtype)).unflatten(0, lead)
 
     def dense(self, W: Tensor) -> Tensor:
         u, v = self.factors(W)

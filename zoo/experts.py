@@ -83,9 +83,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def backend_for(x: Tensor, sizes: tuple[int, ...]) -> str:
     """The fastest of PRODUCTS for rows like x and matrices whose sides are `sizes`.
 
-    The kernel knows no float64 and wants rows of whole 16 bytes and at least one of them.
+    The kernel knows no float64 and no other devices, and wants rows of whole 16 bytes and at least one of them.
     """
     dtype = product_dtype(x)
-    if dtype == torch.float64 or any(size * dtype.itemsize % 16 for size in sizes) or not x.numel():
+    if (
+        dtype == torch.float64
+        or x.device.type not in ("cpu", "cuda")
+        or any(size * dtype.itemsize % 16 for size in sizes)
+        or not x.numel()
+    ):
         return "loop"
     return "grouped_op" if torch.compiler.is_compiling() else "grouped"

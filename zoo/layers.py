@@ -26,9 +26,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,17 @@ class Layout:
 
 
 def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin tables (T,d) of rotary positions, in at least float32 (Su et al. 2021, arXiv 2104.09864)."""
+    """cos and ±sin tables (T,1,d) of rotary positions, in at least float32 (Su et al. 2021, arXiv 2104.09864)."""
     dtype = torch.promote_types(dtype, torch.float32)
     rate = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width)
-    angle = (positions.to(dtype)[:, None] * rate).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = positions.to(dtype)[:, None, None] * rate
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, -1)
-    return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
+def _rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Entry i and entry i + d/2 as one plane, turned; fewest passes over memory, and before heads are transposed."""
+    return torch.addcmul(x_BTHd * cos, x_BTHd.roll(x_BTHd.shape[-1] // 2, -1), sin).to(x_BTHd.dtype)
 
 
 class Attention(nn.Module):
@@ -69,11 +69,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
         B, T, D = x_BTD.shape
-        q_BHTd = self.q(x_BTD).view(B, T, self.heads, self.width).transpose(1, 2)
-        k_BGTd = self.k(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
-        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
-        q_BHTd, k_BGTd = _rotate(q_BHTd, cos, sin), _rotate(k_BGTd, cos, sin)
+        q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
+        k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
+        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         if past is not None:
             k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
         y_BHTd = F.scaled_dot_product_attention(
@@ -151,14 +150,15 @@ class FeedForward(nn.Module):
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
         counts_E = counts_E.scatter_add(0, index_K, torch.ones_like(index_K))
         token_N = order_N // routing.index.shape[-1]
-        x_ND = rows_D[token_N]
+        x_ND = rows_D.index_select(0, token_N)  # its backward adds rows, that of rows_D[token_N] is far slower
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
         backend = backend_for(x, (self.dim, self.hidden_per_block)) if self.backend == "auto" else self.backend
         product = PRODUCTS[backend]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
-        h_NF = h_NF * routing.weight.reshape(-1)[order_N, None].to(h_NF.dtype)
+        weight_N = routing.weight.reshape(-1).index_select(0, order_N)
         y_ND = product(h_NF, down_EFD, counts_E)
-        return torch.zeros_like(rows_D, dtype=y_ND.dtype).index_add(0, token_N, y_ND).view(x.shape)
+        y_ND = y_ND * weight_N[:, None].to(y_ND.dtype)  # after `down` there are fewer numbers to scale than before it
+        return torch.zeros_like(rows_D, dtype=y_ND.dtype).index_add_(0, token_N, y_ND).view(x.shape)
 
     def dense(self, patch: Patch) -> dict[str, Tensor]:
         """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,10 +15,14 @@ from typing import Any
 
 SECTIONS = {
     "seats": "one FFN with its seat against a dense FFN of equal active FLOPs, plain matrix products, and peers",
-    "growth": "cost against the number of experts, the rank and the length",
+    "memory": "what an FFN keeps for its backward pass",
+    "growth": "cost against the number of experts, the rank and the length, with fits",
     "steps": "whole training steps: peers, the limit of the matrix products, the families",
-    "loops": "the trainer against a bare loop, the loader, the extraction of a weight update",
+    "loops": "the trainer against a bare loop, loaders, imports, the extraction of a weight update",
 }
+
+
+MARKS = ("<!-- bench -->", "<!-- /bench -->")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,8 +37,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1, CPU time is taken (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute each)")
+    parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute more)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.add_argument("--figure", type=Path, metavar="FOLDER", help="also draw growth.png in FOLDER")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help=f"also put the table between the lines {MARKS} of FILE"
+    )
     return parser
 
 
@@ -45,6 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     rounds = options.rounds if options.rounds is not None else (3 if options.quick else 21)
     if rounds < 1 or options.threads < 1:
         parser.error(f"--rounds {rounds} and --threads {options.threads} must be at least 1")
+    names = [name for name in SECTIONS if name in (options.sections or SECTIONS)]
+    if options.figure and "growth" not in names:
+        parser.error("--figure draws the section growth: name it too")
+    if options.page and not (options.page.is_file() and all(mark in options.page.read_text() for mark in MARKS)):
+        parser.error(f"--page {options.page} must be a file with the lines {' and '.join(MARKS)}")
     import torch
     from tqdm import tqdm
 
@@ -52,38 +67,54 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--device {options.device} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    from zoo.bench import growth, seats
     from zoo.bench.timing import measure
+    from zoo.training import write
 
-    cases = list(chosen(options.sections or list(SECTIONS), device, options.quick, options.compile))
-    rows: list[Any] = []
+    rows: list[Any] = list(seats.memory(device)) if "memory" in names else []
+    about = machine(device, options.threads)
+    cases = list(chosen(names, device, options.quick, options.compile))
     with tqdm(total=len(cases) * rounds, unit="round") as bar:
         for case in cases:
             bar.set_description(case.name[:40])
             rows += measure(case, rounds, device, bar.update)
-    about = machine(device, options.threads)
-    print(table(rows, about))
+    text = "\n\n".join(filter(None, [about_line(about), table(rows), "\n".join(growth.lines(rows))]))
+    print(text)
     if options.json:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-        temporary.replace(options.json)
+        content = {"command": command(), "machine": about, "rows": [asdict(row) for row in rows]}
+        write(options.json, json.dumps(content, indent=2) + "\n")
+    if options.figure:
+        print(growth.draw(rows, options.figure))
+    if options.page:
+        before, _, rest = options.page.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        write(options.page, f"{before}{MARKS[0]}\n`{command()}`\n\n{text}\n{MARKS[1]}{after}")
 
 
 def chosen(names: list[str], device: Any, quick: bool, compiled: bool) -> Iterator[Any]:
-    from zoo.bench import seats, steps
+    from zoo.bench import growth, seats, steps
 
     for name in names:
-        if name == "steps":
+        if name == "seats":
+            yield from seats.seats(device, quick)
+        elif name == "growth":
+            yield from growth.growth(device, quick)
+        elif name == "steps":
             yield from steps.steps(device, quick, compiled)
         elif name == "loops":
             yield from steps.loops(device, quick)
-        else:
-            yield from {"seats": seats.seats, "growth": seats.growth}[name](device, quick)
+
+
+def command() -> str:
+    """What was typed, without the paths of this machine."""
+    return shlex.join(["python", "-m", "zoo.bench", *sys.argv[1:]])
 
 
 def machine(device: Any, threads: int) -> dict[str, str]:
-    """What the numbers depend on."""
-    import torch
+    """What the numbers depend on; the rates are measured."""
+    from zoo.bench.timing import rates
 
+    products, copies = rates(device)
     names = ("torch", "lightning", "transformers", "x-transformers", "st-moe-pytorch")
     versions = {}
     for name in names:
@@ -92,14 +123,20 @@ def machine(device: Any, threads: int) -> dict[str, str]:
         except ImportError:  # PackageNotFoundError is one
             continue
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "device": _name(device),
+        "float32 products": f"{products:.0f} GFLOP/s",
+        "copies": f"{copies:.1f} GB/s",
         "threads": str(threads),
         "python": platform.python_version(),
         **versions,
     }
 
 
-def _cpu() -> str:
+def _name(device: Any) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -107,19 +144,24 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def table(rows: list[Any], about: dict[str, str]) -> str:
+def about_line(about: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in about.items())
+
+
+def table(rows: list[Any]) -> str:
     """The rows as Markdown."""
-    lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
-    lines += [
-        "| case | variant / baseline | ratio | quartiles | wanted | pairs | ms | peak MB |",
+    lines = [
+        "| case | variant / baseline | ratio | quartiles | wanted | pairs | ms | MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         wanted = f"≤ {row.bar:.2f}{'' if row.ratio <= row.bar else ' ✗'}" if row.bar else ""
         spread = f"{row.low:.2f}–{row.high:.2f}"
+        ms = "" if row.seconds is None else f"{1e3 * row.seconds:.1f}"
+        mb = "" if row.megabytes is None else f"{row.megabytes:.0f}"
         lines.append(
             f"| {row.case} | {row.variant} / {row.baseline} | {row.ratio:.2f} | {spread} | {wanted} | {row.pairs} | "
-            f"{1e3 * row.seconds:.1f} | {row.peak_mb:.0f} |"
+            f"{ms} | {mb} |"
         )
     return "\n".join(lines)
 

@@ -6,19 +6,24 @@ Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo.bench import peers
-from zoo.bench.timing import Case
+from zoo.bench.timing import Case, Row, kernels, saved_bytes
 from zoo.delta import Patch
-from zoo.layers import FeedForward
+from zoo.layers import Attention, FeedForward, Layout
 from zoo.models.hypernet import EmittedDelta, HypernetConfig
 from zoo.models.moe import MoEConfig, RoutedDelta
 
 D, F, TOKENS = 256, 512, 2048
+
+ONCE, CHUNKS = "one code per sequence of 128", "lagged chunks of 64"
+GROUPED = "transformers Mixtral, grouped_mm"
 
 
 def seats(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -30,46 +35,48 @@ def seats(device: torch.device, quick: bool) -> Iterator[Case]:
     yield hypernetwork(device)
 
 
-def growth(device: torch.device, quick: bool) -> Iterator[Case]:
-    """How cost grows: experts at constant n and K (flat per token), rank (linear), length of attention (quadratic)."""
-    experts = (4, 16) if quick else (4, 8, 16, 32)
-    work = {f"E={e}": _mixture_work(e, 128 * e, 1, device)[0] for e in experts}
-    yield Case("growth", "experts, n=128, K=1", f"E={experts[0]}", work)
-    ranks = (4, 64) if quick else (1, 8, 16, 32, 64, 128)
-    z = torch.randn(8, 128, D, device=device)
-    yield Case("growth", "rank", f"R={ranks[0]}", {f"R={r}": _emitted(z, r, None)[0] for r in ranks})
-    lengths = (128, 1024) if quick else (128, 256, 512, 1024, 2048)
-    yield Case(
-        "growth", "attention, 4096 tokens", f"T={lengths[0]}", {f"T={t}": _attention(t, device) for t in lengths}
-    )
-
-
 def mixture(n: int, top_k: int, device: torch.device) -> Case:
     experts = TOKENS * top_k // n
-    work, routing = _mixture_work(experts, TOKENS, top_k, device)
     z = torch.randn(1, TOKENS, D, device=device)
+    module = routing(experts, top_k).to(device)
+    work = backward(module, z)
     variants: dict[str, Callable[[], Any]] = {
         "dense": backward(FeedForward(D, top_k * F).to(device), z),
         "matrix products": products(TOKENS, top_k * F, device),
         "moe": work,
+        "moe, kernels alone": kernels(work),
+        **peers.mixtures(module.ffn, module.seat.routers[0], top_k, z),
     }
     wanted = {512: 1.15, 256: 1.15, 128: 1.30, 32: 1.75}
-    bars = {"moe": wanted[n]} if n in wanted else {}
-    variants |= peers.mixtures(D, F, experts, top_k, z, routing)
+    bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
+    if GROUPED in variants:
+        bars["moe", GROUPED] = 1.03
     return Case("seats", f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars)
 
 
 def hypernetwork(device: torch.device) -> Case:
     z = torch.randn(8, 128, D, device=device)
-    once, chunked = _emitted(z, 8, None), _emitted(z, 8, 64)
     variants = {
         "dense": backward(FeedForward(D, F).to(device), z),
         "matrix products": products(z[..., 0].numel(), F, device),
-        "one code per sequence of 128": once[0],
-        "lagged chunks of 64": chunked[0],
+        ONCE: emitted(z, 8, None),
+        CHUNKS: emitted(z, 8, 64),
     }
-    bars = {"one code per sequence of 128": 1.35, "lagged chunks of 64": 1.5}
+    variants |= {f"{name}, kernels alone": kernels(variants[name]) for name in (ONCE, CHUNKS)}
+    bars = {(ONCE, "dense"): 1.35, (CHUNKS, "dense"): 1.5}
     return Case("seats", "hypernet, rank 8, three matrices", "dense", variants, bars)
+
+
+def memory(device: torch.device) -> Iterator[Row]:
+    """What one FFN keeps for its backward pass."""
+    z = torch.randn(8, 128, D, device=device, requires_grad=True)
+    modules = {"dense": FeedForward(D, F), ONCE: emitting(8, None), CHUNKS: emitting(8, 64), "moe, K=1": routing(8, 1)}
+    kept = {name: saved_bytes(partial(module.to(device), z)) for name, module in modules.items()}
+    for name, size in kept.items():
+        ratio, bar = size / kept["dense"], 1.5 if name == ONCE else None
+        if name != "dense":
+            case = "kept for the backward pass"
+            yield Row("memory", case, name, "dense", ratio, ratio, ratio, 1, bar, None, size / 2**20)
 
 
 def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
@@ -77,11 +84,10 @@ def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
     _draw(module)
     leaf = z.detach().requires_grad_()
     leaves = [leaf, *module.parameters()]
-    dy = torch.randn_like(z)
 
     def work() -> Any:
         out = module(leaf, *rest)
-        return torch.autograd.grad(out, leaves, dy, allow_unused=True)
+        return torch.autograd.grad(out, leaves, z, allow_unused=True)  # z is as good as any gradient of the output
 
     return work
 
@@ -101,9 +107,9 @@ def products(rows: int, hidden: int, device: torch.device) -> Callable[[], Any]:
 
 
 class Seat(nn.Module):
-    """A seat and its FFN as one module of z."""
+    """A seat and its FFN as one module of z (B,T,D)."""
 
-    def __init__(self, seat: nn.Module, ffn: FeedForward, patch_of: Callable[[nn.Module, Tensor], Patch]):
+    def __init__(self, seat: Any, ffn: FeedForward, patch_of: Callable[[Any, Tensor], Patch]):
         super().__init__()
         self.seat, self.ffn, self.patch_of = seat, ffn, patch_of
 
@@ -111,34 +117,35 @@ class Seat(nn.Module):
         return self.ffn(z, self.patch_of(self.seat, z))
 
 
-def _mixture_work(experts: int, tokens: int, top_k: int, device: torch.device) -> tuple[Callable[[], Any], nn.Module]:
+def routing(experts: int, top_k: int) -> Seat:
     config = MoEConfig(dim=D, layers=1, hidden=F, experts=experts, top_k=top_k, renormalise=top_k > 1)
-    routers = RoutedDelta(config)
-    module = Seat(routers, FeedForward(D, F, experts), lambda seat, z: seat(z, 0, 0)).to(device)
-    return backward(module, torch.randn(1, tokens, D, device=device)), routers.routers[0]
+    return Seat(RoutedDelta(config), FeedForward(D, F, experts), lambda seat, z: seat(z, 0, 0))
 
 
-def _emitted(z: Tensor, rank: int, chunk: int | None) -> tuple[Callable[[], Any], nn.Module]:
+def routed(z: Tensor, experts: int, top_k: int) -> Callable[[], Any]:
+    return backward(routing(experts, top_k).to(z.device), z)
+
+
+def emitting(rank: int, chunk: int | None) -> Seat:
     """The generator on the mean of each sequence, or of all earlier chunks, and the FFN it patches."""
     context: Literal["chunk", "segment"] = "chunk" if chunk else "segment"
     config = HypernetConfig(dim=D, layers=1, hidden=F, rank=rank, context=context, chunk=chunk)
-    module = Seat(EmittedDelta(config), FeedForward(D, F), _emit if chunk is None else lambda seat, z: seat(z, 0, 0))
-    return backward(module.to(z.device), z), module
+    return Seat(EmittedDelta(config), FeedForward(D, F), _whole if chunk is None else lambda seat, z: seat(z, 0, 0))
 
 
-def _emit(seat: nn.Module, z: Tensor) -> Patch:
+def emitted(z: Tensor, rank: int, chunk: int | None) -> Callable[[], Any]:
+    return backward(emitting(rank, chunk).to(z.device), z)
+
+
+def _whole(seat: nn.Module, z: Tensor) -> Patch:
     # as if the sequence were its own context: every token is patched, none is masked
-    from dataclasses import replace
-
     patch = seat(z, 0, z.shape[1])
-    return replace(patch, weights={name: replace(d, core=None) for name, d in patch.weights.items()})
+    return replace(patch, weights={name: replace(delta, core=None) for name, delta in patch.weights.items()})
 
 
-def _attention(tokens: int, device: torch.device) -> Callable[[], Any]:
-    from zoo.layers import Attention, Layout
-
-    layout = Layout(torch.arange(tokens, device=device), None)
-    return backward(Attention(D, 8, 8, 1e4).to(device), torch.randn(4096 // tokens, tokens, D, device=device), layout)
+def attention(z: Tensor) -> Callable[[], Any]:
+    layout = Layout(torch.arange(z.shape[1], device=z.device), None)
+    return backward(Attention(D, 8, 8, 1e4).to(z.device), z, layout)
 
 
 @torch.no_grad()

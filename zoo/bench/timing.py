@@ -19,19 +19,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Case:
-    """variants: computations by name; baseline: the one that the others are divided by; bars: largest ratio wanted."""
+    """Variants of one computation: each is divided by the baseline, and by those that `bars` names besides.
+
+    variants: by name; one that returns a float has taken its own time, in seconds. bars: the largest ratio wanted of
+    (variant, baseline). compiled: variants whose memory cannot be counted, since no operator of theirs is seen.
+    """
 
     section: str
     name: str
     baseline: str
     variants: dict[str, Callable[[], Any]]
-    bars: dict[str, float] = field(default_factory=dict)
-    flops: dict[str, float] = field(default_factory=dict)
+    bars: dict[tuple[str, str], float] = field(default_factory=dict)
+    compiled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the median ratio and its quartiles over `pairs` rounds; seconds, peak_mb: of the variant."""
+    """A line of the table: the median ratio and its quartiles over `pairs` rounds; seconds, megabytes: of the variant.
+
+    megabytes: the most that a run holds at once, or in the section `memory` what it keeps for its backward pass.
+    """
 
     section: str
     case: str
@@ -42,42 +49,58 @@ class Row:
     high: float
     pairs: int
     bar: float | None
-    seconds: float
-    peak_mb: float
+    seconds: float | None
+    megabytes: float | None
 
 
 def measure(case: Case, rounds: int, device: torch.device, tick: Callable[[], Any] = lambda: None) -> Iterator[Row]:
     """Runs all variants of a case in turn, `rounds` times after one that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in case.variants}
-    peaks = {name: peak_bytes(work, device) for name, work in case.variants.items()}
+    megabytes: dict[str, float] = {}
+    for name, work in case.variants.items():
+        if name in case.compiled:
+            work()
+        else:
+            megabytes[name] = peak_bytes(work, device) / 2**20
     for round_ in range(rounds):
         names = list(case.variants)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:  # no one is always first
             seconds[name].append(stopwatch(case.variants[name], device))
         tick()
-    base = np.array(seconds[case.baseline])
-    for name, values in seconds.items():
-        if name != case.baseline:
-            ratios = np.array(values) / base
-            low, ratio, high = (float(x) for x in np.percentile(ratios, [25, 50, 75]))
-            median = float(np.median(values))
-            yield Row(
-                *(case.section, case.name, name, case.baseline, ratio, low, high, rounds, case.bars.get(name)),
-                *(median, peaks[name] / 2**20),
-            )
+    pairs = dict.fromkeys((name, case.baseline) for name in seconds if name != case.baseline)
+    for name, base in {**pairs, **dict.fromkeys(case.bars)}:
+        ratios = np.array(seconds[name]) / np.array(seconds[base])
+        low, ratio, high = (float(x) for x in np.percentile(ratios, [25, 50, 75]))
+        yield Row(
+            *(case.section, case.name, name, base, ratio, low, high, rounds, case.bars.get((name, base))),
+            *(float(np.median(seconds[name])), megabytes.get(name)),
+        )
 
 
 def stopwatch(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one run."""
-    if device.type == "cpu":
-        start = time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-        work()
-        return (time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()) - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    """Seconds of one run; CPU time where one thread works alone."""
+    now = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    _finish(device)
+    start = now()
+    own = work()
+    _finish(device)
+    return own if isinstance(own, float) else now() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """GFLOP/s of a large float32 matrix product and GB/s of a large copy, reads and writes counted: medians."""
+    a, b = torch.randn(2048, 256, device=device), torch.randn(256, 704, device=device)
+    c = torch.empty(2048, 704, device=device)
+    big = torch.ones(2**24, device=device)
+    target = torch.empty_like(big)
+    product = [stopwatch(lambda: torch.mm(a, b, out=c), device) for _ in range(30)][9:]
+    copy = [stopwatch(lambda: target.copy_(big), device) for _ in range(10)][1:]
+    return 2e-9 * a.numel() * b.shape[1] / float(np.median(product)), 2e-9 * big.nbytes / float(np.median(copy))
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
@@ -120,6 +143,36 @@ class LiveBytes(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(leaf)]
+
+
+KERNELS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "rows_by_blocks", "blocks_of_rows")
+
+
+class _Kernels(TorchDispatchMode):
+    """Keeps the calls of matrix products and attention, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in KERNELS or name.startswith("_scaled_dot_product"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(work: Callable[[], Any]) -> Callable[[], None]:
+    """The matrix products and attentions of a computation alone, on the same numbers: code around them adds to that."""
+    with _Kernels() as seen:
+        work()
+
+    def replay() -> None:
+        with torch.no_grad():
+            for func, args, kwargs in seen.calls:
+                func(*args, **kwargs)
+
+    return replay
 
 
 def saved_bytes(work: Callable[[], Any]) -> int:

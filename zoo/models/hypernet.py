@@ -109,18 +109,18 @@ class Generator(nn.Module):
 
     def forward(self, summary: Summary, layer: int, core: Tensor | None) -> dict[str, Delta]:
         code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + self.layer.weight[layer])
-        small = code * code.shape[-1] ** -0.5
+        small = code * code.shape[-1] ** -0.5 * summary.filled  # no context, no code: heads without bias give ΔW = 0
         deltas: dict[str, Delta] = {}
         for name in self.matrices:
             if self.emission == "low_rank":
-                u = self.heads[f"{name}_u"](small) * summary.filled[..., None]
+                u = self.heads[f"{name}_u"](small)
                 v = self.heads[f"{name}_v"](code)
                 deltas[name] = LowRank(u, v, None if core is None else core.expand(*core.shape[:-1], u.shape[-1]))
             elif self.emission == "full":
-                deltas[name] = Full(self.heads[f"{name}_full"](small) * summary.filled[..., None], core)
+                deltas[name] = Full(self.heads[f"{name}_full"](small), core)
             else:
-                rows = 1 + self.heads[f"{name}_rows"](small) * summary.filled
-                columns = 1 + self.heads[f"{name}_columns"](small) * summary.filled
+                rows = 1 + self.heads[f"{name}_rows"](small)
+                columns = 1 + self.heads[f"{name}_columns"](small)
                 deltas[name] = Scale(rows, columns, core)
         return deltas
 

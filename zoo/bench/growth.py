@@ -1,0 +1,107 @@
+"""How cost grows with experts, rank and length, against what theory says, with a fit and a figure.
+
+Axes: T tokens of a sequence, E experts, R rank, n tokens per expert. Time is per token and relative to the first size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zoo.bench import seats
+from zoo.bench.timing import Case, Row
+
+TOKENS, PER_EXPERT = 4096, 128
+
+EXPERTS = f"experts, n={PER_EXPERT}, K=1"
+RANK = "rank"
+LENGTHS = {name: f"{name} by length" for name in ("attention", "moe", "hypernet")}
+
+
+def growth(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Experts at constant n and K, the rank of an update, the length of sequences at a constant number of tokens."""
+    experts = (8, 16, 32) if quick else (8, 16, 32, 64, 128)
+    states = {e: torch.randn(1, PER_EXPERT * e, seats.D, device=device) for e in experts}
+    yield Case("growth", EXPERTS, str(experts[0]), {str(e): seats.routed(z, e, 1) for e, z in states.items()})
+    ranks = (1, 16, 64) if quick else (1, 4, 8, 16, 32, 64)
+    z = torch.randn(8, 128, seats.D, device=device)
+    yield Case("growth", RANK, str(ranks[0]), {str(r): seats.emitted(z, r, None) for r in ranks})
+    lengths = (128, 512, 2048) if quick else (128, 256, 512, 1024, 2048)
+    states = {T: torch.randn(TOKENS // T, T, seats.D, device=device) for T in lengths}
+    yield _by_length("attention", {str(T): seats.attention(z) for T, z in states.items()})
+    yield _by_length("moe", {str(T): seats.routed(z, 16, 1) for T, z in states.items()})
+    yield _by_length("hypernet", {str(T): seats.emitted(z, 8, 64) for T, z in states.items()})
+
+
+def _by_length(name: str, work: dict) -> Case:
+    return Case("growth", LENGTHS[name], next(iter(work)), work)
+
+
+def curves(rows: list[Row]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """By case: the sizes, the time per token relative to the first size, and its quartiles (2,·)."""
+    found = {}
+    for case in (EXPERTS, RANK, *LENGTHS.values()):
+        points = [row for row in rows if row.section == "growth" and row.case == case]
+        if points:
+            first = float(points[0].baseline)
+            x = np.array([first, *(float(row.variant) for row in points)])
+            y = np.array([[1.0, 1.0, 1.0], *([row.low, row.ratio, row.high] for row in points)]).T
+            if case == EXPERTS:
+                y = y * first / x  # these have more tokens in proportion
+            found[case] = (x, y[1], y[[0, 2]])
+    return found
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """a, b and R² of y ≈ a + b·x by least squares on y/y, each point of equal relative weight."""
+    A = np.stack([np.ones_like(x), x], 1) / y[:, None]
+    a, b = np.linalg.lstsq(A, np.ones_like(y), rcond=None)[0]
+    spread = ((y - y.mean()) ** 2).sum()
+    return float(a), float(b), float(1 - ((y - a - b * x) ** 2).sum() / spread) if spread else 1.0
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """What the curves say, one line each."""
+    text = []
+    for case, (x, y, _) in curves(rows).items():
+        a, b, r2 = fit(x, y)
+        text.append(
+            f"- {case}: time per token {a:.2f} {b:+.2g}·x, R² {r2:.3f}; from {x[0]:.0f} to {x[-1]:.0f} it grows "
+            f"{y[-1]:.2f} times"
+        )
+    return text
+
+
+def draw(rows: list[Row], folder: Path) -> Path:
+    """The figure growth.png and its numbers, growth.json, in `folder`."""
+    from zoo.lens.draw import save
+    from zoo.lens.figure import Figure, Lines, Series
+
+    found = curves(rows)
+
+    def measured(case: str, name: str) -> tuple[Series, ...]:
+        x, y, (low, high) = found[case]
+        a, b, _ = fit(x, y)
+        return (
+            Series(name, x.tolist(), y.tolist(), low=low.tolist(), high=high.tolist()),
+            Series(f"fit {a:.2f} {b:+.2g}·x", x.tolist(), (a + b * x).tolist(), control=True),
+        )
+
+    unit = "time per token / that at the first size"
+    lengths = sum((measured(case, name) for name, case in LENGTHS.items()), ())
+    figure = Figure(
+        "growth",
+        "What a token costs, forward and backward",
+        (
+            Lines(f"a mixture at {PER_EXPERT} tokens per expert, K = 1", "experts", unit, measured(EXPERTS, "moe")),
+            Lines("one low-rank update per 128 tokens", "rank", unit, measured(RANK, "hypernet")),
+            Lines(f"sequences of T tokens, {TOKENS} tokens in all", "T", unit, lengths),
+        ),
+        "Attention alone costs more per token as sequences get longer. Medians and quartiles over rounds.",
+        "that this holds at other widths, on other machines, or where caches or memory run out.",
+        columns=3,
+    )
+    return save(figure, folder)
