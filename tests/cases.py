@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.delta import Patch
+from zoo.delta import Formed, Patch
 from zoo.layers import Layout
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch
@@ -86,11 +86,16 @@ def build(case: Case, seed: int = 0, random: bool = True) -> Model:
 @functools.cache
 def trained(name: str) -> Model:
     """The model of the case `name` after 60 steps of AdamW from its own start, in float64 and eval mode."""
-    model = build(next(case for case in CASES if case.name == name), random=False).float().train()
+    return train(build(next(case for case in CASES if case.name == name), random=False), 60)
+
+
+def train(model: Model, steps: int) -> Model:
+    """The model after a few steps on batches of eight, in float64 and eval mode."""
+    model.float().train()
     object.__setattr__(model, "log", lambda *args, **kwargs: None)  # there is no trainer to log to
     optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
     with torch.enable_grad():
-        for step in range(60):
+        for step in range(steps):
             optimizer.zero_grad()
             model.training_step(model.task.batch("train", step, 8), step).backward()
             optimizer.step()
@@ -112,11 +117,12 @@ def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Lay
         if patch.routing and patch.chunk is None:  # weights shared by all tokens, a choice of blocks for each
             scale = patch.routing.scales(ffn.blocks).repeat_interleave(ffn.hidden_per_block, -1)
             patch = replace(patch, routing=None)
-        W, z = ffn.dense(patch), block.norm2(v)
-        h = scale * F.silu(_times(W["gate"], z)) * _times(W["up"], z)
-        x = v + _times(W["down"], h) + patch.biases.get("down", torch.zeros(()))
+        formed = {name: delta.matrix for name, delta in patch.weights.items() if isinstance(delta, Formed)}
+        W, z = formed or ffn.dense(patch), block.norm2(v)
+        h = F.silu(_times(W["gate"], z)) * _times(W["up"], z) * scale
+        x = v + (_times(W["down"], h) + patch.biases.get("down", torch.zeros(())))
     return model.decoder.unembed(x)
 
 
 def _times(W: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("btoi,bti->bto", W, x) if W.dim() == 4 else x @ W.mT
+    return (x.unsqueeze(-2) @ W.mT).squeeze(-2) if W.dim() == 4 else x @ W.mT

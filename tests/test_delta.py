@@ -12,7 +12,7 @@ from cases import CASES, batch_of, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
+from zoo.delta import Delta, Formed, Full, LowRank, Patch, Routing, Scale, Shear, Sum
 from zoo.layers import FeedForward
 
 B, S, C, T, OUT, IN, R = 3, 2, 4, 7, 6, 5, 2  # T is no whole number of chunks: S = ceil(T / C)
@@ -31,6 +31,7 @@ WITH_CORE: dict[str, Make] = {
 }
 KINDS: dict[str, Make] = {
     **WITH_CORE,
+    "formed": lambda dims, core: Formed(draw(*dims, OUT, IN)),
     "shear": lambda dims, core: Shear(draw(*dims, IN), draw(*dims, IN)),
     "low-rank + low-rank": lambda dims, core: WITH_CORE["low-rank"](dims, None) + low_rank(dims),
     "scale + low-rank": lambda dims, core: WITH_CORE["scale"](dims, None) + low_rank(dims),

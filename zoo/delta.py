@@ -170,6 +170,22 @@ class Full(Delta):
 
 
 @dataclass(frozen=True)
+class Formed(Delta):
+    """W + ΔW = matrix (*,o,i), formed and stored in the place of W: its rounding is that of real weights."""
+
+    matrix: Tensor
+
+    def linear(self, W: Tensor, x: Tensor) -> Tensor:
+        return x @ self.matrix.mT
+
+    def dense(self, W: Tensor) -> Tensor:
+        return self.matrix - W
+
+    def at(self, tokens: Tensor, chunk: int | None = None) -> Formed:
+        return Formed(_rows(self.matrix, tokens, chunk))
+
+
+@dataclass(frozen=True)
 class Shear(Delta):
     """ΔV = (V shift) aᵀ/|a|² for every matrix V that reads x: a (*,i) is read as a + shift (*,i).
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.decoder import Decoder
-from zoo.delta import Patch
-from zoo.layers import Layout
 from zoo.lens import static, structure
 from zoo.lens.dynamics import growth
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.patches import exact
 from zoo.lens.queries import sample_queries
 from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, updates
@@ -33,22 +30,8 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
     return batch.tokens, batch.n_context or model.task.tokens // 2
 
 
-def dense_forward(decoder: Decoder, query: Tensor, patches: Sequence[Patch], layout: Layout) -> Tensor:
-    """The output for query tokens, each with its own patched matrices formed and multiplied: a twin of Decoder.forward.
-
-    For a few tokens only: it holds a matrix per token.
-    """
-    x_BTD = decoder.embed(query)
-    for block, patch in zip(decoder.blocks, patches, strict=True):
-        v_BTD = block.attend(x_BTD, layout)
-        z_BTD1, W = block.norm2(v_BTD).unsqueeze(-1), block.ffn.dense(patch)
-        h_BTF1 = F.silu(W["gate"] @ z_BTD1) * (W["up"] @ z_BTD1)
-        x_BTD = v_BTD + (W["down"] @ h_BTF1).squeeze(-1)
-    return decoder.unembed(x_BTD)
-
-
 @torch.no_grad()
-def law_residuals(models: Models, size: int = 4, queries: int = 4) -> Figure:
+def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     """Distance from the contextual output, relative to its largest entry, with the dense patched weights."""
     names = list(models)
     labels = ("float64", "float32", "control: another context", "control: no patch")
@@ -73,22 +56,23 @@ def law_residuals(models: Models, size: int = 4, queries: int = 4) -> Figure:
     )
 
 
-def _residuals(model: Model, dtype: torch.dtype, size: int, queries: int) -> tuple[float, float, float]:
+def _residuals(model: Model, dtype: torch.dtype, size: int, queries: int) -> list[float]:
+    """Errors with formed weights, with those of another context, and of the query alone."""
     original = next(model.parameters()).dtype
     model = model.to(dtype)
     tokens, n = example(model, size)
     tokens = tokens[:, : n + queries]
     tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
-    removed = torch.arange(tokens.shape[1]) < n
-    layout = model.decoder.layout(tokens.shape[1], n).keep(~removed)
-    contextual = model(tokens, n)[:, n:]
-    other = torch.cat([tokens[:, :n].roll(1, 0), tokens[:, n:]], 1)
-    patches, wrong = (model.deltas(t, removed, n) for t in (tokens, other))
-    none = [Patch(routing=patch.routing, chunk=patch.chunk) for patch in patches]
-    outputs = (dense_forward(model.decoder, tokens[:, n:], p, layout) for p in (patches, wrong, none))
-    errors = tuple(float((y - contextual).abs().max() / contextual.abs().max()) for y in outputs)
+    removed, query = torch.arange(tokens.shape[1]) < n, tokens[:, n:]
+    positions = model.decoder.layout(tokens.shape[1], n).positions[n:]
+    contextual, errors = model(tokens, n)[:, n:], []
+    other = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
+    for text in (tokens, other, None):
+        patches = None if text is None else exact(model, text, removed, n_context=n, formed=True)
+        difference = model(query, patches=patches, positions=positions) - contextual
+        errors.append(float(difference.abs().max() / contextual.abs().max()))
     model.to(original)
-    return errors  # type: ignore[return-value]
+    return errors
 
 
 def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> list[Series]:

@@ -12,6 +12,10 @@ the family emitted with the context; the other forms absorb them: they are what 
 weight update but a choice, made per token in every form: by the router that saw the context where gate and up are
 patched, by the router that did not (the query alone) where only the output is.
 
+A patch fits the arithmetic it is made in: where its factors act beside W, or, if `formed`, where W + ΔW is multiplied.
+Each layer then makes up for the rounding of those below, so that the error does not grow with depth; patches used in
+another arithmetic, or made in parallel, drift as any two float computations of a deep network do.
+
 A change of the norm's scale, zC/z entry by entry, is exact for one block but is no form here: its largest entries
 magnify rounding at every layer. After Dherin et al. 2025 (arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv
 2511.17864, gated blocks and experts).
@@ -29,7 +33,7 @@ from torch import Tensor
 
 from zoo.config import lookup
 from zoo.decoder import Pair, shear_and_down
-from zoo.delta import LowRank, Patch, Routing
+from zoo.delta import Formed, LowRank, Patch, Routing
 from zoo.models import Model
 
 
@@ -40,13 +44,24 @@ def exact(
     form: str = "shear",
     parallel: bool = False,
     n_context: int | None = None,
+    formed: bool = False,
 ) -> list[Patch]:
     """One patch per layer under which the kept tokens (B,T) alone give the model's output with `removed` ones (T,).
 
-    form: see the table above; other arguments as in Decoder.replace_context. Raises ValueError, with the layer, where
-    no exact patch of this form exists, and for an unknown form.
+    form: see the table above; formed: as whole matrices W + ΔW, one per token or sequence; other arguments as in
+    Decoder.replace_context. Raises ValueError, with the layer, where no exact patch of this form exists, and for an
+    unknown form.
     """
-    return model.decoder.replace_context(tokens, removed, lookup(form, FORMS, "form"), n_context, parallel)
+    patch_of = lookup(form, FORMS, "form")
+
+    def matrices_of(pair: Pair) -> Patch:
+        patch = patch_of(pair)
+        shared = patch.routing if patch.chunk is None else None  # many tokens, a choice of blocks for each
+        W = pair.ffn.dense(replace(patch, routing=None) if shared else patch)
+        weights = {name: Formed(matrix) for name, matrix in W.items()}
+        return Patch(weights=weights, biases=patch.biases, routing=shared, chunk=patch.chunk)
+
+    return model.decoder.replace_context(tokens, removed, matrices_of if formed else patch_of, n_context, parallel)
 
 
 def output(pair: Pair) -> Patch:
