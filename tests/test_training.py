@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import zoo
 from zoo import training
 from zoo.callbacks import Interrupted
 from zoo.data import Stream
+from zoo.layers import Attention
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
 
@@ -365,6 +367,34 @@ def test_clipping_is_applied(tmp_path: Path) -> None:
     assert abs(tiny["test"]["nmse"] - none["test"]["nmse"]) > 1e-4
     first, *_, last = [row["validation_loss"] for row in rows(tmp_path / "tiny") if "validation_loss" in row]
     assert last == pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_activation_checkpointing_leaves_the_results_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    options = {"trainer": {"precision": "bf16-mixed"}, "optim": {"accumulate": 2}}
+    passes = Counter[str]()
+    forward, run = Attention.forward, "plain"
+
+    def counted(*args: Any) -> torch.Tensor:
+        passes[run] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(Attention, "forward", counted)
+    small(tmp_path / run, model, **options)
+    run = "again"
+    small(tmp_path / run, model, **options, activation_checkpointing=True)
+    steps, parts, layers = 6, 2, 2
+    assert passes["again"] - passes["plain"] == steps * parts * layers
+    same_weights(tmp_path / "plain", tmp_path / "again")
+    run = "cut"
+    signalled(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        small(tmp_path / run, model, **options, activation_checkpointing=True)
+    zoo.train(resume=tmp_path / run, trainer={**QUIET, "precision": "bf16-mixed"})
+    assert passes["cut"] == passes["again"]
+    same_weights(tmp_path / "plain", tmp_path / "cut")
 
 
 def test_overfit_sees_the_first_batch_alone(tmp_path: Path) -> None:
