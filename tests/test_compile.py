@@ -10,6 +10,7 @@ import torch
 from cases import CASES, Case, batch_of, build
 
 import zoo
+from zoo.bench.timing import saved_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,16 @@ def test_one_graph_without_breaks_for_all_batches(case: Case) -> None:
     for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-4, msg=name)
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_activation_checkpointing_holds_in_compiled_code() -> None:
+    model = build(next(case for case in CASES if case.name == "moe-token")).float().train()
+    object.__setattr__(model, "log", lambda *args, **kwargs: None)
+    batch = model.task.batch("train", 0, 32)
+    plain = saved_bytes(lambda: model.training_step(batch, 0))
+    model.decoder.activation_checkpointing = True
+    model.decoder.compile(fullgraph=True, backend="aot_eager")
+    assert saved_bytes(lambda: model.training_step(batch, 0)) < plain / 4
 
 
 def test_a_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

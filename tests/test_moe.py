@@ -123,7 +123,9 @@ def test_bias_evens_out_a_skewed_router(score: str) -> None:
     z[..., 0] += 1
     busiest = []
     for _ in range(1000):
-        busiest.append(expert_counts(seat(z, 0, 0).routing, E).max().item() / 32)
+        patch = seat(z, 0, 0)
+        busiest.append(expert_counts(patch.routing, E).max().item() / 32)
+        seat.aux_loss([patch])
         seat.after_step()
         assert abs(seat.routers[0].bias.mean().item()) < 1e-6
     assert busiest[0] > 2
@@ -141,18 +143,16 @@ def test_bias_moves_the_choice_but_not_the_weights(renormalise: bool) -> None:
     torch.testing.assert_close(forced.weight, expected)
 
 
-def test_counts_while_training_alone_and_over_accumulated_parts() -> None:
+def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
     seat, z = RoutedDelta(config(bias_rate=0.1)), torch.randn(2, 5, D)
-    seat.eval()(z, 0, 0)
-    with torch.no_grad():
-        seat.train()(z, 0, 0)
-    assert not seat.counts
-    seat(z, 0, 0)
-    seat(z, 0, 0)
-    assert seat.counts[0].sum() == 2 * 10 * seat.config.top_k
+    patches = [seat(z, 0, 0), seat(z, 1, 0)]
+    assert not seat.counts  # a layer may be computed twice: forward counts nothing
+    for _ in range(2):
+        seat.aux_loss(patches)
+    assert [count_E.sum() for count_E in seat.counts.values()] == [2 * 10 * seat.config.top_k] * 2
     seat.after_step()
     assert not seat.counts
-    assert [bool(router.bias.any()) for router in seat.routers] == [True, False]
+    assert all(router.bias.any() for router in seat.routers)
 
 
 @pytest.mark.parametrize("renormalise", [True, False])

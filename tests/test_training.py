@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import zoo
 from zoo import training
 from zoo.callbacks import Interrupted
 from zoo.data import Stream
+from zoo.layers import Attention
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
+from zoo.tasks import Batch
+from zoo.tasks.regression import Regression
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}
@@ -351,12 +355,34 @@ def test_unknown_names(tmp_path: Path, name: Any) -> None:
         training.run({"model": {"name": "moe"}, "task": {"name": name}, "optim": {}}, {})
 
 
-def test_bf16_with_clipping_on_the_cpu(tmp_path: Path) -> None:
-    # AdamW(fused=True) would refuse to be clipped at this precision
-    metrics = small(tmp_path / "run", "hypernet", trainer={"precision": "bf16-mixed"}, optim={"clip": 0.1})
+@pytest.mark.parametrize(("model", "clip"), [*((name, 1.0) for name in FAMILIES), ("transformer", 0.0)])
+def test_bf16_with_clipping_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, clip: float
+) -> None:
+    """Huge gradients reach the optimiser at norm 1, or as they are. AdamW(fused=True) would refuse to be clipped."""
+    norms, dtypes = [], set()
+    step, loss = torch.optim.AdamW.step, Regression.loss
+
+    def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        def with_norm() -> Any:  # Lightning clips at the end of the closure
+            value = closure()
+            gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.cat(gradients).norm()))
+            return value
+
+        return step(self, with_norm)
+
+    def huge(self: Regression, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        dtypes.add(output.dtype)
+        return 1e6 * loss(self, output, batch)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    monkeypatch.setattr(Regression, "loss", huge)
+    metrics = small(tmp_path / "run", model, trainer={"precision": "bf16-mixed"}, optim={"clip": clip})
     assert all(math.isfinite(value) for value in metrics["test"].values())
-    full = small(tmp_path / "full", "hypernet", optim={"clip": 0.1})
-    assert metrics["test"]["nmse"] != full["test"]["nmse"]
+    assert len(norms) == metrics["steps"]
+    assert norms == pytest.approx([1.0] * 6, rel=1e-4) if clip else min(norms) > 1000
+    assert dtypes == {torch.bfloat16}
 
 
 def test_clipping_is_applied(tmp_path: Path) -> None:
@@ -365,6 +391,34 @@ def test_clipping_is_applied(tmp_path: Path) -> None:
     assert abs(tiny["test"]["nmse"] - none["test"]["nmse"]) > 1e-4
     first, *_, last = [row["validation_loss"] for row in rows(tmp_path / "tiny") if "validation_loss" in row]
     assert last == pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_activation_checkpointing_leaves_the_results_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    options = {"trainer": {"precision": "bf16-mixed"}, "optim": {"accumulate": 2}}
+    passes = Counter[str]()
+    forward, run = Attention.forward, "plain"
+
+    def counted(*args: Any) -> torch.Tensor:
+        passes[run] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(Attention, "forward", counted)
+    small(tmp_path / run, model, **options)
+    run = "again"
+    small(tmp_path / run, model, **options, activation_checkpointing=True)
+    steps, parts, layers = 6, 2, 2
+    assert passes["again"] - passes["plain"] == steps * parts * layers
+    same_weights(tmp_path / "plain", tmp_path / "again")
+    run = "cut"
+    signalled(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        small(tmp_path / run, model, **options, activation_checkpointing=True)
+    zoo.train(resume=tmp_path / run, trainer={**QUIET, "precision": "bf16-mixed"})
+    assert passes["cut"] == passes["again"]
+    same_weights(tmp_path / "plain", tmp_path / "cut")
 
 
 def test_overfit_sees_the_first_batch_alone(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class ContextToDelta(nn.Module, ABC):
         """
 
     def aux_loss(self, patches: list[Patch]) -> Tensor | float:
-        """What training adds to the task's loss, 0 for most families."""
+        """What training adds to the task's loss, 0 for most families; called once for each part of a batch."""
         return 0.0
 
     @abstractmethod

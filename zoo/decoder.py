@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.context import ContextToDelta
 from zoo.delta import LowRank, Patch, Shear
@@ -23,9 +24,12 @@ class Decoder(nn.Module):
 
     vocabulary: number of token ids, or None for continuous tokens of `token_dim` numbers. independent_queries: tokens
     after the context all stand at the same position and do not see each other. attend_context: they see the context.
+    activation_checkpointing, an attribute: what a layer needs for its gradient is computed anew in the backward pass of
+    training, not kept (Chen et al. 2016, arXiv 1604.06174).
     """
 
     context_to_delta: ContextToDelta | None
+    activation_checkpointing: bool = False
 
     def __init__(
         self,
@@ -133,18 +137,24 @@ class Decoder(nn.Module):
         for given in (patches, added):
             if given is not None and len(given) != len(self.blocks):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
-        x_BTD, used = self.embed(tokens), []
-        for layer, block in enumerate(self.blocks):
-            kept = None if past is None else past[layer]
+
+        def run(x_BTD: Tensor, layer: int) -> tuple[Tensor, Patch]:
+            block, kept = self.blocks[layer], None if past is None else past[layer]
             v_BTD = block.attend(x_BTD, layout, kept)
             z_BTD = block.norm2(v_BTD)
             patch = self.emit(z_BTD, layer, n_context, kept) if patches is None else patches[layer]
             if added is not None:
                 patch = patch.plus(added[layer])
-            x_BTD = v_BTD + block.ffn(z_BTD, patch)
-            used.append(patch)
             if kept is not None:
                 kept.tokens += tokens.shape[1]
+            return v_BTD + block.ffn(z_BTD, patch), patch
+
+        x_BTD, used = self.embed(tokens), []
+        # a past is changed in place: a layer with one must run once
+        again = self.activation_checkpointing and self.training and past is None
+        for layer in range(len(self.blocks)):
+            x_BTD, patch = checkpoint(run, x_BTD, layer, use_reentrant=False) if again else run(x_BTD, layer)
+            used.append(patch)
         return self.unembed(x_BTD), used
 
     def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:

@@ -40,8 +40,8 @@ class RunConfig:
 
     validate_every, log_every: optimiser steps; validation_batches, test_batches: batches of optim.batch_size
     sequences; overfit: train on the first batch alone; compile: translate the decoder with torch.compile first (takes
-    a minute, then steps are faster); out: run folder, null for runs/MODEL-TASK/TIME;
-    resume: a run folder or checkpoint to continue.
+    a minute, then steps are faster); activation_checkpointing: keep what enters each layer and compute the rest anew in
+    the backward pass; out: run folder, null for runs/MODEL-TASK/TIME; resume: a run folder or checkpoint to continue.
     """
 
     model: dict
@@ -54,6 +54,7 @@ class RunConfig:
     test_batches: int = 20
     overfit: bool = False
     compile: bool = False
+    activation_checkpointing: bool = False
     out: str | None = None
     resume: str | None = None
 
@@ -114,6 +115,7 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     build = lookup(options.model.get("name"), MODELS, "model")
     model = build(model=options.model, task=options.task, optim=options.optim, seed=options.seed)
     model.task.prepare()
+    model.decoder.activation_checkpointing = options.activation_checkpointing
     if options.compile:
         torch.compiler.reset()  # what earlier runs of this process compiled counts against a limit
         model.decoder.compile(fullgraph=True)  # in place: the names of the weights stay

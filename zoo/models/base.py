@@ -175,7 +175,7 @@ class Model(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, patches = self.decoder(batch.tokens, batch.n_context)
-        loss = self.task.errors(output, batch).mean()
+        loss = self.task.loss(output, batch)
         seat = self.decoder.context_to_delta
         aux = seat.aux_loss(patches) if seat else 0.0
         self.log("loss", loss.detach(), prog_bar=True)

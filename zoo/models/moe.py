@@ -152,18 +152,17 @@ class RoutedDelta(ContextToDelta):
         return torch.where(filled > 0, self.norms[layer](mean), self.empty[layer])
 
     def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
-        routing = self.routers[layer](self._state(z_BTD, layer, n_context, past))
-        if self.config.bias_rate and self.training and torch.is_grad_enabled():
-            count_E = expert_counts(routing, self.config.experts)
-            self.counts[layer] = self.counts.get(layer, 0) + count_E
-        return Patch(routing=routing)
+        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, past)))
 
     def aux_loss(self, patches: list[Patch]) -> Tensor | float:
+        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
         config = self.config
         loss: Tensor | float = 0.0
-        for patch in patches:
+        for layer, patch in enumerate(patches):
             assert patch.routing is not None
             logits = patch.routing.logits
+            if config.bias_rate:
+                self.counts[layer] = self.counts.get(layer, 0) + expert_counts(patch.routing, config.experts)
             if config.balance_weight:
                 loss = loss + config.balance_weight * balance_loss(patch.routing, config) / config.layers
             if config.z_weight:

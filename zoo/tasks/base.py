@@ -84,7 +84,11 @@ class Task(ABC):
 
     @abstractmethod
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
-        """The loss of each prediction, any shape; the training loss is its mean."""
+        """The loss of each prediction, any shape."""
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """What is trained on, the mean of the errors; without a shape made of values, for which a GPU is waited for."""
+        return self.errors(output, batch).mean()
 
     @abstractmethod
     def references(self) -> dict[str, float]:

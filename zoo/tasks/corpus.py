@@ -111,7 +111,8 @@ def prepare(
 
 def read(folder: Path) -> dict[str, np.ndarray]:
     """The ids (uint16) of each split, memory-mapped."""
-    return {split: np.memmap(folder / f"{split}.bin", np.uint16, "r") for split in SPLITS}
+    # as plain arrays on the same pages: slicing a memmap takes eight times as long
+    return {split: np.asarray(np.memmap(folder / f"{split}.bin", np.uint16, "r")) for split in SPLITS}
 
 
 def digest(folder: Path) -> str:

@@ -147,9 +147,13 @@ class Prompts(Task):
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each byte of the targets."""
-        targets = batch.targets.flatten()
         output = output[:, -batch.targets.shape[1] :].flatten(0, 1).float()
-        return F.cross_entropy(output, targets, reduction="none", ignore_index=IGNORE)[targets != IGNORE]
+        nats = F.cross_entropy(output, batch.targets.flatten(), reduction="none", ignore_index=IGNORE)
+        return nats[batch.targets.flatten() != IGNORE]
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        output = output[:, -batch.targets.shape[1] :].flatten(0, 1).float()
+        return F.cross_entropy(output, batch.targets.flatten(), ignore_index=IGNORE)
 
     def references(self) -> dict[str, float]:
         shares = []

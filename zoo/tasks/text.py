@@ -215,6 +215,9 @@ class Text(Task):
         targets = batch.targets.flatten()
         return F.cross_entropy(output.flatten(0, 1).float(), targets, reduction="none")[targets != START]
 
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=START)
+
     def references(self) -> dict[str, float]:
         counts = np.stack([np.bincount(s["train"][:COUNTED], minlength=self.output_dim) for s in self.ids])
         counts[:, START] = 0

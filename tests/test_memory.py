@@ -1,0 +1,107 @@
+"""What a training step holds in memory: activation checkpointing keeps less and changes nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, build
+
+from zoo.bench.timing import peak_bytes, saved_bytes
+from zoo.layers import Attention
+from zoo.models import MODELS, Model
+
+CPU = torch.device("cpu")
+NEEDED: dict[str, dict[str, Any]] = {"hypernet": {"chunk": 4}}  # by short texts
+
+
+def training(case: Case, activation_checkpointing: bool) -> Model:
+    """The case's model in float32, all parameters drawn, in train mode and with no trainer to log to."""
+    options = {**case.options, **({"bias_rate": 0.1} if case.family == "moe" else {})}
+    model = build(case._replace(options=options)).float().train()
+    model.decoder.activation_checkpointing = activation_checkpointing
+    object.__setattr__(model, "log", lambda *args, **kwargs: None)
+    return model
+
+
+def after_two_parts(model: Model, precision: torch.dtype) -> dict[str, Any]:
+    """The gradients that two parts of a batch add up to, with the family's losses, and the buffers after a step."""
+    for k in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = model.training_step(model.task.batch("train", k, 8), k)
+        loss.backward()
+    if model.decoder.context_to_delta:
+        model.decoder.context_to_delta.after_step()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_gradients_and_router_biases_are_bit_equal(case: Case, precision: torch.dtype) -> None:
+    plain, again = (after_two_parts(training(case, choice), precision) for choice in (False, True))
+    assert list(plain) == list(again)
+    assert [name for name, value in plain.items() if not torch.equal(value, again[name])] == []
+    if case.family == "moe":
+        assert all(value.any() for name, value in plain.items() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_further_layer_keeps_its_input_alone(family: str) -> None:
+    """Without it a layer keeps ten times its input or more. The losses of the router keep its logits besides."""
+    growth = []
+    for choice in (False, True):
+        kept = []
+        for layers in (2, 3):
+            model = training(Case("", family, "noise", {**NEEDED.get(family, {}), "layers": layers}), choice)
+            batch = model.task.batch("train", 0, 8)
+            kept.append(saved_bytes(lambda model=model, batch=batch: model.training_step(batch, 0)))
+        growth.append(kept[1] - kept[0])
+    state = batch.tokens.numel() * model.config.dim * 4
+    logits = batch.tokens.numel() * 4 * 4 if family == "moe" else 0
+    assert state <= growth[1] <= state + 3 * logits
+    assert growth[0] > 10 * state
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_step_holds_less_than_two_thirds(family: str) -> None:
+    peaks = []
+    for choice in (False, True):
+        model = training(Case("", family, "noise", {**NEEDED.get(family, {}), "layers": 4}), choice)
+        batch = model.task.batch("train", 0, 8)
+        peaks.append(peak_bytes(lambda model=model, batch=batch: model.training_step(batch, 0).backward(), CPU))
+    assert peaks[1] < peaks[0] * 2 / 3
+
+
+def test_layers_run_twice_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = 0
+    forward = Attention.forward
+
+    def counted(self: Attention, *args: Any) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        return forward(self, *args)
+
+    monkeypatch.setattr(Attention, "forward", counted)
+    case = Case("", "moe", "noise", {})
+    model, ids = training(case, True), torch.randint(8, (2, 12))
+    layers = len(model.decoder.blocks)
+
+    def count(work: Any) -> int:
+        nonlocal runs
+        runs = 0
+        work()
+        return runs
+
+    assert count(lambda: model(ids).sum().backward()) == 2 * layers
+    with torch.no_grad():
+        assert count(lambda: model(ids)) == layers
+    # a past is extended in place, and must be once
+    past = model.decoder.new_past()
+    assert count(lambda: model.decoder(ids, past=past)[0].sum().backward()) == layers
+    assert past[0].tokens == ids.shape[1]
+    model.eval()
+    assert count(lambda: model(ids).sum().backward()) == layers
+    model.decoder.activation_checkpointing = False
+    assert count(lambda: model.train()(ids).sum().backward()) == layers
