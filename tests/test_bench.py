@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.bench import __main__ as bench
 from zoo.bench import growth, timing
-from zoo.bench.seats import backward, mixture, products
+from zoo.bench.seats import Sizes, backward, mixture, products
 from zoo.bench.timing import Case, Row, kernels, measure, peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_the_matrix_products_have_the_flops_of_a_gated_network() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        products(8, 16, CPU)()
+        products(torch.randn(8, 256), 16)()
     assert counter.get_total_flops() == 9 * 2 * 8 * 16 * 256
 
 
@@ -96,7 +96,7 @@ def test_kernels_are_the_products_and_attentions_of_a_step() -> None:
 
 
 def test_a_block_of_experts_gets_our_weights() -> None:
-    case = mixture(1024, 2, CPU)
+    case = mixture(Sizes(), 1024, 2, CPU)
     ours, theirs = (case.variants[name]() for name in ("moe", "transformers Mixtral, grouped_mm"))
     assert ours[0].norm() > 0
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-5)  # gradients of z, which differ between the two
@@ -104,7 +104,7 @@ def test_a_block_of_experts_gets_our_weights() -> None:
 
 def growing(case: str, first: int, sizes: list[int], ratio: Callable[[float], float]) -> list[Row]:
     values = [(str(size), ratio(size)) for size in sizes]
-    return [Row("growth", case, name, str(first), r, r, r, 1, None, 1.0, 1.0) for name, r in values]
+    return [Row("growth", case, name, str(first), r, r, r, 1, None, 1.0, 1.0, None) for name, r in values]
 
 
 def test_growth_is_per_token_and_its_fit_finds_the_line(tmp_path: Path) -> None:
@@ -127,6 +127,7 @@ def test_growth_is_per_token_and_its_fit_finds_the_line(tmp_path: Path) -> None:
     [
         (["seat"], "unknown section seat; sections: seats, memory, growth, steps, loops"),
         (["seats", "--figure", "x"], "--figure draws the section growth: name it too"),
+        (["--hidden", "6"], "--hidden 6: units of an expert, or of the dense FFN, there; a multiple of 4"),
         (["--page", "absent.md"], "--page absent.md must be a file with the lines <!-- bench -->"),
         (["--rounds", "0"], "--rounds 0 and --threads 1 must be at least 1"),
         (["--device", "tpu"], "--device tpu is not there"),

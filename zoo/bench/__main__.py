@@ -22,6 +22,11 @@ SECTIONS = {
 }
 
 
+SIZES = (
+    ("dim", 256, "width of the model in seats, memory and growth, a multiple of 16"),
+    ("hidden", 512, "units of an expert, or of the dense FFN, there; a multiple of 4"),
+    ("tokens", 2048, "tokens that the experts of seats share, a multiple of 512"),
+)
 MARKS = ("<!-- bench -->", "<!-- /bench -->")
 
 
@@ -35,6 +40,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("sections", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under a minute")
     parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 2)")
+    for name, default, text in SIZES:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1, CPU time is taken (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute more)")
@@ -55,6 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     rounds = options.rounds if options.rounds is not None else (2 if options.quick else 21)
     if rounds < 1 or options.threads < 1:
         parser.error(f"--rounds {rounds} and --threads {options.threads} must be at least 1")
+    for (name, _, text), unit in zip(SIZES, (16, 4, 512), strict=True):
+        if getattr(options, name) < unit or getattr(options, name) % unit:
+            parser.error(f"--{name} {getattr(options, name)}: {text}")
     names = [name for name in SECTIONS if name in (options.sections or SECTIONS)]
     if options.figure and "growth" not in names:
         parser.error("--figure draws the section growth: name it too")
@@ -71,9 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     from zoo.bench.timing import measure
     from zoo.training import write
 
-    rows: list[Any] = list(seats.memory(device)) if "memory" in names else []
+    sizes = seats.Sizes(options.dim, options.hidden, options.tokens)
+    rows: list[Any] = list(seats.memory(sizes, device)) if "memory" in names else []
     about = machine(device, options.threads)
-    cases = list(chosen(names, device, options.quick, options.compile))
+    cases = list(chosen(names, sizes, device, options.quick, options.compile))
     with tqdm(total=len(cases) * rounds, unit="round") as bar:
         for case in cases:
             bar.set_description(case.name[:40])
@@ -91,14 +102,14 @@ def main(argv: list[str] | None = None) -> None:
         write(options.page, f"{before}{MARKS[0]}\n`{command()}`\n\n{text}\n{MARKS[1]}{after}")
 
 
-def chosen(names: list[str], device: Any, quick: bool, compiled: bool) -> Iterator[Any]:
+def chosen(names: list[str], sizes: Any, device: Any, quick: bool, compiled: bool) -> Iterator[Any]:
     from zoo.bench import growth, seats, steps
 
     for name in names:
         if name == "seats":
-            yield from seats.seats(device, quick)
+            yield from seats.seats(sizes, device, quick)
         elif name == "growth":
-            yield from growth.growth(device, quick)
+            yield from growth.growth(sizes, device, quick)
         elif name == "steps":
             yield from steps.steps(device, quick, compiled)
         elif name == "loops":
@@ -151,17 +162,18 @@ def about_line(about: dict[str, str]) -> str:
 def table(rows: list[Any]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| case | variant / baseline | ratio | quartiles | wanted | pairs | ms | MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | variant / baseline | ratio | quartiles | wanted | pairs | ms | tokens/s | MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         wanted = f"≤ {row.bar:.2f}{'' if row.ratio <= row.bar else ' ✗'}" if row.bar else ""
         spread = f"{row.low:.2f}–{row.high:.2f}"
         ms = "" if row.seconds is None else f"{1e3 * row.seconds:.1f}"
+        speed = f"{row.tokens / row.seconds:.2g}" if row.tokens and row.seconds else ""
         mb = "" if row.megabytes is None else f"{row.megabytes:.0f}"
         lines.append(
             f"| {row.case} | {row.variant} / {row.baseline} | {row.ratio:.2f} | {spread} | {wanted} | {row.pairs} | "
-            f"{ms} | {mb} |"
+            f"{ms} | {speed} | {mb} |"
         )
     return "\n".join(lines)
 

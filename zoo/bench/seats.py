@@ -6,7 +6,7 @@ Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,29 +20,37 @@ from zoo.layers import Attention, FeedForward, Layout
 from zoo.models.hypernet import EmittedDelta, HypernetConfig
 from zoo.models.moe import MoEConfig, RoutedDelta
 
-D, F, TOKENS = 256, 512, 2048
+
+@dataclass(frozen=True)
+class Sizes:
+    """dim: of the model; hidden: units of one expert, or of a dense FFN; tokens: of the batch that experts share."""
+
+    dim: int = 256
+    hidden: int = 512
+    tokens: int = 2048
+
 
 ONCE, CHUNKS = "one code per sequence of 128", "lagged chunks of 64"
 GROUPED = "transformers Mixtral, grouped_mm"
 
 
-def seats(device: torch.device, quick: bool) -> Iterator[Case]:
+def seats(sizes: Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
     """The mixture by tokens per expert, and the hypernetwork by how often it emits."""
     for n in (256, 32) if quick else (512, 256, 128, 64, 32):
-        yield mixture(n, 1, device)
+        yield mixture(sizes, n, 1, device)
     if not quick:
-        yield mixture(256, 2, device)
-    yield hypernetwork(device)
+        yield mixture(sizes, 256, 2, device)
+    yield hypernetwork(sizes, device)
 
 
-def mixture(n: int, top_k: int, device: torch.device) -> Case:
-    experts = TOKENS * top_k // n
-    z = torch.randn(1, TOKENS, D, device=device)
-    module = routing(experts, top_k).to(device)
+def mixture(sizes: Sizes, n: int, top_k: int, device: torch.device) -> Case:
+    experts = sizes.tokens * top_k // n
+    z = torch.randn(1, sizes.tokens, sizes.dim, device=device)
+    module = routing(sizes, experts, top_k).to(device)
     work = backward(module, z)
     variants: dict[str, Callable[[], Any]] = {
-        "dense": backward(FeedForward(D, top_k * F).to(device), z),
-        "matrix products": products(TOKENS, top_k * F, device),
+        "dense": backward(FeedForward(sizes.dim, top_k * sizes.hidden).to(device), z),
+        "matrix products": products(z, top_k * sizes.hidden),
         "moe": work,
         "moe, kernels alone": kernels(work),
         **peers.mixtures(module.ffn, module.seat.routers[0], top_k, z),
@@ -51,32 +59,37 @@ def mixture(n: int, top_k: int, device: torch.device) -> Case:
     bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
     if GROUPED in variants:
         bars["moe", GROUPED] = 1.03
-    return Case("seats", f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars)
+    return Case("seats", f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars, tokens=sizes.tokens)
 
 
-def hypernetwork(device: torch.device) -> Case:
-    z = torch.randn(8, 128, D, device=device)
+def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
+    z = torch.randn(8, 128, sizes.dim, device=device)
     variants = {
-        "dense": backward(FeedForward(D, F).to(device), z),
-        "matrix products": products(z[..., 0].numel(), F, device),
-        ONCE: emitted(z, 8, None),
-        CHUNKS: emitted(z, 8, 64),
+        "dense": backward(FeedForward(sizes.dim, sizes.hidden).to(device), z),
+        "matrix products": products(z, sizes.hidden),
+        ONCE: emitted(sizes, z, 8, None),
+        CHUNKS: emitted(sizes, z, 8, 64),
     }
     variants |= {f"{name}, kernels alone": kernels(variants[name]) for name in (ONCE, CHUNKS)}
     bars = {(ONCE, "dense"): 1.35, (CHUNKS, "dense"): 1.5}
-    return Case("seats", "hypernet, rank 8, three matrices", "dense", variants, bars)
+    return Case("seats", "hypernet, rank 8, three matrices", "dense", variants, bars, tokens=8 * 128)
 
 
-def memory(device: torch.device) -> Iterator[Row]:
+def memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """What one FFN keeps for its backward pass."""
-    z = torch.randn(8, 128, D, device=device, requires_grad=True)
-    modules = {"dense": FeedForward(D, F), ONCE: emitting(8, None), CHUNKS: emitting(8, 64), "moe, K=1": routing(8, 1)}
+    z = torch.randn(8, 128, sizes.dim, device=device, requires_grad=True)
+    modules: dict[str, nn.Module] = {
+        "dense": FeedForward(sizes.dim, sizes.hidden),
+        ONCE: emitting(sizes, 8, None),
+        CHUNKS: emitting(sizes, 8, 64),
+        "moe, K=1": routing(sizes, 8, 1),
+    }
     kept = {name: saved_bytes(partial(module.to(device), z)) for name, module in modules.items()}
     for name, size in kept.items():
         ratio, bar = size / kept["dense"], 1.5 if name == ONCE else None
         if name != "dense":
             case = "kept for the backward pass"
-            yield Row("memory", case, name, "dense", ratio, ratio, ratio, 1, bar, None, size / 2**20)
+            yield Row("memory", case, name, "dense", ratio, ratio, ratio, 1, bar, None, size / 2**20, None)
 
 
 def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
@@ -92,10 +105,10 @@ def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
     return work
 
 
-def products(rows: int, hidden: int, device: torch.device) -> Callable[[], Any]:
+def products(z: Tensor, hidden: int) -> Callable[[], Any]:
     """The nine matrix products that a gated FFN and its backward pass cannot do without."""
-    x, h = torch.randn(rows, D, device=device), torch.randn(rows, hidden, device=device)
-    W = torch.randn(hidden, D, device=device)
+    x = z.flatten(0, -2)
+    h, W = torch.randn(len(x), hidden, device=z.device), torch.randn(hidden, x.shape[1], device=z.device)
 
     def work() -> None:
         for _ in range(3):
@@ -117,24 +130,28 @@ class Seat(nn.Module):
         return self.ffn(z, self.patch_of(self.seat, z))
 
 
-def routing(experts: int, top_k: int) -> Seat:
-    config = MoEConfig(dim=D, layers=1, hidden=F, experts=experts, top_k=top_k, renormalise=top_k > 1)
-    return Seat(RoutedDelta(config), FeedForward(D, F, experts), lambda seat, z: seat(z, 0, 0))
+def routing(sizes: Sizes, experts: int, top_k: int) -> Seat:
+    config = MoEConfig(
+        dim=sizes.dim, layers=1, hidden=sizes.hidden, experts=experts, top_k=top_k, renormalise=top_k > 1
+    )
+    ffn = FeedForward(sizes.dim, sizes.hidden, experts)
+    return Seat(RoutedDelta(config), ffn, lambda seat, z: seat(z, 0, 0))
 
 
-def routed(z: Tensor, experts: int, top_k: int) -> Callable[[], Any]:
-    return backward(routing(experts, top_k).to(z.device), z)
+def routed(sizes: Sizes, z: Tensor, experts: int, top_k: int) -> Callable[[], Any]:
+    return backward(routing(sizes, experts, top_k).to(z.device), z)
 
 
-def emitting(rank: int, chunk: int | None) -> Seat:
+def emitting(sizes: Sizes, rank: int, chunk: int | None) -> Seat:
     """The generator on the mean of each sequence, or of all earlier chunks, and the FFN it patches."""
     context: Literal["chunk", "segment"] = "chunk" if chunk else "segment"
-    config = HypernetConfig(dim=D, layers=1, hidden=F, rank=rank, context=context, chunk=chunk)
-    return Seat(EmittedDelta(config), FeedForward(D, F), _whole if chunk is None else lambda seat, z: seat(z, 0, 0))
+    config = HypernetConfig(dim=sizes.dim, layers=1, hidden=sizes.hidden, rank=rank, context=context, chunk=chunk)
+    patch_of = _whole if chunk is None else lambda seat, z: seat(z, 0, 0)
+    return Seat(EmittedDelta(config), FeedForward(sizes.dim, sizes.hidden), patch_of)
 
 
-def emitted(z: Tensor, rank: int, chunk: int | None) -> Callable[[], Any]:
-    return backward(emitting(rank, chunk).to(z.device), z)
+def emitted(sizes: Sizes, z: Tensor, rank: int, chunk: int | None) -> Callable[[], Any]:
+    return backward(emitting(sizes, rank, chunk).to(z.device), z)
 
 
 def _whole(seat: nn.Module, z: Tensor) -> Patch:
@@ -145,7 +162,7 @@ def _whole(seat: nn.Module, z: Tensor) -> Patch:
 
 def attention(z: Tensor) -> Callable[[], Any]:
     layout = Layout(torch.arange(z.shape[1], device=z.device), None)
-    return backward(Attention(D, 8, 8, 1e4).to(z.device), z, layout)
+    return backward(Attention(z.shape[2], 8, 8, 1e4).to(z.device), z, layout)
 
 
 @torch.no_grad()

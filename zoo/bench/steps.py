@@ -49,12 +49,15 @@ def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
         bars[OURS, name] = 1.0
     variants[f"{OURS}, kernels alone"] = kernels(variants[OURS])
     variants[LIMIT] = limit(ours, device)
-    yield Case("steps", f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", LIMIT, variants, bars, (COMPILED,))
+    yield Case(
+        "steps", f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", LIMIT, variants, bars, (COMPILED,), B * T
+    )
     yield Case(
         "steps",
         "families, default sizes, 128 tokens",
         OURS,
         {name: _default_step(name, device) for name in MODELS},
+        tokens=32 * 128,
     )
 
 
@@ -173,7 +176,8 @@ def _loader(task: str, device: torch.device) -> Case:
     batch = batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
     bare = bare_step(model.to(device))
     variants = {"step": lambda: bare(batch), "loader": lambda: next(stream)}
-    return Case("loops", f"loader alone, {task}", "step", variants, {("loader", "step"): 1 / 50})
+    tokens = model.optim.batch_size * model.task.tokens
+    return Case("loops", f"loader alone, {task}", "step", variants, {("loader", "step"): 1 / 50}, tokens=tokens)
 
 
 def _extraction(family: str, device: torch.device) -> Case:

@@ -22,7 +22,8 @@ class Case:
     """Variants of one computation: each is divided by the baseline, and by those that `bars` names besides.
 
     variants: by name; one that returns a float has taken its own time, in seconds. bars: the largest ratio wanted of
-    (variant, baseline). compiled: variants whose memory cannot be counted, since no operator of theirs is seen.
+    (variant, baseline). compiled: variants whose memory cannot be counted, since no operator of theirs is seen. tokens:
+    how many one run goes through.
     """
 
     section: str
@@ -31,6 +32,7 @@ class Case:
     variants: dict[str, Callable[[], Any]]
     bars: dict[tuple[str, str], float] = field(default_factory=dict)
     compiled: tuple[str, ...] = ()
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Row:
     bar: float | None
     seconds: float | None
     megabytes: float | None
+    tokens: int | None
 
 
 def measure(case: Case, rounds: int, device: torch.device, tick: Callable[[], Any] = lambda: None) -> Iterator[Row]:
@@ -73,7 +76,7 @@ def measure(case: Case, rounds: int, device: torch.device, tick: Callable[[], An
         low, ratio, high = (float(x) for x in np.percentile(ratios, [25, 50, 75]))
         yield Row(
             *(case.section, case.name, name, base, ratio, low, high, rounds, case.bars.get((name, base))),
-            *(float(np.median(seconds[name])), megabytes.get(name)),
+            *(float(np.median(seconds[name])), megabytes.get(name), case.tokens),
         )
 
 
