@@ -52,6 +52,7 @@ CASES = [
     Case("moe-prompts", "moe", "prompts", {}),
     Case("moe-prompts-context", "moe", "prompts", {"route_on": "context"}),
 ]
+BY_NAME = {case.name: case for case in CASES}
 AUTOREGRESSIVE = [case for case in CASES if case.task == "noise"]
 TASK_OPTIONS: dict[str, dict[str, Any]] = {
     "regression": {"points": 7, "queries": 5},
@@ -84,9 +85,15 @@ def build(case: Case, seed: int = 0, random: bool = True) -> Model:
 
 
 @functools.cache
+def shared(name: str, dtype: torch.dtype = torch.float64) -> Model:
+    """build() of the case `name` in `dtype`, made once: for tests that leave it as it is."""
+    return build(BY_NAME[name]).to(dtype).requires_grad_(False)
+
+
+@functools.cache
 def trained(name: str) -> Model:
-    """The model of the case `name` after 60 steps of AdamW from its own start, in float64 and eval mode."""
-    return train(build(next(case for case in CASES if case.name == name), random=False), 60)
+    """The model of the case `name` after 30 steps of AdamW from its own start, in float64 and eval mode."""
+    return train(build(BY_NAME[name], random=False), 30)
 
 
 def train(model: Model, steps: int) -> Model:
@@ -102,11 +109,16 @@ def train(model: Model, steps: int) -> Model:
     return model.double().eval().requires_grad_(False)
 
 
+BATCHES: dict[tuple[str, int, int], Batch] = {}
+
+
 def batch_of(model: Model, size: int = 3) -> Batch:
-    """A batch of the model's task in float64."""
-    batch = model.task.batch("test", 0, size)
-    tokens = batch.tokens.double() if batch.tokens.is_floating_point() else batch.tokens
-    return batch._replace(tokens=tokens)
+    """A batch of the model's task in float64, the same for all models of equal tasks; its tokens may be changed."""
+    key = (str(model.task.config), model.task.seed, size)
+    if key not in BATCHES:  # reading the sources of prompts takes longer than most tests
+        BATCHES[key] = model.task.batch("test", 0, size)
+    tokens = BATCHES[key].tokens
+    return BATCHES[key]._replace(tokens=tokens.double() if tokens.is_floating_point() else tokens.clone())
 
 
 def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Layout) -> Tensor:

@@ -50,6 +50,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     quick: dict[str, Callable] = {
+        "law-residuals": functools.partial(figures.law_residuals, size=4),
         "static-error": functools.partial(figures.static_error, counts=(4, 24), contexts=2, held_out=32),
         "changed-experts": functools.partial(figures.changed_experts, size=4),
         "norms-and-alignment": functools.partial(figures.norms_and_alignment, size=4, queries=3),
@@ -70,7 +71,7 @@ def series_of(panel: Bars | Lines) -> dict[str, list[float]]:
 @pytest.mark.parametrize("task", ["regression", "text"])
 def test_residuals_of_the_law_and_their_controls(task: str, request: pytest.FixtureRequest) -> None:
     models = models_of(request.getfixturevalue(task))
-    (panel,) = figures.law_residuals(models).panels
+    (panel,) = figures.law_residuals(models, size=4).panels
     assert isinstance(panel, Bars)
     y = series_of(panel)
     assert max(y["float64"]) <= 1e-10
@@ -83,7 +84,7 @@ def test_the_law_figure_sees_a_wrong_patch(regression: dict[str, Path], monkeypa
     model = models_of(regression)["transformer"]
     exact = figures.exact
     monkeypatch.setattr(figures, "exact", lambda *args, **kw: [*exact(*args, **kw)[:-1], exact(*args, **kw)[0]])
-    (panel,) = figures.law_residuals({"transformer": model}).panels
+    (panel,) = figures.law_residuals({"transformer": model}, size=4).panels
     assert isinstance(panel, Bars)
     assert series_of(panel)["float64"][0] > 1e-3
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build
+from cases import BY_NAME, CASES, Case, batch_of, build, shared
 from torch import Tensor
 
 from zoo.delta import Shear
@@ -17,7 +17,6 @@ from zoo.lens.updates import MATRICES, PARTS, Matrix, Part, record
 from zoo.models import Model
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-BY_NAME = {case.name: case for case in CASES}
 N = 4  # context tokens of a growing context, short to be quick
 
 
@@ -55,7 +54,7 @@ def dense_prefixes(model: Model, tokens: Tensor, part: Part) -> Tensor:
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
 def test_growth_equals_that_of_dense_matrices(case: Case, part: Part) -> None:
-    model = build(case)
+    model = shared(case.name)
     tokens = short(model)
     dense, actual = dense_prefixes(model, tokens, part), growth(model, tokens, N, part=part)
     close(actual.increments, dense.diff(dim=0).norm(dim=-1))
@@ -71,28 +70,27 @@ def test_growth_equals_that_of_dense_matrices(case: Case, part: Part) -> None:
     assert torch.equal(down.increments, actual.increments[:, :, 2:])
 
 
-def matrices(model: Model, name: str, layer: int, part: Part = "total") -> list[Matrix]:
-    """The patched matrix `name` after each prefix."""
+def matrices(model: Model, layer: int, part: Part = "total") -> dict[str, list[Matrix]]:
+    """Each patched matrix after each prefix."""
     tokens = short(model)
     sequences = [torch.cat([tokens[:, :i], tokens[:, N:]], 1) for i in range(N + 1)]
-    return [record(model, sequence, i)[layer].matrix(name, part) for i, sequence in enumerate(sequences)]
+    recorded = [record(model, sequence, i)[layer] for i, sequence in enumerate(sequences)]
+    return {name: [states.matrix(name, part) for states in recorded] for name in MATRICES}
 
 
 @every_case
-@pytest.mark.parametrize("name", MATRICES)
 @torch.no_grad()
-def test_increments_telescope(case: Case, name: str) -> None:
+def test_increments_telescope(case: Case) -> None:
     """Law L3: increments add up to the whole update, as maps and in squared norm; one of them left out is missed."""
-    model = build(case)
-    W = matrices(model, name, 1)
-    increments = [after - before for before, after in pairwise(W)]
-    whole = W[-1] - W[0]
-    x = torch.randn(2, 3, 4, whole.W.shape[1]).double()
-    close(sum((step.apply(x) for step in increments), torch.zeros(())), whole.apply(x))
-    close(sum((a.inner(b) for a in increments for b in increments), torch.zeros(())).sqrt(), whole.norm())
-    without = sum((step.apply(x) for step in increments[1:]), torch.zeros(()))
-    if increments[0].norm().max() > 1e-12:  # chunks of text and unpatched matrices stay as they are for a while
-        assert (without - whole.apply(x)).abs().max() > 1e-3
+    for W in matrices(shared(case.name), 1).values():
+        increments = [after - before for before, after in pairwise(W)]
+        whole = W[-1] - W[0]
+        x = torch.randn(2, 3, 4, whole.W.shape[1]).double()
+        close(sum((step.apply(x) for step in increments), torch.zeros(())), whole.apply(x))
+        close(sum((a.inner(b) for a in increments for b in increments), torch.zeros(())).sqrt(), whole.norm())
+        without = sum((step.apply(x) for step in increments[1:]), torch.zeros(()))
+        if increments[0].norm().max() > 1e-12:  # chunks of text and unpatched matrices stay as they are for a while
+            assert (without - whole.apply(x)).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -100,7 +98,7 @@ def test_only_the_first_layer_keeps_its_key() -> None:
     """Layer 0: increments of rank 1, the delta rule with one key; layer 1: rank 2, as the patched stream moves."""
     model = build(BY_NAME["transformer-regression"])
     for layer, rank in ((0, 1), (1, 2)):
-        W = [matrix.dense() for matrix in matrices(model, "gate", layer)]
+        W = [matrix.dense() for matrix in matrices(model, layer)["gate"]]
         for before, after in pairwise(W[1:]):  # at the first token all there is has rank 1
             assert ((torch.linalg.svdvals(after - before) > 1e-10).sum(-1) == rank).all()
     tokens = short(model)
@@ -113,7 +111,7 @@ def test_only_the_first_layer_keeps_its_key() -> None:
         z = block.norm2(block.attend(model.decoder.embed(sequence), layout(length + 3, length)))[:, length:]
         missed = (z @ stored.mT - (W[-1] @ key[..., None]).squeeze(-1))[..., None]
         W.append(W[-1] + rate * missed @ key[..., None, :])
-    for expected, actual in zip(W, matrices(model, "gate", 0), strict=True):
+    for expected, actual in zip(W, matrices(model, 0)["gate"], strict=True):
         close(actual.dense(), expected)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, batch_of, build, plain_forward, train
+from cases import CASES, Case, batch_of, build, plain_forward, shared, train
 from test_delta import at_most
 from torch import Tensor
 
@@ -24,7 +25,6 @@ EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 STATIC = ("static", "static_output")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", EXACT, ids=str)
-every_form = pytest.mark.parametrize("form", FORMS)
 PREFIX = torch.arange(12) < 7
 SCATTERED = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.tensor([1, 4, 5]), True)
 
@@ -54,44 +54,40 @@ def distances(model: Model, tokens: Tensor, removed: Tensor, patches: list[Patch
     return {name: ((output - contextual).abs().max() / largest).item() for name, output in outputs.items()}
 
 
+# what is removed, precision, options of exact(): each of them meets each form and each case
+WAYS: dict[str, tuple[Tensor, torch.dtype, dict[str, Any]]] = {
+    "part": (SCATTERED, torch.float64, {}),
+    "float32": (PREFIX, torch.float32, {"formed": True}),
+    "parallel": (PREFIX, torch.float64, {"parallel": True}),
+}
+
+
 @every_case
-@every_form
-@pytest.mark.parametrize(
-    ("removed", "dtype"),
-    [(PREFIX, torch.float64), (SCATTERED, torch.float64), (PREFIX, torch.float32)],
-    ids=["all", "part", "float32"],
-)
+@pytest.mark.parametrize(("removed", "dtype", "options"), WAYS.values(), ids=WAYS)
 @torch.no_grad()
-def test_exact(case: Case, form: str, removed: Tensor, dtype: torch.dtype) -> None:
-    model = build(case).to(dtype)
+def test_exact(case: Case, removed: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = shared(case.name, dtype)
     tokens = tokens_of(model)
-    errors = distances(model, tokens, removed, exact(model, tokens, removed, form, n_context=7), 7)
-    assert max(errors["dense"], errors["patched"]) <= EXACT[dtype]
-    assert errors["reduced"] > MISS
+    for form in FORMS:
+        errors = distances(model, tokens, removed, exact(model, tokens, removed, form, n_context=7, **options), 7)
+        assert max(errors["dense"], errors["patched"]) <= EXACT[dtype], (form, errors)
+        assert errors["reduced"] > MISS
 
 
 @every_case
-@every_form
 @torch.no_grad()
-def test_exact_in_parallel(case: Case, form: str) -> None:
-    model = build(case)
-    tokens = tokens_of(model)
-    errors = distances(model, tokens, SCATTERED, exact(model, tokens, SCATTERED, form, True, 7), 7)
-    assert max(errors["dense"], errors["patched"]) <= EXACT[torch.float64]
-
-
-@every_case
-@every_form
-@torch.no_grad()
-def test_states_of_two_unpatched_passes_do_not_give_a_patch(case: Case, form: str) -> None:
-    model, wrong = build(case), []
+def test_states_of_two_unpatched_passes_do_not_give_a_patch(case: Case) -> None:
+    model = shared(case.name)
+    tokens, wrong = tokens_of(model), {form: [] for form in FORMS}  # type: ignore[var-annotated]
 
     def mistake(pair: Pair) -> Patch:
-        wrong.append(FORMS[form](pair))
+        for form, patch_of in FORMS.items():
+            wrong[form].append(patch_of(pair))
         return pair.alone()  # the query's stream goes on as if nothing was patched
 
-    model.decoder.replace_context(tokens_of(model), PREFIX, mistake, 7)
-    assert distances(model, tokens_of(model), PREFIX, wrong, 7)["dense"] > MISS
+    model.decoder.replace_context(tokens, PREFIX, mistake, 7)
+    for form, patches in wrong.items():
+        assert distances(model, tokens, PREFIX, patches, 7)["dense"] > MISS, form
 
 
 def pair_of(model: Model, tokens: Tensor | None = None, removed: Tensor = PREFIX) -> Pair:
@@ -154,7 +150,7 @@ def assert_equal_weights(actual: dict[str, Tensor], expected: dict[str, Tensor])
 @pytest.mark.parametrize("form", ["shear", "output"])
 @torch.no_grad()
 def test_patches_of_single_tokens_are_what_their_formulas_say(case: Case, form: str) -> None:
-    model = build(case)
+    model = shared(case.name)
     pair = pair_of(model)
     alone, dense = model.decoder.emit(pair.z, 0, 0).routing, pair.ffn.dense(FORMS[form](pair))
     for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
@@ -165,7 +161,7 @@ def test_patches_of_single_tokens_are_what_their_formulas_say(case: Case, form: 
 @every_case
 @torch.no_grad()
 def test_a_bias_is_what_its_formula_says(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     pair = pair_of(model)
     alone, patch, W = model.decoder.emit(pair.z, 0, 0).routing, FORMS["bias"](pair), stored(pair.ffn)
     assert not patch.weights
@@ -178,7 +174,7 @@ def test_a_bias_is_what_its_formula_says(case: Case) -> None:
 @pytest.mark.parametrize("form", STATIC)
 @torch.no_grad()
 def test_static_patches_are_what_their_formulas_say(case: Case, form: str) -> None:
-    model = build(case)
+    model = shared(case.name)
     pair = pair_of(model)
     patch, W = FORMS[form](pair), stored(pair.ffn)
     routing = pair.emitted.routing if form == "static" else model.decoder.emit(pair.z, 0, 0).routing
@@ -203,7 +199,7 @@ MOE = [case for case in CASES if case.family == "moe"]
 @torch.no_grad()
 def test_experts_share_the_residual_with_the_smallest_norm(case: Case) -> None:
     """ΔD_e = δv γ_e h_eᵀ / Σ γ²|h|² over the chosen experts; splitting δv evenly, or to the best alone, is larger."""
-    pair = pair_of(build(case))
+    pair = pair_of(shared(case.name))
     ffn, routing = pair.ffn, pair.emitted.routing
     assert routing is not None
     down = FORMS["shear"](pair).weights["down"].dense(ffn.weight("down"))
@@ -225,7 +221,7 @@ def test_experts_share_the_residual_with_the_smallest_norm(case: Case) -> None:
 @pytest.mark.parametrize("case", MOE, ids=lambda case: case.name)
 @torch.no_grad()
 def test_the_router_sees_the_context_where_its_input_is_patched(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     pair = pair_of(model)
     alone = model.decoder.emit(pair.z, 0, 0).routing
     assert alone is not None
@@ -242,7 +238,7 @@ def test_the_router_sees_the_context_where_its_input_is_patched(case: Case) -> N
 @every_case
 @torch.no_grad()
 def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     n_kept = 4 if model.task.n_context else 0
     positions = model.decoder.layout(12, 7).positions[~SCATTERED]
     _, used = model.decoder(tokens_of(model)[:, ~SCATTERED], n_kept, positions=positions)
@@ -257,16 +253,17 @@ def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Ca
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.family in ("transformer", "moe")], ids=lambda case: case.name
 )
-@every_form
 @torch.no_grad()
-def test_where_nothing_goes_no_weight_changes(case: Case, form: str) -> None:
-    model = build(case)
-    patches = exact(model, tokens_of(model)[:, 7:], torch.zeros(5, dtype=torch.bool), form)
-    for block, patch in zip(model.decoder.blocks, patches, strict=True):
-        dense = block.ffn.dense(replace(patch, routing=None))
-        for name, W in stored(block.ffn).items():
-            assert (dense[name] - W).abs().max() <= 1e-10
-        assert patch.biases.get("down", torch.zeros(1)).abs().max() <= 1e-10
+def test_where_nothing_goes_no_weight_changes(case: Case) -> None:
+    model = shared(case.name)
+    tokens = tokens_of(model)[:, 7:]
+    for form in FORMS:
+        patches = exact(model, tokens, torch.zeros(5, dtype=torch.bool), form)
+        for block, patch in zip(model.decoder.blocks, patches, strict=True):
+            dense = block.ffn.dense(replace(patch, routing=None))
+            for name, W in stored(block.ffn).items():
+                assert (dense[name] - W).abs().max() <= 1e-10, form
+            assert patch.biases.get("down", torch.zeros(1)).abs().max() <= 1e-10, form
 
 
 def build_deep(family: str, layers: int, **options: Any) -> Model:
@@ -299,7 +296,7 @@ def deep(family: str, dtype: torch.dtype) -> Model:
     return build_deep(family, 24, **FAMILIES[family]).to(dtype)
 
 
-def assert_exact_at_depth(model: Model, tokens: Tensor, removed: Tensor, n_context: int, form: str) -> None:
+def assert_exact_at_depth(model: Model, tokens: Tensor, removed: Tensor, n_context: int, forms: Iterable[str]) -> None:
     """The law as users see it, W + ΔW in a plain forward pass: distance from the contextual output, relative to it.
 
     Each layer makes up for the rounding of those below. That is lost where weights are formed after the patches were
@@ -308,30 +305,28 @@ def assert_exact_at_depth(model: Model, tokens: Tensor, removed: Tensor, n_conte
     kept, eps = ~removed, torch.finfo(model.decoder.head.weight.dtype).eps
     query, layout = tokens[:, kept], model.decoder.layout(tokens.shape[1], n_context).keep(kept)
     contextual = model(tokens, n_context)[:, kept]
-    factors, formed = (exact(model, tokens, removed, form, n_context=n_context, formed=f) for f in (False, True))
-    parallel = exact(model, tokens, removed, form, True, n_context)
-    outputs = {
-        "factors": model(query, patches=factors, positions=layout.positions),
-        "formed": plain_forward(model, query, formed, layout),
-        "mixed": plain_forward(model, query, factors, layout),
-        "parallel": model(query, patches=parallel, positions=layout.positions),
-        "reduced": model(query, positions=layout.positions),
-    }
-    errors = {name: ((output - contextual).norm() / contextual.norm()).item() for name, output in outputs.items()}
-    assert max(errors["factors"], errors["formed"]) <= 8 * eps, (form, errors)
-    assert max(errors["mixed"], errors["parallel"]) <= 1000 * eps, (form, errors)
-    assert errors["formed"] <= errors["mixed"], (form, errors)
-    assert errors["factors"] <= errors["parallel"], (form, errors)
-    assert errors["reduced"] > 0.1
+
+    def error(output: Tensor) -> float:
+        return ((output - contextual).norm() / contextual.norm()).item()
+
+    def patched(patches: list[Patch] | None) -> float:
+        return error(model(query, patches=patches, positions=layout.positions))
+
+    assert patched(None) > 0.1
+    for form in forms:
+        factors, formed = (exact(model, tokens, removed, form, n_context=n_context, formed=f) for f in (False, True))
+        exactly = error(plain_forward(model, query, formed, layout))
+        assert max(exactly, patched(factors)) <= 8 * eps, form
+        assert exactly <= error(plain_forward(model, query, factors, layout)) <= 1000 * eps, form
+    parallel = exact(model, tokens, removed, parallel=True, n_context=n_context)
+    assert patched(exact(model, tokens, removed, n_context=n_context)) <= patched(parallel) <= 1000 * eps
 
 
 @every_family
-@every_dtype
+@pytest.mark.parametrize(("dtype", "forms"), [(torch.float32, FORMS), (torch.float64, ["shear"])], ids=["f32", "f64"])
 @torch.no_grad()
-def test_24_layers(family: str, dtype: torch.dtype) -> None:
-    model, tokens = deep(family, dtype), different_tokens(4, 25)
-    for form in FORMS:
-        assert_exact_at_depth(model, tokens, torch.arange(25) < 20, 0, form)
+def test_24_layers(family: str, dtype: torch.dtype, forms: Iterable[str]) -> None:
+    assert_exact_at_depth(deep(family, dtype), different_tokens(4, 25), torch.arange(25) < 20, 0, forms)
 
 
 @pytest.mark.slow
@@ -345,12 +340,19 @@ def test_24_trained_layers(family: str) -> None:
     batch = model.task.batch("test", 0, 32)
     removed = torch.arange(batch.tokens.shape[1]) < batch.n_context
     for dtype in EXACT:
-        for form in ("shear", "output", "bias"):
-            assert_exact_at_depth(model.to(dtype), batch.tokens.to(dtype), removed, batch.n_context, form)
+        assert_exact_at_depth(model.to(dtype), batch.tokens.to(dtype), removed, batch.n_context, FORMS)
 
 
-@every_family
-@pytest.mark.parametrize("form", ["shear", "output", "bias"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("transformer", "shear"),
+        ("transformer", "output"),
+        ("hypernet", "bias"),
+        ("hypernet", "shear"),
+        ("moe", "output"),
+    ],
+)
 @torch.no_grad()
 def test_bfloat16_gives_the_same_tokens(family: str, form: str) -> None:
     """One of 20 may differ where two logits are as good as equal, one step of bfloat16 apart at most."""
@@ -408,7 +410,7 @@ def test_tokens_of_one_expert_share_its_hidden_units() -> None:
 @pytest.mark.parametrize("form", STATIC)
 @torch.no_grad()
 def test_each_row_has_a_static_patch_of_its_own(case: Case, form: str) -> None:
-    model = build(case)
+    model = shared(case.name)
     tokens = tokens_of(model)
     together, alone = (exact(model, t, PREFIX, form) for t in (tokens, tokens[1:2]))
     for block, many, one in zip(model.decoder.blocks, together, alone, strict=True):
@@ -496,18 +498,21 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("family", "options", "rank"), LARGE.values(), ids=LARGE)
-@every_form
+@pytest.mark.parametrize("name", LARGE)
 @torch.no_grad()
-def test_no_matrix_per_token_is_formed(family: str, options: dict[str, Any], rank: int, form: str) -> None:
+def test_no_matrix_per_token_is_formed(name: str) -> None:
     """Nothing is larger than the factors of one layer's patch, or a stored matrix, while patches are made and used."""
+    family, options, rank = LARGE[name]
     model = build_deep(family, **{**WIDE, **options})
     tokens, removed = different_tokens(2, 64), torch.arange(64) < 4
     limit = max(2 * 64 * 320 * (rank + 1), 320 * 320)
     assert 50 * limit <= 2 * 60 * 320 * 320  # B·T·o·i
-    with at_most(limit):
-        patches = model.deltas(tokens, removed) if form == "shear" else exact(model, tokens, removed, form)
-        model(tokens[:, 4:], patches=patches, positions=torch.arange(4, 64))
-    if form != "bias":
-        with pytest.raises(AssertionError), at_most(limit):
-            model.decoder.blocks[0].ffn.dense(replace(patches[0], routing=None).at(torch.arange(60)))
+    # what a family emits enters these two forms alone; the others see its routing
+    forms = ("shear", "static") if family == "hypernet" else FORMS
+    for form in forms:
+        with at_most(limit):
+            patches = model.deltas(tokens, removed) if form == "shear" else exact(model, tokens, removed, form)
+            model(tokens[:, 4:], patches=patches, positions=torch.arange(4, 64))
+        if form == "shear":  # the recorder sees what it should
+            with pytest.raises(AssertionError), at_most(limit):
+                model.decoder.blocks[0].ffn.dense(replace(patches[0], routing=None).at(torch.arange(60)))
