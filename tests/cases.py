@@ -92,8 +92,8 @@ def shared(name: str, dtype: torch.dtype = torch.float64) -> Model:
 
 @functools.cache
 def trained(name: str) -> Model:
-    """The model of the case `name` after 30 steps of AdamW from its own start, in float64 and eval mode."""
-    return train(build(BY_NAME[name], random=False), 30)
+    """The model of the case `name` after 60 steps of AdamW from its own start, in float64 and eval mode."""
+    return train(build(BY_NAME[name], random=False), 60)
 
 
 def train(model: Model, steps: int) -> Model:

@@ -25,7 +25,12 @@ TEXT = [
 ]
 PROMPTS = [case for case in CASES if case.task == "prompts"]
 every_case = pytest.mark.parametrize("case", [*AUTOREGRESSIVE, *TEXT, *PROMPTS], ids=lambda case: case.name)
-on_noise = pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=lambda case: case.name)
+# one of each way to make and to share an update: edits and gradients see every case
+WAYS = [
+    *("transformer-noise-tied", "moe-token-top1-shared", "moe-context-chunk"),
+    *("hypernet-chunk", "hypernet-running", "hypernet-token"),
+]
+on_noise = pytest.mark.parametrize("case", [case for case in AUTOREGRESSIVE if case.name in WAYS], ids=lambda c: c.name)
 on_prompts = pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in (*AUTOREGRESSIVE, *TEXT, *PROMPTS)}
 FLOOR = math.log(8)
