@@ -82,8 +82,10 @@ def main(cfg: DictConfig) -> float:
         return metrics["test"][metrics["headline"]]
 
     from zoo.callbacks import Interrupted
+    from zoo.memory import keep_freed_memory
     from zoo.training import run
 
+    keep_freed_memory()
     try:
         config["out"] = folder
         if config["resume"]:

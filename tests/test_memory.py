@@ -1,13 +1,24 @@
-"""What a training step holds in memory: activation checkpointing keeps less and changes nothing else."""
+"""Memory of a training step: activation checkpointing keeps less and changes nothing else; the allocator is told to
+keep what was freed, by programs alone."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, Case, build
+from omegaconf import OmegaConf
 
+import zoo
+from zoo import memory
+from zoo import training as training_module
 from zoo.bench.timing import peak_bytes, saved_bytes
 from zoo.layers import Attention
 from zoo.models import MODELS, Model
@@ -105,3 +116,73 @@ def test_layers_run_twice_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert count(lambda: model(ids).sum().backward()) == layers
     model.decoder.activation_checkpointing = False
     assert count(lambda: model.train()(ids).sum().backward()) == layers
+
+
+FAULTS = """
+import resource, torch
+from torch import nn
+from zoo.layers import FeedForward
+from zoo.memory import keep_freed_memory
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+ffn, z = FeedForward(64, 64, blocks=64), torch.randn(4, 64, 64)
+nn.init.normal_(ffn.gate), nn.init.normal_(ffn.up), nn.init.normal_(ffn.down)
+
+
+def faults():
+    counts = []
+    for _ in range(8):
+        ffn.zero_grad()
+        ffn(z).sum().backward()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return (counts[-1] - counts[3]) / 4
+
+
+print(faults(), keep_freed_memory(), faults())
+"""
+GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+
+
+@pytest.mark.skipif(not GLIBC, reason="another C library")
+def test_freed_memory_is_used_again() -> None:
+    """Without the call each step gets thousands of new pages, with it none."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC"))}
+    answer = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, timeout=99)
+    assert answer.returncode == 0, answer.stderr
+    before, kept, after = answer.stdout.split()
+    assert kept == "True"
+    assert float(before) > 1000
+    assert float(after) < float(before) / 50
+
+
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_of_memory_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda library: pytest.fail("the C library was asked"))
+    monkeypatch.setenv(name, "glibc.malloc.mmap_max=7")
+    assert not memory.keep_freed_memory()
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(ctypes, "CDLL", lambda library: object())
+    assert not memory.keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda library: pytest.fail("the C library was asked"))
+    assert not memory.keep_freed_memory()
+
+
+def test_the_program_asks_for_it_and_the_library_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(
+        training_module, "run", lambda *args: {"test": {"x": 0.0}, "headline": "x", "calls": len(calls)}
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "debug=fast", "out=run"])
+    zoo.train(model="moe")
+    assert not calls
+    OmegaConf.clear_resolver("run_folder")
+    runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+    assert calls == [True]
