@@ -79,11 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(options.device)
     from zoo.bench import growth, seats
     from zoo.bench.timing import measure
+    from zoo.memory import keep_freed_memory
     from zoo.training import write
+
+    kept = keep_freed_memory()  # as train.py does
 
     sizes = seats.Sizes(options.dim, options.hidden, options.tokens)
     rows: list[Any] = list(seats.memory(sizes, device)) if "memory" in names else []
-    about = machine(device, options.threads)
+    about = {**machine(device, options.threads), "freed memory": "kept" if kept else "given back"}
     cases = list(chosen(names, sizes, device, options.quick, options.compile))
     with tqdm(total=len(cases) * rounds, unit="round") as bar:
         for case in cases:

@@ -63,7 +63,7 @@ def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
 
 def loops(device: torch.device, quick: bool) -> Iterator[Case]:
     """What surrounds the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
-    yield _lightning(device, 10 if quick else 100)
+    yield _lightning(device, 10 if quick else 60)
     yield _loader("regression", device)
     for name in MODELS:
         yield _extraction(name, device)
