@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="zoo-datasets-")
 os.environ["WANDB_MODE"] = "offline"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two of them on two cores would fight
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [
     "python -m pip install -c constraints.txt -e .          && python train.py model=hypernet",
-    "python -m pip install -c constraints.txt -e '.[test]'  && python -m pytest",
+    "python -m pip install -c constraints.txt -e '.[test]'  && python -m pytest -n auto",
 ]
 
 
