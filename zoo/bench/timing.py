@@ -148,7 +148,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(leaf)]
 
 
-KERNELS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "rows_by_blocks", "blocks_of_rows")
+KERNELS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "rows_by_blocks", "blocks_of_rows")
 
 
 class _Kernels(TorchDispatchMode):
