@@ -20,16 +20,10 @@ from zoo.decoder import Decoder, Pair, shear_and_down
 from zoo.delta import LowRank, Patch, Scale, Shear
 from zoo.lens.capacity import DIM, HIDDEN, VOCABULARY, decoder
 from zoo.lens.figure import Bars, Figure, Series
+from zoo.lens.patches import bias, output
 
 PLAIN, CONTROL = "the block itself, with its context", "control: no patch"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def output_only(pair: Pair) -> Patch:
-    """`down` alone, rank 1: all that is missing from the block's output."""
-    column = pair.along("hidden units of", pair.ffn.hidden(pair.z, pair.emitted))
-    missing = pair.outC - pair.v - pair.ffn(pair.z)
-    return pair.emitted.add("down", LowRank(missing.unsqueeze(-1), column.unsqueeze(-1)))
 
 
 def scale_and_down(pair: Pair) -> Patch:
@@ -47,17 +41,12 @@ def three_biases(pair: Pair) -> Patch:
     return replace(pair.emitted, biases={**biases, "down": pair.vC - pair.v})
 
 
-def one_bias(pair: Pair) -> Patch:
-    """A bias of `down`: a steering vector."""
-    return replace(pair.emitted, biases={"down": pair.outC - pair.v - pair.ffn(pair.z)})
-
-
 MENU: dict[str, Callable[[Pair], Patch]] = {
     "shear of gate and up, rank 1 of down": shear_and_down,
-    "rank 1 of down alone": output_only,
+    "rank 1 of down alone": output,
     "norm scale, rank 1 of down": scale_and_down,
     "biases of gate, up and down": three_biases,
-    "bias of down alone": one_bias,
+    "bias of down alone": bias,
     CONTROL: lambda pair: pair.emitted,
 }
 
