@@ -89,6 +89,13 @@ def test_every_family_is_run_here() -> None:
     assert set(FAMILIES) == set(MODELS)
 
 
+def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.sys, "orig_argv", ["/somewhere/python3", "train.py", "model=moe", "out=a b"])
+    monkeypatch.setattr(training.sys, "executable", "/elsewhere/python3")
+    assert training.command() == "python3 train.py model=moe 'out=a b'"
+
+
+
 @pytest.mark.parametrize("model", FAMILIES)
 def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     metrics = json.loads((runs[model] / "metrics.json").read_text())
@@ -102,7 +109,7 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     assert 0 < metrics["params_active"] <= metrics["params_total"]
     assert (metrics["params_active"] < metrics["params_total"]) == (model == "moe")
     assert metrics["flops_per_token"] > 2 * (metrics["params_active"] - metrics["params"]["context_to_delta"]) * 0.9
-    assert "pytest" in metrics["command"]
+    assert metrics["command"] == training.command()
     assert {"python", "zoo", "torch", "lightning", "commit"} == set(metrics["versions"])
     baselines = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_ridge", "nmse_zero"]
     assert list(metrics["test"]) == baselines
