@@ -95,7 +95,6 @@ def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training.command() == "python3 train.py model=moe 'out=a b'"
 
 
-
 @pytest.mark.parametrize("model", FAMILIES)
 def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     metrics = json.loads((runs[model] / "metrics.json").read_text())
