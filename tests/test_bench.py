@@ -155,6 +155,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, text = bench.table([Row(**row) for row in content["rows"]]), page.read_text()
     assert table in text
     assert text.startswith("before\n")
+    assert "`python -m zoo.bench --quick --rounds 1 " in text
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert (tmp_path / "figures" / "growth.png").exists()

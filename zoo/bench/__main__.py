@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     from zoo.training import write
 
     kept = keep_freed_memory()  # as train.py does
-
+    typed = shlex.join(["python", "-m", "zoo.bench", *(sys.argv[1:] if argv is None else argv)])
     sizes = seats.Sizes(options.dim, options.hidden, options.tokens)
     rows: list[Any] = list(seats.memory(sizes, device)) if "memory" in names else []
     about = {**machine(device, options.threads), "freed memory": "kept" if kept else "given back"}
@@ -95,14 +95,14 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n\n".join(filter(None, [about_line(about), table(rows), "\n".join(growth.lines(rows))]))
     print(text)
     if options.json:
-        content = {"command": command(), "machine": about, "rows": [asdict(row) for row in rows]}
+        content = {"command": typed, "machine": about, "rows": [asdict(row) for row in rows]}
         write(options.json, json.dumps(content, indent=2) + "\n")
     if options.figure:
         print(growth.draw(rows, options.figure))
     if options.page:
         before, _, rest = options.page.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        write(options.page, f"{before}{MARKS[0]}\n`{command()}`\n\n{text}\n{MARKS[1]}{after}")
+        write(options.page, f"{before}{MARKS[0]}\n`{typed}`\n\n{text}\n{MARKS[1]}{after}")
 
 
 def chosen(names: list[str], sizes: Any, device: Any, quick: bool, compiled: bool) -> Iterator[Any]:
@@ -117,11 +117,6 @@ def chosen(names: list[str], sizes: Any, device: Any, quick: bool, compiled: boo
             yield from steps.steps(device, quick, compiled)
         elif name == "loops":
             yield from steps.loops(device, quick)
-
-
-def command() -> str:
-    """What was typed, without the paths of this machine."""
-    return shlex.join(["python", "-m", "zoo.bench", *sys.argv[1:]])
 
 
 def machine(device: Any, threads: int) -> dict[str, str]:
