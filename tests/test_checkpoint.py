@@ -1,6 +1,7 @@
 """Checkpoints: what zoo.load gives back, what it refuses in one line, and that nothing in a file is ever run."""
 
 import contextlib
+import copy
 import os
 import pickle
 import subprocess
@@ -347,3 +348,33 @@ def test_text_of_schema_1_had_four_domains_and_bytes_alone(tmp_path: Path) -> No
     assert read(tmp_path / "old.ckpt")["zoo"]["config"]["task"] == dict(model.hparams)["task"]
     torch.save({**content, "zoo": {"schema": SCHEMA}, "hyper_parameters": options}, tmp_path / "new.ckpt")
     assert "task.files=None is not in the checkpoint" in one_line(lambda: zoo.load(tmp_path / "new.ckpt"))
+
+
+@pytest.mark.parametrize("task", [{}, {"name": "noise", "vocabulary": 7, "tokens": 8}], ids=["untied", "tied"])
+def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: dict[str, Any]) -> None:
+    """Entry (a,r) of a factor came from row a·R + r of its head, and the optimizer's moments with it."""
+    model = {"name": "hypernet", **SIZES, "rank": 3, **({"tied": True, "chunk": 2} if task else {})}
+    options = {**OPTIONS, "task": task or OPTIONS["task"]}
+    training.train(model=model, trainer=QUIET, out=str(tmp_path / "run"), **options)
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    today = torch.load(file, weights_only=True)
+    old: dict[str, Any] = copy.deepcopy(today)
+    net = zoo.load(file)
+    index = {id(p): i for i, p in enumerate(p for p in net.decoder.parameters() if p.dim() > 1)}
+    for name, parameter in net.named_parameters():
+        if ".heads." not in name:
+            continue
+        rows = [r * (len(parameter) // 3) + a for a in range(len(parameter) // 3) for r in range(3)]
+        old["state_dict"][name.replace(".weight", ".0.weight")] = old["state_dict"].pop(name)[rows]
+        state = old["optimizer_states"][0]["state"][index[id(parameter)]]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert state[moment].any()
+            state[moment] = state[moment][rows]
+    old["zoo"]["schema"] = 2
+    torch.save(old, tmp_path / "old.ckpt")
+    upgraded = read(tmp_path / "old.ckpt")
+    assert upgraded["zoo"] == today["zoo"]
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(upgraded[key], today[key], rtol=0, atol=0)
+    torch.save({**old, "hyper_parameters": {}}, tmp_path / "damaged.ckpt")
+    assert "its contents are not those of schema 2" in one_line(lambda: read(tmp_path / "damaged.ckpt"))

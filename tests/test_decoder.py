@@ -95,7 +95,7 @@ def test_states_that_no_rank_1_patch_can_move_are_named() -> None:
     with pytest.raises(ValueError, match="layer 0: the state before the FFN"):
         model.deltas(zero, removed)
     torch.nn.init.zeros_(model.decoder.blocks[1].ffn.up)
-    torch.nn.init.zeros_(model.decoder.context_to_delta.generator.heads["up_u"][0].weight)  # type: ignore
+    torch.nn.init.zeros_(model.decoder.context_to_delta.generator.heads["up_u"].weight)  # type: ignore
     with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN"):
         model.deltas(tokens, removed)
 

@@ -282,7 +282,7 @@ def test_codes_are_what_the_heads_read(case: Case) -> None:
     for code, patch in zip(read, model.decoder(tokens, n_context)[1], strict=True):
         delta = patch.weights["down"]
         if head == "v":
-            close(heads["down_v"](code), delta.v)  # type: ignore[attr-defined]
+            close(heads["down_v"](code).mT, delta.v)  # type: ignore[attr-defined]
         elif head == "full" and model.config.context == "segment":
             close(heads["down_full"](code * 8**-0.5), delta.matrix)  # type: ignore[attr-defined]
         elif head == "rows" and model.config.context == "segment":
@@ -336,14 +336,14 @@ def test_the_code_of_the_first_layer_tells_the_mean_of_the_context() -> None:
 def test_a_model_that_learned_to_read_its_context_suffers_from_a_wrong_one() -> None:
     name = "hypernet-segment-attend"
     gaps = []
-    for model in (trained(name), build(BY_NAME[name])):
+    for model in (trained(name), *(build(BY_NAME[name], seed) for seed in range(8))):
         batch = batch_of(model, 200)
         gap = context_gap(model, batch)
         values = model.task.evaluate(lambda tokens, n, m=model: m(tokens, n), batch)  # type: ignore[misc]
         close(gap, values["nmse_wrong_context"] - values["nmse"])
         gaps.append(gap.mean().item())
-    assert gaps[0] > 0.1
-    assert abs(gaps[1]) < 0.1
+    assert gaps[0] > 0.2
+    assert abs(sum(gaps[1:])) / 8 < 0.1  # drawn models read their context by chance, on average not at all
     noise = build(BY_NAME["transformer-noise-tied"])
     with pytest.raises(ValueError, match=r"task\.name=noise reports no nats_wrong_context: nats, nats_floor"):
         context_gap(noise, batch_of(noise))

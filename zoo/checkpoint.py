@@ -7,6 +7,7 @@ in it is ever imported or instantiated.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from zoo import __version__
 from zoo.config import lookup
 from zoo.models import MODELS, Model
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def _text_of_four_domains(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +33,32 @@ def _text_of_four_domains(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _text_of_four_domains}
+def _factors_as_they_are_used(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Heads of factors gave (o,R) and (i,R), and each head was the first of two modules."""
+    rank, weights = checkpoint["hyper_parameters"]["model"].get("rank"), {}
+
+    def transposed(t: Any) -> Any:
+        return t.unflatten(0, (-1, rank)).transpose(0, 1).flatten(0, 1)
+
+    matrices = [name for name, t in checkpoint["state_dict"].items() if t.dim() > 1]
+    for name, t in checkpoint["state_dict"].items():
+        old = re.fullmatch(r"(decoder\.context_to_delta\.generator\.heads\.\w+_(\w+))\.0\.weight", name)
+        if old and old[2] in "uv":
+            t = transposed(t)
+            for optimizer in checkpoint.get("optimizer_states", ()):
+                # counted from the end: a matrix of two names, as tied embeddings have, is one parameter
+                index = optimizer["param_groups"][0]["params"][matrices.index(name) - len(matrices)]
+                state = optimizer["state"][index]
+                state.update({key: transposed(m) for key, m in state.items() if m.dim() > 1})
+        weights[f"{old[1]}.weight" if old else name] = t
+    checkpoint["zoo"]["schema"] = 3
+    return {**checkpoint, "state_dict": weights}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _text_of_four_domains,
+    2: _factors_as_they_are_used,
+}
 """From schema n to a function that turns such a checkpoint into one of schema n + 1."""
 
 OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
@@ -84,7 +110,10 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(schema, int) or schema not in UPGRADES:
             known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
             raise ValueError(f"{path} has schema {schema!r:.40}, this zoo ({__version__}) reads {known}")
-        checkpoint = UPGRADES[schema](checkpoint)
+        try:
+            checkpoint = UPGRADES[schema](checkpoint)
+        except Exception:  # as above
+            raise ValueError(f"{path} is damaged: its contents are not those of schema {schema}") from None
     if not isinstance(checkpoint.get("task", {}), dict):
         raise ValueError(f"{path} must hold the state of its task as a dict, got {checkpoint['task']!r:.40}")
     options = checkpoint["hyper_parameters"]

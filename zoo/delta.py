@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.low_rank import low_rank_linear
+
 
 def _rows(t: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
     """Values shared by the tokens of a sequence or chunk, (*,...), as one value per token, (B,T,...)."""
@@ -90,9 +92,7 @@ class LowRank(Delta):
         lead = x.shape[:-2]
         if not lead or self.u.shape[:-2] != lead:  # one update for many inputs is not repeated
             return F.linear(x, W) + self.extra(x)
-        # added within the product's memory: a sum of two would be another pass over all of it, forth and back
-        code, u, y = self._code(x).flatten(0, -3), self.u.flatten(0, -3), F.linear(x.flatten(0, -3), W)
-        return y.baddbmm_(code.to(y.dtype), u.mT.to(y.dtype)).unflatten(0, lead)
+        return low_rank_linear(W, x, self.u, self.v, self.core)
 
     def dense(self, W: Tensor) -> Tensor:
         u, v = self.factors(W)

@@ -78,6 +78,18 @@ class HypernetConfig(ModelConfig):
         return replace(config, context=context, rank=rank, chunk=chunk, attend_context=attend)
 
 
+class Head(nn.Linear):
+    """A linear map from a code (*,C) to the numbers of one factor, (*,shape)."""
+
+    def __init__(self, code_dim: int, shape: tuple[int, ...], std: float):
+        super().__init__(code_dim, torch.Size(shape).numel(), bias=False)
+        self.shape = shape
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, code: Tensor) -> Tensor:
+        return super().forward(code).unflatten(-1, self.shape)
+
+
 class Generator(nn.Module):
     """From a summary (*,D) to the factors of one layer's update: encoder, layer embedding, a head per factor.
 
@@ -98,23 +110,23 @@ class Generator(nn.Module):
         self.heads = nn.ModuleDict()
         for name in config.matrices:
             o, i = sizes[name]
-            if config.emission == "low_rank":
-                self.heads[f"{name}_u"] = _head(C, (o, R), 0.0)
-                self.heads[f"{name}_v"] = _head(C, (i, R), (C * i) ** -0.5)
+            if config.emission == "low_rank":  # products with factors that lie transposed in memory are faster
+                self.heads[f"{name}_u"] = Head(C, (R, o), 0.0)
+                self.heads[f"{name}_v"] = Head(C, (R, i), (C * i) ** -0.5)
             elif config.emission == "full":
-                self.heads[f"{name}_full"] = _head(C, (o, i), 0.0)
+                self.heads[f"{name}_full"] = Head(C, (o, i), 0.0)
             else:
-                self.heads[f"{name}_rows"] = _head(C, (o,), 0.0)
-                self.heads[f"{name}_columns"] = _head(C, (i,), 0.0)
+                self.heads[f"{name}_rows"] = Head(C, (o,), 0.0)
+                self.heads[f"{name}_columns"] = Head(C, (i,), 0.0)
 
     def forward(self, summary: Summary, layer: int, core: Tensor | None) -> dict[str, Delta]:
         code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + self.layer.weight[layer])
-        small = code * code.shape[-1] ** -0.5 * summary.filled  # no context, no code: heads without bias give ΔW = 0
+        small = code * (summary.filled * code.shape[-1] ** -0.5)  # no context, no code: heads without bias give ΔW = 0
         deltas: dict[str, Delta] = {}
         for name in self.matrices:
             if self.emission == "low_rank":
-                u = self.heads[f"{name}_u"](small)
-                v = self.heads[f"{name}_v"](code)
+                u = self.heads[f"{name}_u"](small).mT
+                v = self.heads[f"{name}_v"](code).mT
                 deltas[name] = LowRank(u, v, None if core is None else core.expand(*core.shape[:-1], u.shape[-1]))
             elif self.emission == "full":
                 deltas[name] = Full(self.heads[f"{name}_full"](small), core)
@@ -123,13 +135,6 @@ class Generator(nn.Module):
                 columns = 1 + self.heads[f"{name}_columns"](small)
                 deltas[name] = Scale(rows, columns, core)
         return deltas
-
-
-def _head(code_dim: int, shape: tuple[int, ...], std: float) -> nn.Sequential:
-    """A linear map from a code (*,C) to (*,o,R), (*,o,i) or (*,o)."""
-    linear = nn.Linear(code_dim, int(torch.Size(shape).numel()), bias=False)
-    nn.init.normal_(linear.weight, std=std)
-    return nn.Sequential(linear, nn.Unflatten(-1, shape))
 
 
 class EmittedDelta(ContextToDelta):
