@@ -1,12 +1,15 @@
-"""The operators behind the experts: what torch.compile needs to know of them is true."""
+"""Behind the experts: sorting and joining rows is what it says, and what torch.compile needs to know is true."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.experts import PRODUCTS, grouped_op, loop
+from zoo.experts import PRODUCTS, combine, dispatch, grouped_op, loop, sort_by_block
 
 E, I, O = 3, 16, 8  # noqa: E741
 COUNTS = torch.tensor([5, 0, 6])
@@ -50,3 +53,60 @@ def test_one_graph_serves_all_routings() -> None:
             torch.testing.assert_close(y, loop(x, weight, torch.tensor(counts)), rtol=0, atol=1e-5)
             y.sum().backward()
             assert x.grad is not None
+
+
+def chosen(top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The choices (T,K) of six tokens among four blocks, their weights, and rows x (T,D)."""
+    torch.manual_seed(top_k)
+    index = torch.stack([torch.randperm(4)[:top_k] for _ in range(6)])
+    return index, torch.rand(6, top_k).double().requires_grad_(), torch.randn(6, 5).double().requires_grad_()
+
+
+def joined(x_TD: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
+    order = sort_by_block(index_TK)
+    return combine(dispatch(x_TD, order).sin(), weight_TK, order)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_rows_are_sorted_by_block_and_find_their_way_back(top_k: int) -> None:
+    index, weight, x = chosen(top_k)
+    order = sort_by_block(index)
+    blocks = [(int(index[t, k]), t) for t in range(6) for k in range(top_k)]
+    rows = [(int(index.flatten()[n]), int(n) // top_k) for n in order.choice]
+    assert rows == sorted(blocks)
+    assert torch.equal(order.choice[order.row].flatten(), torch.arange(6 * top_k))
+    assert torch.equal(dispatch(x, order), torch.stack([x[t] for _, t in rows]))
+    y = torch.randn(6 * top_k, 3).double()
+    expected = [sum(weight[t, k] * y[order.row[t, k]] for k in range(top_k)) for t in range(6)]
+    torch.testing.assert_close(combine(y, weight, order), torch.stack(expected), rtol=0, atol=1e-14)  # type: ignore
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_first_and_second_derivatives_of_sorting_and_joining(top_k: int) -> None:
+    index, weight, x = chosen(top_k)
+    assert torch.autograd.gradcheck(joined, (x, weight, index))
+    assert torch.autograd.gradgradcheck(joined, (x, weight, index))
+
+
+def test_nothing_is_scattered_so_that_any_device_repeats_it_bit_for_bit() -> None:
+    index, weight, x = chosen(3)
+    with Operators() as seen:
+        torch.autograd.grad(joined(x, weight, index).sum(), (x, weight))
+    assert "_embedding_bag" in " ".join(seen.names)
+    adding = {name for name in seen.names if "index_add" in name or "scatter_add" in name or "index_put" in name}
+    assert not adding
+    with Operators() as seen:  # what autograd would do
+        torch.autograd.grad(x.index_select(0, index[:, 0]).sum(), x)
+    assert any("index_add" in name or "scatter_add" in name for name in seen.names)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

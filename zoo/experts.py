@@ -1,12 +1,13 @@
-"""Products of rows with the matrix of their block, the rows sorted by block: interchangeable ways to compute them.
+"""Rows sorted by the block they chose, and interchangeable ways to multiply each with the matrix of its block.
 
-Axes: N rows sorted by block, E blocks, i inputs, o outputs of one block.
+Axes: T tokens, K blocks chosen by each, N = T·K rows sorted by block, E blocks, D width of a row; i inputs and o
+outputs of one block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,60 @@ def _backward(ctx: Any, dy_No: Tensor) -> tuple[Tensor | None, Tensor | None, No
 _rows_by_blocks.register_autograd(_backward, setup_context=_remember)
 
 PRODUCTS: dict[str, Product] = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
+
+
+class Order(NamedTuple):
+    """Where choice k of token t stands among the rows: choice (N), t·K + k of each row; row (T,K), its inverse."""
+
+    choice: Tensor
+    row: Tensor
+
+
+def sort_by_block(index_TK: Tensor) -> Order:
+    """Rows by the block that they chose, those of one block as the tokens stand."""
+    choice_N = index_TK.flatten().argsort(stable=True)
+    row_N = torch.empty_like(choice_N).scatter_(0, choice_N, torch.arange(len(choice_N), device=choice_N.device))
+    return Order(choice_N, row_N.view(index_TK.shape))
+
+
+def dispatch(x_TD: Tensor, order: Order) -> Tensor:
+    """Each token's row once for each of its choices, sorted: (N,D)."""
+    return _Dispatch.apply(x_TD, *order)
+
+
+def combine(y_ND: Tensor, weight_TK: Tensor, order: Order) -> Tensor:
+    """The weighted sum of the rows of each token, (T,D)."""
+    return _Combine.apply(y_ND, weight_TK.to(y_ND.dtype), *order)
+
+
+# Each is the gradient of the other. Autograd would scatter where these gather: slower, and on a GPU in any order.
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, choice_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(choice_N, row_TK)
+        return x_TD.index_select(0, choice_N // row_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dx_ND: Tensor) -> tuple[Tensor, None, None]:
+        return _Combine.apply(dx_ND, None, *ctx.saved_tensors), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, weight_TK: Tensor | None, choice_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, weight_TK, choice_N, row_TK)
+        return F.embedding_bag(row_TK, y_ND, mode="sum", per_sample_weights=weight_TK)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        y_ND, weight_TK, choice_N, row_TK = ctx.saved_tensors
+        dy_ND = _Dispatch.apply(dy_TD, choice_N, row_TK)
+        if weight_TK is None:
+            return dy_ND, None, None, None
+        dweight_TK = (dy_ND * y_ND).sum(-1).index_select(0, row_TK.flatten()).view(row_TK.shape)
+        weight_N1 = weight_TK.flatten().index_select(0, choice_N)[:, None]
+        scaled_ND = dy_ND * weight_N1 if torch.is_grad_enabled() else dy_ND.mul_(weight_N1)
+        return scaled_ND, dweight_TK, None, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

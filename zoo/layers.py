@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.delta import Patch, Routing
-from zoo.experts import PRODUCTS, backend_for
+from zoo.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
 from zoo.past import Past
 
 
@@ -145,20 +145,16 @@ class FeedForward(nn.Module):
 
     def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
         routing = routing.over(x.shape[:-1])
-        rows_D, index_K = x.reshape(-1, self.dim), routing.index.reshape(-1)
-        order_N = index_K.argsort(stable=True)
+        index_TK, weight_TK = (t.reshape(-1, t.shape[-1]) for t in (routing.index, routing.weight))
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
-        counts_E = counts_E.scatter_add(0, index_K, torch.ones_like(index_K))
-        token_N = order_N // routing.index.shape[-1]
-        x_ND = rows_D.index_select(0, token_N)  # its backward adds rows, that of rows_D[token_N] is far slower
+        counts_E = counts_E.scatter_add(0, index_TK.flatten(), torch.ones_like(index_TK.flatten()))
+        order = sort_by_block(index_TK)
+        x_ND = dispatch(x.reshape(-1, self.dim), order)
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
         backend = backend_for(x, (self.dim, self.hidden_per_block)) if self.backend == "auto" else self.backend
         product = PRODUCTS[backend]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
-        weight_N = routing.weight.reshape(-1).index_select(0, order_N)
-        y_ND = product(h_NF, down_EFD, counts_E)
-        y_ND = y_ND * weight_N[:, None].to(y_ND.dtype)  # after `down` there are fewer numbers to scale than before it
-        return torch.zeros_like(rows_D, dtype=y_ND.dtype).index_add_(0, token_N, y_ND).view(x.shape)
+        return combine(product(h_NF, down_EFD, counts_E), weight_TK, order).view(x.shape)
 
     def dense(self, patch: Patch) -> dict[str, Tensor]:
         """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""
