@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 
 import zoo
+from zoo import training
 from zoo.callbacks import Interrupted, LastCheckpoint, MetricsFile
 from zoo.models import Model
 from zoo.tasks.regression import Regression
@@ -161,3 +163,33 @@ def test_log_every(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [3, 6]
     assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4, 6]
+
+
+class Kept(DummyLogger):
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # type: ignore[override]
+        self.rows.append((step, dict(metrics)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loggers_are_told_what_the_metrics_file_holds(tmp_path: Path, accumulate: int) -> None:
+    logger = Kept()
+    options = {
+        "model": {"name": "moe", "dim": 8, "layers": 1, "heads": 1, "hidden": 8, "experts": 2, "balance_weight": 0.1},
+        "task": {"name": "regression", "points": 5, "queries": 3},
+        "optim": {"steps": 6, "batch_size": 8, "warmup": 1, "accumulate": accumulate},
+        "out": str(tmp_path / "run"),
+        **{"validate_every": 6, "log_every": 2, "validation_batches": 1, "test_batches": 1},
+    }
+    training.run(options, QUIET, [logger])
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    written = [(row["step"], row["loss"], row["aux_loss"]) for row in rows if "loss" in row]
+    assert [step for step, *_ in written] == [2, 4, 6]
+    assert all(aux > 0 for *_, aux in written)
+    told = [(step + 1, row["loss"], row["aux_loss"]) for step, row in logger.rows if "loss" in row]
+    assert told == written

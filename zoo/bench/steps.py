@@ -14,13 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.bench import peers
-from zoo.bench.timing import Case, kernels
+from zoo.bench.timing import Case, clock, kernels
 from zoo.data import Stream
 from zoo.models import MODELS, Model
 
@@ -139,14 +140,17 @@ def _default_step(family: str, device: torch.device) -> Callable[[], Any]:
 
 
 def _lightning(device: torch.device, count: int) -> Case:
-    """The steps of the default run by the clock: by the trainer with all its logging, and by a bare loop."""
+    """The steps of the default run: by the trainer with all its logging, and by a bare loop."""
     from zoo.training import train
+
+    now = clock(device)
 
     def by_trainer() -> float:
         quiet = contextlib.ExitStack()
         with quiet, tempfile.TemporaryDirectory() as folder:
             quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            quiet.enter_context(mock.patch("zoo.callbacks.monotonic", now))
             metrics = train(
                 optim={"steps": count, "warmup": 0},
                 trainer={"accelerator": device.type},
@@ -160,10 +164,10 @@ def _lightning(device: torch.device, count: int) -> Case:
     def bare() -> float:
         model = build("transformer", {}, {"name": "regression"}).to(device)
         work = bare_step(model)
-        start = time.monotonic()
+        start = now()
         for batch in Stream(model.task, "train", model.optim.batch_size, count):
             work(batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device)))
-        return time.monotonic() - start
+        return now() - start
 
     bars = {("trainer", "bare loop"): 1.05}
     return Case("loops", f"default run, {count} steps", "bare loop", {"bare loop": bare, "trainer": by_trainer}, bars)

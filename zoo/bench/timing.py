@@ -80,9 +80,14 @@ def measure(case: Case, rounds: int, device: torch.device, tick: Callable[[], An
         )
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds: CPU time where one thread works alone, so that what others do on the machine does not count."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def stopwatch(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one run; CPU time where one thread works alone."""
-    now = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """Seconds of one run."""
+    now = clock(device)
     _finish(device)
     start = now()
     own = work()

@@ -97,6 +97,8 @@ class Model(L.LightningModule):
     Config: ClassVar[type[ModelConfig]]
     config: Any
     decoder: Decoder
+    losses: dict[str, Tensor]
+    """Of the last training step, without gradients: loss, the task's, and aux_loss, where a family adds one."""
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
@@ -178,9 +180,7 @@ class Model(L.LightningModule):
         loss = self.task.loss(output, batch)
         seat = self.decoder.context_to_delta
         aux = seat.aux_loss(patches) if seat else 0.0
-        self.log("loss", loss.detach(), prog_bar=True)
-        if torch.is_tensor(aux):
-            self.log("aux_loss", aux.detach())
+        self.losses = {"loss": loss.detach(), **({"aux_loss": aux.detach()} if torch.is_tensor(aux) else {})}
         return loss + aux
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
