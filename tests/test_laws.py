@@ -154,9 +154,10 @@ def test_null_a_context_that_all_tokens_share_routes_them_alike(name: str, lengt
     # four queries: one chunk, as the second chunk of text has the first as its context
     for patch in model.decoder(tokens[:, n_context - length : n_context + 4], length)[1]:
         weight, index = patch.routing.weight[:, length:], patch.routing.index[:, length:]
-        assert torch.equal(weight, weight[:, :1].expand_as(weight))
+        # equal states are rows of one product, which may round at its edges in another way
+        assert (weight - weight[:, :1]).abs().max() < 1e-14
         assert torch.equal(index, index[:, :1].expand_as(index))
-        assert torch.equal(weight, weight[:1].expand_as(weight)) == (length == 0)
+        assert ((weight - weight[:1]).abs().max() < 1e-14) == (length == 0)
 
 
 def rank(matrix: Tensor) -> int:

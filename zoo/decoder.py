@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.context import ContextToDelta
 from zoo.delta import LowRank, Patch, Shear
-from zoo.layers import Block, FeedForward, Layout, RMSNorm
+from zoo.layers import Block, FeedForward, Layout
+from zoo.norm import RMSNorm
 from zoo.past import Past, check_past
 
 

@@ -1,4 +1,4 @@
-"""The parts of a pre-norm decoder block: RMSNorm, rotary attention, and the one feed-forward network of the zoo.
+"""The parts of a pre-norm decoder block: rotary attention, and the one feed-forward network of the zoo.
 
 Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model, H heads, G key/value heads, d head width, F hidden
 units of a block, E blocks (experts), K chosen blocks, N rows (token, choice) sorted by block.
@@ -14,20 +14,8 @@ from torch import Tensor, nn
 
 from zoo.delta import Patch, Routing
 from zoo.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
+from zoo.norm import RMSNorm
 from zoo.past import Past
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, in at least float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 @dataclass(frozen=True)

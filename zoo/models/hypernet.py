@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric, Metric
 from zoo.config import positive
 from zoo.context import ContextToDelta, Summary, summarise
 from zoo.delta import Delta, Full, LowRank, Patch, Scale
-from zoo.layers import FeedForward, RMSNorm
+from zoo.layers import FeedForward
 from zoo.models.base import Model, ModelConfig
+from zoo.norm import RMSNorm
 from zoo.past import Past
 from zoo.tasks import Task
 

@@ -18,8 +18,9 @@ from torchmetrics import MeanMetric, Metric
 from zoo.config import positive
 from zoo.context import ContextToDelta, summarise
 from zoo.delta import Patch, Routing
-from zoo.layers import FeedForward, RMSNorm
+from zoo.layers import FeedForward
 from zoo.models.base import Model, ModelConfig
+from zoo.norm import RMSNorm
 from zoo.past import Past
 from zoo.tasks import Task
 
