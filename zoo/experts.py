@@ -99,30 +99,29 @@ def combine(y_ND: Tensor, weight_TK: Tensor, order: Order) -> Tensor:
     return _Combine.apply(y_ND, weight_TK.to(y_ND.dtype), *order)
 
 
-# Each is the gradient of the other. Autograd would scatter where these gather: slower, and on a GPU in any order.
+# The gradient of each gathers too. Autograd would scatter: slower, and on a GPU in any order.
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, choice_N: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(choice_N, row_TK)
+        ctx.save_for_backward(row_TK)
         return x_TD.index_select(0, choice_N // row_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, dx_ND: Tensor) -> tuple[Tensor, None, None]:
-        return _Combine.apply(dx_ND, None, *ctx.saved_tensors), None, None
+        (row_TK,) = ctx.saved_tensors
+        return F.embedding_bag(row_TK, dx_ND, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, weight_TK: Tensor | None, choice_N: Tensor, row_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, y_ND: Tensor, weight_TK: Tensor, choice_N: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, weight_TK, choice_N, row_TK)
         return F.embedding_bag(row_TK, y_ND, mode="sum", per_sample_weights=weight_TK)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_ND, weight_TK, choice_N, row_TK = ctx.saved_tensors
-        dy_ND = _Dispatch.apply(dy_TD, choice_N, row_TK)
-        if weight_TK is None:
-            return dy_ND, None, None, None
+        dy_ND = dy_TD.index_select(0, choice_N // row_TK.shape[1])
         dweight_TK = (dy_ND * y_ND).sum(-1).index_select(0, row_TK.flatten()).view(row_TK.shape)
         weight_N1 = weight_TK.flatten().index_select(0, choice_N)[:, None]
         scaled_ND = dy_ND * weight_N1 if torch.is_grad_enabled() else dy_ND.mul_(weight_N1)
