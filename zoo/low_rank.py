@@ -53,10 +53,10 @@ class _LowRankLinear(torch.autograd.Function):
         code_NTR, dseen_NTR = seen_NTR, dcode_NTR
         if core_NTR is not None:
             code_NTR, dseen_NTR = seen_NTR * core_NTR, dcode_NTR * core_NTR
+        # in this order each product finds what it reads in the cache, and dx is still there for whoever reads it next
+        du_NoR = torch.bmm(code_NTR.mT, dy_NTo).mT  # products with few rows are faster than those with few columns
         dW = dy_NTo.flatten(0, 1).mT @ x_NTi.flatten(0, 1) if need_W else None
-        # products with few rows are faster than those with few columns
-        du_NoR, dv_NiR = torch.bmm(code_NTR.mT, dy_NTo).mT, torch.bmm(dseen_NTR.mT, x_NTi).mT
+        dv_NiR = torch.bmm(dseen_NTR.mT, x_NTi).mT
         dcore_NTR = dcode_NTR * seen_NTR if need_core else None
-        # last, so that it is still in the cache of the processor where it is read next
         dx_NTi = (dy_NTo @ W).baddbmm_(dseen_NTR, v_NiR.mT) if need_x else None
         return dW, dx_NTi, du_NoR, dv_NiR, dcore_NTR
