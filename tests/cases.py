@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.delta import Formed, Patch
 from zoo.layers import Layout
@@ -99,7 +101,6 @@ def trained(name: str) -> Model:
 def train(model: Model, steps: int) -> Model:
     """The model after a few steps on batches of eight, in float64 and eval mode."""
     model.float().train()
-    object.__setattr__(model, "log", lambda *args, **kwargs: None)  # there is no trainer to log to
     optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
     with torch.enable_grad():
         for step in range(steps):
@@ -138,3 +139,15 @@ def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Lay
 
 def _times(W: Tensor, x: Tensor) -> Tensor:
     return (x.unsqueeze(-2) @ W.mT).squeeze(-2) if W.dim() == 4 else x @ W.mT
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Calls
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.low_rank import low_rank_linear
 
@@ -65,18 +65,6 @@ def test_autocast_reaches_the_gradients(core: bool) -> None:
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == torch.float32
         assert 0 < (ours - theirs).norm() / theirs.norm() < 0.02 or torch.equal(ours, theirs)
-
-
-class Calls(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def calls(function: Any, given: tuple[Any, ...], leaves: list[Tensor]) -> Counter[str]:
