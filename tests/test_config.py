@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 import pytest
+import torch
 
-from zoo.config import did_you_mean, lookup, positive, strict
+from zoo.config import did_you_mean, lookup, positive, show, strict
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,19 @@ def test_positive_names_the_first_that_is_not(wrong: float) -> None:
     positive("model", dim=1, layers=0.1)
     with pytest.raises(ValueError, match=f"model.layers={wrong} must be above 0"):
         positive("model", dim=1, layers=wrong, heads=0)
+
+
+def test_messages_show_any_value_in_a_few_characters() -> None:
+    nested: Any = []
+    for _ in range(40):
+        nested = [nested, nested]
+    deep: Any = []
+    for _ in range(200_000):
+        deep = [deep]
+    for value in (nested, deep, {"a": nested}, OrderedDict(a=nested), "x" * 10**6, torch.zeros(10**6)):
+        assert len(show(value)) <= 80, show(value)
+        with pytest.raises(ValueError, match="size") as error:
+            strict(Options, {"size": value}, "a")
+        assert len(str(error.value)) < 300
+    assert show(10**10**5) == "an integer of 332193 bits"
+    assert show([1, "a", {"b": (2.5, None)}]) == "[1, 'a', {'b': (2.5, None)}]"

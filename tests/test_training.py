@@ -448,17 +448,3 @@ def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Path(metrics["checkpoint"]) == folder / "checkpoints" / "best.ckpt"
     monkeypatch.delenv("ZOO_RUN_ID")
     assert training.default_folder(zoo.load(folder)).parent == Path("runs/transformer-noise")
-
-
-def test_metrics_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.json"
-    training.write(path, "old")
-
-    def die(self: Path, text: str) -> int:
-        with self.open("w") as file:
-            return file.write(text[:2]) and 1 // 0
-
-    monkeypatch.setattr(Path, "write_text", die)
-    with pytest.raises(ZeroDivisionError):
-        training.write(path, "new text")
-    assert path.read_text() == "old"

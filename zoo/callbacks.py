@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from zoo import __version__
 from zoo.checkpoint import SCHEMA
+from zoo.files import write
 
 
 class Interrupted(Exception):
@@ -99,9 +100,7 @@ class MetricsFile(Callback):
         """Drops rows that a killed run wrote after its last checkpoint."""
         if trainer.is_global_zero and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _row_step(line) <= trainer.global_step]
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in lines))
-            temporary.replace(self.path)
+            write(self.path, "".join(line + "\n" for line in lines))
 
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:

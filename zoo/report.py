@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from zoo import flops
+from zoo.files import whole
 from zoo.models import Model
 
 EXPLANATIONS = {
@@ -88,7 +89,6 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
         axes.axhline(level, color="0.4", linestyle="--", label=name)
     axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", yscale="log", title=head)
     axes.legend()
-    temporary = folder / "curve.tmp.png"
-    figure.savefig(temporary, dpi=120)
+    with whole(folder / "curve.png") as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
-    temporary.replace(folder / "curve.png")

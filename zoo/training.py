@@ -31,6 +31,7 @@ from zoo import checkpoint, flops, report
 from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
 from zoo.config import lookup, positive, strict
 from zoo.data import Data
+from zoo.files import write
 from zoo.models import MODELS, Model
 
 
@@ -215,13 +216,6 @@ def default_folder(model: Model) -> Path:
     """runs/MODEL-TASK/ID; ID is $ZOO_RUN_ID, which all processes of a run must share, else the time."""
     name = os.environ.get("ZOO_RUN_ID") or time.strftime("%Y-%m-%d_%H-%M-%S")
     return Path("runs", f"{model.config.name}-{model.task.config.name}", name)
-
-
-def write(path: Path, text: str) -> None:
-    """The whole text or nothing: written under a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def command() -> str:

@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(options.device)
     from zoo.bench import growth, seats
     from zoo.bench.timing import measure
+    from zoo.files import write
     from zoo.memory import keep_freed_memory
-    from zoo.training import write
 
     kept = keep_freed_memory()  # as train.py does
     typed = shlex.join(["python", "-m", "zoo.bench", *(sys.argv[1:] if argv is None else argv)])

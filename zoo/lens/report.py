@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zoo import flops, training
+from zoo import files, flops
 from zoo.lens import capacity, draw, figures, precision, structure, toy_figures
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
@@ -67,8 +67,8 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
         "numbers": numbers,
         "figures": {figure.name: figure.plain() for figure in made},
     }
-    training.write(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    training.write(folder / "report.md", markdown(models, numbers, made, sources))
+    files.write(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    files.write(folder / "report.md", markdown(models, numbers, made, sources))
     return content
 
 

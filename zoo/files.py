@@ -1,0 +1,29 @@
+"""Whole files or none: what is written appears under its name when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; afterwards it is renamed to `path`, or removed if writing failed."""
+    path = Path(path)
+    # the ending stays last: writers of pictures choose their format by it
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write(path: str | Path, text: str) -> None:
+    """The whole text as UTF-8, or nothing."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
