@@ -76,7 +76,14 @@ def loss_on_noise(case: Case) -> float:
         return model.eval().task.errors(model(batch.tokens), batch).mean().item()
 
 
-def leaky(z: Tensor, source: str, n_context: int, chunk: int | None = None, past: Past | None = None) -> Summary:
+def leaky(
+    z: Tensor,
+    source: str,
+    n_context: int,
+    chunk: int | None = None,
+    past: Past | None = None,
+    real: Tensor | None = None,
+) -> Summary:
     """The mean of the whole sequence, future included."""
     shape = summarise(z, source, n_context, chunk)
     mean = z.mean(1) if source == "segment" else z.mean(1, keepdim=True)

@@ -43,6 +43,11 @@ def routing_of(index: list[list[int]], logits: Tensor | None = None) -> Routing:
     return Routing(chosen, torch.ones(chosen.shape), torch.zeros(1, len(index), E) if logits is None else logits)
 
 
+def balance_of_choices(routing: Routing, options: MoEConfig) -> Tensor:
+    patch = Patch(routing=routing)
+    return balance_loss(patch, expert_counts(patch, E), options)
+
+
 def emitted(model: MoE, z: Tensor) -> Routing:
     routing = model.decoder.emit(z, 0, model.task.n_context).routing
     assert routing
@@ -58,16 +63,16 @@ def states(model: MoE, size: int = 3) -> Tensor:
 def test_balance_loss_is_1_at_balance_and_more_when_collapsed(top_k: int, score: str) -> None:
     options = config(top_k=top_k, score=score)
     even = [[(t + k) % E for k in range(top_k)] for t in range(E)]
-    assert balance_loss(routing_of(even), options).item() == pytest.approx(1)
+    assert balance_of_choices(routing_of(even), options).item() == pytest.approx(1)
     # everyone prefers the first K experts, so strongly that the others get no probability
     preferred = torch.tensor([30.0] * top_k + [-30.0] * (E - top_k)).expand(1, E, E)
-    collapsed = balance_loss(routing_of([list(range(top_k))] * E, preferred), options)
+    collapsed = balance_of_choices(routing_of([list(range(top_k))] * E, preferred), options)
     assert collapsed.item() == pytest.approx(E / top_k, rel=1e-4)
 
 
 def test_balance_gradient_pushes_towards_idle_experts() -> None:
     logits = torch.zeros(1, 4, E, requires_grad=True)
-    balance_loss(routing_of([[0], [0], [0], [1]], logits), config(top_k=1)).backward()
+    balance_of_choices(routing_of([[0], [0], [0], [1]], logits), config(top_k=1)).backward()
     assert logits.grad is not None
     towards = -logits.grad[0, 0]  # what a step of gradient descent adds to the logits
     assert towards[0] < towards[1] < towards[2]
@@ -88,7 +93,7 @@ def balance_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         seat.routers[0].weight.copy_(torch.randn(E, D, generator=generator))
     z = torch.randn(2, 6, D, generator=generator)[rows]
-    loss = seat.aux_loss([seat(z, 0, 0)])
+    loss = seat.aux_loss([seat(z, 0, 0)], 0)
     assert isinstance(loss, Tensor)
     loss.backward()
     seat.after_step()
@@ -110,7 +115,7 @@ def test_two_processes_balance_as_one(tmp_path: Path) -> None:
 def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
     seat = RoutedDelta(config(balance_weight=0.0, z_weight=0.5))
     logits = torch.randn(2, 2, 6, E)
-    loss = seat.aux_loss([Patch(routing=routing_of([[0]] * 6, part)) for part in logits])
+    loss = seat.aux_loss([Patch(routing=routing_of([[0]] * 6, part)) for part in logits], 0)
     torch.testing.assert_close(loss, 0.5 * logits.exp().sum(-1).log().square().mean())
 
 
@@ -124,8 +129,8 @@ def test_bias_evens_out_a_skewed_router(score: str) -> None:
     busiest = []
     for _ in range(1000):
         patch = seat(z, 0, 0)
-        busiest.append(expert_counts(patch.routing, E).max().item() / 32)
-        seat.aux_loss([patch])
+        busiest.append(expert_counts(patch, E).max().item() / 32)
+        seat.aux_loss([patch], 0)
         seat.after_step()
         assert abs(seat.routers[0].bias.mean().item()) < 1e-6
     assert busiest[0] > 2
@@ -147,11 +152,10 @@ def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
     seat, z = RoutedDelta(config(bias_rate=0.1)), torch.randn(2, 5, D)
     patches = [seat(z, 0, 0), seat(z, 1, 0)]
     assert not seat.counts  # a layer may be computed twice: forward counts nothing
-    for _ in range(2):
-        seat.aux_loss(patches)
-    assert [count_E.sum() for count_E in seat.counts.values()] == [2 * 10 * seat.config.top_k] * 2
+    for part, parts in ((0, 1), (1, 2), (2, 3), (0, 1)):  # a step's first part begins anew
+        seat.aux_loss(patches, part)
+        assert [count_E.sum() for count_E in seat.counts.values()] == [parts * 10 * seat.config.top_k] * 2
     seat.after_step()
-    assert not seat.counts
     assert all(router.bias.any() for router in seat.routers)
 
 

@@ -17,6 +17,7 @@ import torch
 from cases import CASES, build
 
 import zoo
+from zoo.layers import FILLING
 from zoo.tasks import Batch
 from zoo.tasks import prompts as module
 from zoo.tasks.corpus import START, split_documents
@@ -64,16 +65,20 @@ def documents(domain: str, split: str) -> list[bytes]:
 def said(batch: Batch, row: int) -> tuple[bytes, bytes, bytes]:
     """Context, query and target of one sequence."""
     n, tokens, targets = batch.n_context, batch.tokens[row].tolist(), batch.targets[row].tolist()
-    scored = [place for place, target in enumerate(targets) if target != IGNORE]
+    scored = [place for place, target in enumerate(targets) if target not in (IGNORE, START)]
     first = scored[0]
     assert scored == list(range(first, first + len(scored)))
     assert tokens[n] == START
     query = tokens[n + 1 : n + 1 + first]
     # what is scored is what is read one place later
     assert tokens[n + 1 + first :][: len(scored) - 1] == [targets[place] for place in scored[:-1]]
-    assert set(tokens[n + first + len(scored) :][1:]) <= {START}
+    if len(targets) > scored[-1] + 1:  # files: the last byte is read, the end is scored unless the target was cut
+        assert tokens[n + 1 + scored[-1]] == targets[scored[-1]]
+        assert targets[scored[-1] + 1] in ((IGNORE, START) if len(scored) == A else (START,))
+        assert set(targets[scored[-1] + 2 :]) <= {IGNORE}
+        assert set(tokens[n + scored[-1] + 2 :]) <= {FILLING}
     context = tokens[:n]
-    while context and context[0] == START:
+    while context and context[0] == FILLING:
         context.pop(0)
     return bytes(context), bytes(query), bytes(targets[place] for place in scored)
 
@@ -301,7 +306,7 @@ def test_a_run_on_a_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.task.config.files == (file,)
     assert model.config.attend_context is False
     tokens = torch.tensor([[*model.task.encode_context("abc"), *model.task.encode("d")]])
-    assert model(tokens, model.task.n_context).shape == (1, C + 2, 257)
+    assert model(tokens, 3).shape == (1, 5, 257)
 
 
 # what is read and scored
@@ -310,11 +315,14 @@ def test_a_run_on_a_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
     rows = [record("né" * k + str(k), f"q{k}", "t" * A) for k in range(8)]
     made = prompts(files=[write(tmp_path / "a.jsonl", rows)], query=2)
-    places = {(*made.encode_context(r["context"]), *made.encode(r["query"] + r["target"])[:-1]) for r in rows}
+    contexts = [made.encode_context(r["context"]) for r in rows]
+    places = {
+        (*[FILLING] * (C - len(context)), *context, *made.encode(r["query"] + r["target"]))
+        for context, r in zip(contexts, rows, strict=True)
+    }
     batches = [made.batch(split, 0, len(made.sources["files"][split].document)) for split in SPLITS]
     assert {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()} == places
-    assert made.encode_context("") == [START] * C
-    assert made.encode_context("ab") == [START] * (C - 2) + [97, 98]
+    assert (made.encode_context(""), made.encode_context("ab")) == ([], [97, 98])
     assert made.decode(made.encode("né")) == made.decode(made.encode_context("né")) == "né".encode()
     assert made.decode(made.encode_context("é" * C)) == ("é" * C).encode()[-C:]  # cut within a character
 
@@ -322,22 +330,19 @@ def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.task == "prompts"], ids=lambda case: case.name)
 @torch.no_grad()
 def test_the_loss_does_not_depend_on_padding(case: Any, tmp_path: Path) -> None:
-    rows = [record(f"context {k}", "q" * (k % 3), "t" * (1 + k % 4)) for k in range(40)]
+    rows = [record(f"con {k}", "q" * (k % 3), "t" * (1 + k % 4)) for k in range(40)]
     model = build(case)
-    made = prompts(files=[write(tmp_path / "a.jsonl", rows)])
-    batch = made.batch("train", 0, 20)
-    scored = batch.targets != IGNORE
-    padding = torch.zeros_like(batch.tokens, dtype=torch.bool)
-    # position i predicts byte i + 1: what is read after the last scored position is padding
-    padding[:, C:] = ~scored & (scored.cumsum(1) == scored.sum(1, keepdim=True))
-    assert padding.any(1).sum() > 10
-    first, other, seen = (
-        made.errors(model(torch.where(mask, (batch.tokens + 1) % 257, batch.tokens), C), batch)
-        for mask in (torch.zeros_like(padding), padding, padding.roll(-2, 1))
-    )
-    assert first.shape == (int(scored.sum()),)
-    assert torch.equal(first, other)
-    assert not torch.equal(first, seen)
+    model.decoder.filled = True
+    file = write(tmp_path / "a.jsonl", rows)
+    losses = {}
+    for context, target in ((C, A), (40, A), (C, 60)):
+        made = prompts(files=[file], context=context, target=target)
+        batch = made.batch("validation", 0, len(made.sources["files"]["validation"].document))
+        assert (batch.tokens == FILLING).any()
+        losses[context, target] = made.loss(model(batch.tokens, context), batch).item()
+        seen = torch.where(batch.tokens == FILLING, 1, batch.tokens)
+        assert abs(made.loss(model(seen, context), batch).item() - losses[context, target]) > 1e-4 or context == C
+    assert list(losses.values()) == pytest.approx([losses[C, A]] * 3, rel=1e-6)
 
 
 def test_bits_are_those_of_the_model_with_three_contexts_by_domain(small: None) -> None:
@@ -376,16 +381,19 @@ def test_the_trigram_reads_the_same_bytes(small: None) -> None:
 
 
 def test_the_reference_is_the_entropy_of_the_bytes_of_targets(small: None, file: str) -> None:
-    def entropy(targets: list[bytes]) -> dict[int, float]:
-        counts = Counter(b"".join(targets))
+    def entropy(targets: list[bytes], ends: Any = lambda target: []) -> dict[int, float]:
+        counts: Counter[int] = Counter()
+        for target in targets:
+            counts.update([*target, *ends(target)])
         return {byte: count / counts.total() for byte, count in counts.items()}
 
     def loss(p: dict[int, float]) -> float:
         return -sum(x * math.log(x) for x in p.values())
 
-    made = prompts(files=[file])
+    made = prompts(files=[file], target=50)
     targets = [target for _, _, target in everything(made, "train")]
-    assert made.references() == {"best fixed byte distribution": pytest.approx(loss(entropy(targets)))}
+    p = entropy(targets, lambda target: [START])
+    assert made.references() == {"best fixed byte distribution": pytest.approx(loss(p))}
     mixture: Counter[int] = Counter()
     for domain in DOMAINS:
         texts = documents(domain, "train")

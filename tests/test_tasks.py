@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from zoo.tasks import TASKS, Batch, Task
-from zoo.tasks.corpus import START
 from zoo.tasks.prompts import IGNORE
 from zoo.tasks.regression import Regression
 
@@ -47,21 +46,20 @@ def test_seeds_splits_and_batches_differ(name: str) -> None:
     assert len({row.numpy().tobytes() for batch in batches for row in batch.tokens}) == 4 * len(batches)
 
 
-UNSCORED = {"text": START, "prompts": IGNORE}
-
-
 @every_task
 def test_the_loss_is_the_mean_of_the_errors_with_its_gradient(name: str) -> None:
     made = task(name)
     batch = made.batch("train", 0, 4)
-    if name in UNSCORED:
-        batch.targets[:, ::3] = UNSCORED[name]
+    if name == "prompts":
+        batch.targets[:, ::3] = IGNORE
     output = torch.randn(4, made.tokens, made.output_dim, requires_grad=True)
-    errors, loss = made.errors(output, batch), made.loss(output, batch)
-    assert (errors.numel() < batch.targets.numel()) == (name in UNSCORED)
-    torch.testing.assert_close(loss, errors.mean(), rtol=1e-6, atol=0)
+    errors, loss, scored = made.errors(output, batch), made.loss(output, batch), made.scored(batch)
+    assert scored.shape == errors.shape == batch.targets.shape
+    assert scored.all() == (name != "prompts")
+    assert not errors[~scored].any()
+    torch.testing.assert_close(loss, errors[scored].mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        *(torch.autograd.grad(value, output)[0] for value in (loss, errors.mean())), rtol=1e-5, atol=1e-9
+        *(torch.autograd.grad(value, output)[0] for value in (loss, errors[scored].mean())), rtol=1e-5, atol=1e-9
     )
 
 

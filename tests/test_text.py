@@ -109,11 +109,14 @@ def test_too_little_text_says_so(small: None) -> None:
 # what is scored
 
 
-def test_starts_of_documents_are_given_not_predicted(small: None) -> None:
-    batch = text().batch("train", 0, 40)
-    starts = int((batch.targets == START).sum())
-    assert starts > 0
-    assert text().errors(torch.zeros(40, 16, 257), batch).tolist() == pytest.approx([math.log(257)] * (640 - starts))
+def test_ends_of_documents_are_learned_but_are_no_bytes(small: None) -> None:
+    made, batch = text(), text().batch("train", 0, 40)
+    ends = int((batch.targets == START).sum())
+    assert ends > 0
+    output = torch.zeros(40, 16, 257, requires_grad=True)
+    (gradient,) = torch.autograd.grad(made.loss(output, batch), output)
+    assert (gradient[batch.targets == START][:, START] < 0).all()
+    assert len(made.evaluate(lambda tokens, n: output, batch)["bits_per_byte"]) == 640 - ends
 
 
 def test_bits_are_those_of_the_model_by_domain(small: None) -> None:
@@ -183,11 +186,11 @@ def test_baselines_of_a_markov_source(cache: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_reference_is_the_entropy_of_the_even_mixture(small: None) -> None:
-    p = np.zeros(256)
+    p = np.zeros(257)
     for splits in text().ids:
         train = splits["train"]
-        for byte in range(256):
-            p[byte] += (train == byte).sum() / (train != START).sum() / 4
+        for token in range(257):
+            p[token] += (train == token).sum() / len(train) / 4
     expected = -sum(x * math.log(x) for x in p if x)
     assert text().references() == {"best fixed byte distribution": pytest.approx(expected)}
 
@@ -310,7 +313,7 @@ def test_bits_are_those_of_bytes_whatever_the_tokens(written: None, options: dic
     assert values["bits_per_byte_trigram"].tolist() == pytest.approx(counted, rel=1e-5)
     n_bytes = len(made.decode(batch.targets.flatten().tolist()))
     assert len(values["bits_per_byte"]) == n_bytes
-    total = made.errors(output, batch).sum().item() / math.log(2) / n_bytes
+    total = made.errors(output, batch)[batch.targets != START].sum().item() / math.log(2) / n_bytes
     assert values["bits_per_byte"].mean().item() == pytest.approx(total)
     parts = [values[f"bits_per_byte_{domain}"] for domain in DOMAINS]
     assert [len(part) for part in parts] == [
@@ -331,8 +334,7 @@ def test_the_reference_of_byte_pairs_is_of_tokens(written: None) -> None:
     made = text(**PAIRS)
     p = np.zeros(400)
     for splits in made.ids:
-        kept = splits["train"][splits["train"] != START]
-        p += np.bincount(kept, minlength=400) / len(kept) / 4
+        p += np.bincount(splits["train"], minlength=400) / len(splits["train"]) / 4
     assert made.references() == {"best fixed token distribution": pytest.approx(-sum(x * math.log(x) for x in p if x))}
 
 

@@ -168,9 +168,9 @@ def test_rows_and_validations(tmp_path: Path, steps: int) -> None:
 def test_the_learning_rate_moves(runs: dict[str, Path]) -> None:
     optim = OptimConfig(steps=6, batch_size=8, warmup=2)
     recorded = {row["step"]: row["lr"] for row in rows(runs["transformer"]) if "lr" in row}
-    # a row is written after its step: it holds the rate of the next one
-    assert recorded == pytest.approx({step: optim.lr * optim.lr_at(step) for step in range(1, 7)})
-    assert recorded[6] == 0 < recorded[5] < recorded[1]
+    # the rate that the step before the row was taken with
+    assert recorded == pytest.approx({step: optim.lr * optim.lr_at(step - 1) for step in range(1, 7)})
+    assert 0 < recorded[6] < recorded[1] < recorded[2]
 
 
 def test_the_schedule_reaches_the_weights(tmp_path: Path) -> None:

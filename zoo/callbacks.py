@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from pathlib import Path
@@ -30,6 +31,11 @@ class Interrupted(Exception):
 def _step_done(trainer: L.Trainer, batch_idx: int) -> bool:
     """True after the last accumulated part of an optimiser step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def _logged(trainer: L.Trainer, batch_idx: int, log_every: int) -> bool:
+    """True where a row of metrics is written."""
+    return _step_done(trainer, batch_idx) and trainer.global_step % log_every == 0
 
 
 class Clock(Callback):
@@ -65,36 +71,50 @@ class Clock(Callback):
         self.seconds, self.command = checkpoint["zoo"]["seconds"], checkpoint["zoo"]["command"]
 
 
+def step_losses(trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+    """The losses of the last step, means over its parts and all processes, each of which must call this; raises
+    ValueError if one is no number."""
+    share = 1 / trainer.accumulate_grad_batches
+    losses = {
+        name: float(trainer.strategy.reduce(value * share, reduce_op="mean"))
+        for name, value in pl_module.losses.items()
+    }
+    for name, value in losses.items():
+        _refuse_infinite("the training loss" if name == "loss" else f"the {name}", value, trainer)
+    return losses
+
+
+def _refuse_infinite(name: str, value: float, trainer: L.Trainer) -> None:
+    if math.isfinite(value):
+        return
+    last = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
+    good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    raise ValueError(
+        f"{name} is {value} at step {trainer.global_step}; {good}. A lower optim.lr, a longer optim.warmup or a "
+        f"smaller optim.clip may help"
+    )
+
+
 class FiniteLoss(Callback):
-    """Stops a run whose loss is no longer a number, before a checkpoint of it could be written."""
-
-    def __init__(self, folder: Path):
-        self.last = folder / "checkpoints" / "last.ckpt"
-
-    def _check(self, name: str, value: Any, trainer: L.Trainer) -> None:
-        if torch.isfinite(torch.as_tensor(value)).all():
-            return
-        good = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was written yet"
-        raise ValueError(
-            f"{name} is {float(value)} at step {trainer.global_step}; {good}. A lower optim.lr, a longer optim.warmup "
-            f"or a smaller optim.clip may help"
-        )
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._check("the training loss", outputs["loss"], trainer)
+    """Stops a run that diverged before a checkpoint of it could be written; rows of metrics do so when they are
+    logged. Not at every step: reading a loss makes a GPU wait."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "validation_loss" in trainer.callback_metrics:
-            self._check("the validation loss", trainer.callback_metrics["validation_loss"], trainer)
+            _refuse_infinite("the validation loss", float(trainer.callback_metrics["validation_loss"]), trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        step_losses(trainer, pl_module)
+        for name, weight in checkpoint["state_dict"].items():
+            if not weight.isfinite().all():  # of a finite loss whose gradient was not
+                _refuse_infinite(f"an entry of {name}", math.nan, trainer)
 
 
 class MetricsFile(Callback):
     """Logs the losses and appends a row to metrics.jsonl every log_every optimiser steps, a row at each validation."""
 
     def __init__(self, path: Path, log_every: int):
-        self.path, self.log_every = path, log_every
+        self.path, self.log_every, self.lr = path, log_every, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drops rows that a killed run wrote after its last checkpoint."""
@@ -107,15 +127,17 @@ class MetricsFile(Callback):
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": trainer.global_step, **row}) + "\n")
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # after the step it is that of the next one
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if _step_done(trainer, batch_idx) and trainer.global_step % self.log_every == 0:
-            losses: Any = pl_module.losses
+        if _logged(trainer, batch_idx, self.log_every):
+            losses = step_losses(trainer, pl_module)
             for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
                 pl_module.log(name, value, prog_bar=name == "loss")
-            row = {name: float(value) for name, value in losses.items()}
-            self._append(trainer, row | {"lr": trainer.optimizers[0].param_groups[0]["lr"]})
+            self._append(trainer, {**losses, "lr": self.lr})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         names = [name for name in trainer.callback_metrics if name == "validation_loss" or name.startswith("layer")]

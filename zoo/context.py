@@ -28,44 +28,54 @@ class Summary(NamedTuple):
 
 
 def summarise(
-    z_BTD: Tensor, source: str, n_context: int, chunk: int | None = None, past: Past | None = None
+    z_BTD: Tensor,
+    source: str,
+    n_context: int,
+    chunk: int | None = None,
+    past: Past | None = None,
+    real: Tensor | None = None,
 ) -> Summary:
     """Mean of the states that make up a context; no state later than the token it serves ever enters.
 
     segment: the first n_context tokens, for all that follow: (B,D). chunk: for chunk s, all tokens of chunks < s:
     (B,S,D). running: tokens up to and including t: (B,T,D). token: the state of t alone, after attention: (B,T,D).
-    past: the states before z, which is then one token; the states of z are added to it.
+    past: the states before z, which is then one token; the states of z are added to it. real (B,T): False for places
+    that hold no token, which no mean takes in.
     """
-    B, T = z_BTD.shape[:2]
     past = Past() if past is None else past
-    ones = z_BTD.new_ones(B, T, 1)
+    counted_BT1 = torch.ones_like(z_BTD[..., :1]) if real is None else real.unsqueeze(-1).to(z_BTD)
     if source == "token":
-        return Summary(z_BTD, ones)
+        return Summary(z_BTD, counted_BT1)
+    # sums over thousands of tokens lose the small addends in bfloat16
+    dtype = torch.promote_types(z_BTD.dtype, torch.float32)
+    count_BT1 = counted_BT1.to(dtype)
+    states_BTD = z_BTD.to(dtype) if real is None else z_BTD * count_BT1
     if source == "segment":
         if not past.tokens:
-            past.total, past.n_context = z_BTD[:, :n_context].sum(1, keepdim=True), n_context
-        assert torch.is_tensor(past.total)
-        return Summary(past.total[:, 0] / max(past.n_context, 1), ones[:, 0] * float(past.n_context > 0))
-    # sums over thousands of tokens lose the small addends in bfloat16
-    states = z_BTD.to(torch.promote_types(z_BTD.dtype, torch.float32))
-    if source == "running":
-        count_T1 = past.tokens + torch.arange(1, T + 1, device=z_BTD.device, dtype=states.dtype)[:, None]
-        sums_BTD = past.total + states.cumsum(1)
-        past.total = sums_BTD[:, -1:]
-        return Summary((sums_BTD / count_T1).to(z_BTD.dtype), ones)
-    if source == "chunk" and chunk:
+            past.total, past.count = (t[:, :n_context].sum(1, keepdim=True) for t in (states_BTD, count_BT1))
+        total, count = past.total[:, 0], past.count[:, 0]
+    elif source == "running":
+        total, count = (before + t.cumsum(1) for before, t in ((past.total, states_BTD), (past.count, count_BT1)))
+        past.total, past.count = total[:, -1:], count[:, -1:]
+    elif source == "chunk" and chunk:
         begun = past.tokens % chunk  # how many tokens of the first chunk are in the past
-        sums_BSD = past.partial + fold(states, chunk).sum(2)
-        # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
-        before_BSD = past.total + F.pad(sums_BSD.cumsum(1)[:, :-1], (0, 0, 1, 0))
-        chunks_S1 = torch.arange(sums_BSD.shape[1], device=z_BTD.device, dtype=states.dtype)[:, None]
-        start_S1 = past.tokens - begun + chunks_S1 * chunk
-        complete = (begun + T) // chunk
-        past.total = past.total + sums_BSD[:, :complete].sum(1, keepdim=True)
-        past.partial = sums_BSD[:, complete:].sum(1, keepdim=True)
-        mean_BSD = (before_BSD / start_S1.clamp(min=1)).to(z_BTD.dtype)
-        return Summary(mean_BSD, (start_S1 > 0).to(z_BTD.dtype).expand(B, -1, 1))
-    raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")
+        complete = (begun + z_BTD.shape[1]) // chunk
+        total, past.total, past.partial = _before(states_BTD, chunk, complete, past.total, past.partial)
+        count, past.count, past.begun = _before(count_BT1, chunk, complete, past.count, past.begun)
+    else:
+        raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")
+    return Summary((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
+
+
+def _before(
+    t_BTn: Tensor, chunk: int, complete: int, total: Tensor | float, partial: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums before each chunk (B,S,n); those of all complete chunks, and of the one that is not, (B,1,n)."""
+    sums_BSn = partial + fold(t_BTn, chunk).sum(2)
+    # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
+    before_BSn = total + F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
+    whole = total + sums_BSn[:, :complete].sum(1, keepdim=True)
+    return before_BSn, whole, sums_BSn[:, complete:].sum(1, keepdim=True)
 
 
 class ContextToDelta(nn.Module, ABC):
@@ -75,14 +85,20 @@ class ContextToDelta(nn.Module, ABC):
     """False where the patch of a query is made from the separate context alone, the same for all queries."""
 
     @abstractmethod
-    def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
+    def forward(
+        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+    ) -> Patch:
         """The patch of layer `layer` for states z (B,T,D) whose first n_context tokens are a separate context.
 
-        past: what the layer keeps of the tokens before z, which is then one token, with n_context = 0.
+        past: what the layer keeps of the tokens before z, which is then one token, with n_context = 0. real (B,T):
+        False for places that hold no token and must change nothing; None where all do.
         """
 
-    def aux_loss(self, patches: list[Patch]) -> Tensor | float:
-        """What training adds to the task's loss, 0 for most families; called once for each part of a batch."""
+    def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
+        """What training adds to the task's loss, 0 for most families: a mean over the real tokens of a part.
+
+        Called once for each part of a step's batch; part counts them from 0.
+        """
         return 0.0
 
     @abstractmethod

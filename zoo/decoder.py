@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.context import ContextToDelta
 from zoo.delta import LowRank, Patch, Shear
-from zoo.layers import Block, FeedForward, Layout
+from zoo.layers import FILLING, Block, FeedForward, Layout
 from zoo.norm import RMSNorm
 from zoo.past import Past, check_past
 
@@ -25,6 +25,7 @@ class Decoder(nn.Module):
 
     vocabulary: number of token ids, or None for continuous tokens of `token_dim` numbers. independent_queries: tokens
     after the context all stand at the same position and do not see each other. attend_context: they see the context.
+    filled: ids may be FILLING, which is left out of attention, means and statistics.
     activation_checkpointing, an attribute: what a layer needs for its gradient is computed anew in the backward pass of
     training, not kept (Chen et al. 2016, arXiv 1604.06174).
     """
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
         tied: bool = False,
         independent_queries: bool = False,
         attend_context: bool = True,
+        filled: bool = False,
         blocks: int = 1,
         backend: str = "auto",
         theta: float = 10000.0,
@@ -53,7 +55,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.context_to_delta = None
-        self.independent_queries, self.attend_context = independent_queries, attend_context
+        self.independent_queries, self.attend_context, self.filled = independent_queries, attend_context, filled
         if (vocabulary is None) == (token_dim is None):
             raise ValueError(f"vocabulary={vocabulary}, token_dim={token_dim}: tokens are either ids or continuous")
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
@@ -79,10 +81,16 @@ class Decoder(nn.Module):
             writes = name.endswith(("ffn.down", "attention.o.weight"))
             parameter.normal_(std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)
 
-    def layout(self, tokens: int, n_context: int, device: torch.device | None = None) -> Layout:
-        """Positions and mask of `tokens` tokens, the first n_context of which are a separate context."""
+    def real(self, tokens: Tensor) -> Tensor | None:
+        """(B,T) which places hold a token, None where all do."""
+        return tokens != FILLING if self.filled else None
+
+    def layout(
+        self, tokens: int, n_context: int, device: torch.device | None = None, real: Tensor | None = None
+    ) -> Layout:
+        """Positions and mask of `tokens` tokens, the first n_context of which are a separate context; real (B,T)."""
         index_T = torch.arange(tokens, device=device)
-        if not self.independent_queries and (self.attend_context or not n_context):
+        if real is None and not self.independent_queries and (self.attend_context or not n_context):
             return Layout(index_T, None)
         query, key = index_T[:, None], index_T[None, :]
         mask_TT = key <= query
@@ -91,19 +99,26 @@ class Decoder(nn.Module):
             index_T = index_T.clamp(max=n_context)
         if not self.attend_context:
             mask_TT = mask_TT & ((query < n_context) | (key >= n_context))
-        return Layout(index_T, mask_TT)
+        if real is None:
+            return Layout(index_T, mask_TT)
+        # a place sees itself: a softmax over nothing is no number
+        return Layout(index_T, (mask_TT & real[:, None] | (key == query))[:, None])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding(tokens)
+        if tokens.is_floating_point():
+            return self.embedding(tokens.to(self.head.weight.dtype))
+        return self.embedding(tokens.clamp(min=0) if self.filled else tokens)
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         return self.head(self.norm(x_BTD))
 
-    def emit(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
+    def emit(
+        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+    ) -> Patch:
         """The patch that the family itself emits; empty for the transformer."""
         if self.context_to_delta is None:
             return Patch()
-        more = {} if past is None else {"past": past}
+        more = {name: value for name, value in (("past", past), ("real", real)) if value is not None}
         return self.context_to_delta(z_BTD, layer, n_context, **more)
 
     def new_past(self) -> list[Past]:
@@ -127,7 +142,8 @@ class Decoder(nn.Module):
         call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
         """
         _check_context(tokens, n_context)
-        layout = self.layout(tokens.shape[1], n_context, tokens.device)
+        real = self.real(tokens) if past is None else None
+        layout = self.layout(tokens.shape[1], n_context, tokens.device, real)
         if past is not None:
             if self.independent_queries:
                 raise ValueError("a past needs tokens in sequence, but the queries of this task are independent")
@@ -143,7 +159,7 @@ class Decoder(nn.Module):
             block, kept = self.blocks[layer], None if past is None else past[layer]
             v_BTD = block.attend(x_BTD, layout, kept)
             z_BTD = block.norm2(v_BTD)
-            patch = self.emit(z_BTD, layer, n_context, kept) if patches is None else patches[layer]
+            patch = self.emit(z_BTD, layer, n_context, kept, real) if patches is None else patches[layer]
             if added is not None:
                 patch = patch.plus(added[layer])
             if kept is not None:
@@ -192,7 +208,8 @@ class Decoder(nn.Module):
         _check_context(tokens, n_context)
         kept = (~removed).nonzero().squeeze(1)
         n_kept = int((~removed[:n_context]).sum())
-        full = self.layout(tokens.shape[1], n_context, tokens.device)
+        real = self.real(tokens)
+        full = self.layout(tokens.shape[1], n_context, tokens.device, real)
         reduced = full.keep(kept)
         xC_BTD = self.embed(tokens)
         x_BTD = xC_BTD[:, kept]
@@ -202,13 +219,13 @@ class Decoder(nn.Module):
             z_BTD = block.norm2(v_BTD)
             vC_BTD = block.attend(xC_BTD, full)
             zC_BTD = block.norm2(vC_BTD)
-            emitted = self.emit(zC_BTD, layer, n_context)
+            emitted = self.emit(zC_BTD, layer, n_context, real=real)
             xC_BTD = vC_BTD + block.ffn(zC_BTD, emitted)
             pair = Pair(
                 layer=layer,
                 ffn=block.ffn,
                 emitted=emitted.at(kept),
-                alone=partial(self.emit, z_BTD, layer, n_kept),
+                alone=partial(self.emit, z_BTD, layer, n_kept, real=None if real is None else real[:, kept]),
                 vC=vC_BTD[:, kept],
                 zC=zC_BTD[:, kept],
                 outC=xC_BTD[:, kept],

@@ -55,9 +55,10 @@ class Delta(ABC):
     def _core(self, W: Tensor) -> Tensor:
         """A matrix with the singular values of ΔW: R×R where there are factors, else ΔW."""
         factors = self.factors(W)
+        wide = torch.promote_types(W.dtype, torch.float32)  # no decomposition of bfloat16 exists
         if factors is None:
-            return self.dense(W)
-        u, v = (torch.linalg.qr(factor, mode="r").R for factor in factors)
+            return self.dense(W).to(wide)
+        u, v = (torch.linalg.qr(factor.to(wide), mode="r").R for factor in factors)
         return u @ v.mT
 
     def norm(self, W: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ class Scale(Delta):
     def norm(self, W: Tensor) -> Tensor:
         # Σ W²(rc−1)² with rc−1 = a + b + ab: exactly 0 for no scaling, and nothing of size (*,o,i) is formed
         _refuse_core(self)
-        a, b, square = self.rows - 1, self.columns - 1, W.square()
+        wide = torch.promote_types(W.dtype, torch.float32)
+        a, b, square = (t.to(wide) for t in (self.rows - 1, self.columns - 1, W.square()))
         rows = (a.square() * square.sum(1)).sum(-1) + (b.square() * square.sum(0)).sum(-1)
         cross = ((a @ square) * (2 * b)).sum(-1) + ((a.square() @ square) * (b.square() + 2 * b)).sum(-1)
         return (rows + cross + ((a @ square) * (2 * b.square())).sum(-1)).clamp(min=0).sqrt()
@@ -265,7 +267,8 @@ class Patch:
 
     input: a shear of what every reader of the input sees; weights, biases (*,o): per matrix; routing: the blocks used;
     chunk: how many tokens share one update, None for the whole sequence. Weight updates add to the stored W before the
-    shear acts on the sum: the dense weight of a reader is (W + ΔW)(I + shift aᵀ/|a|²).
+    shear acts on the sum: the dense weight of a reader is (W + ΔW)(I + shift aᵀ/|a|²). counted: which updates (*), or
+    choices of blocks (*,T), statistics take in, None for all; not those of empty contexts and places without a token.
     """
 
     input: Shear | None = None
@@ -273,6 +276,7 @@ class Patch:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
     chunk: int | None = None
+    counted: Tensor | None = None
 
     def at(self, tokens: Tensor) -> Patch:
         """One patch for each of `tokens` (T,): leading dims (B,T), chunk 1."""

@@ -17,17 +17,20 @@ from zoo.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
 from zoo.norm import RMSNorm
 from zoo.past import Past
 
+FILLING = -1
+"""The id of a place that holds no token: nobody sees it, and it counts for nothing."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand and whom they see: positions (T,); mask (T,T), True = sees, None = causal."""
+    """Where tokens stand and whom they see: positions (T,); mask (T,T) or (B,1,T,T), True = sees, None = causal."""
 
     positions: Tensor
     mask: Tensor | None
 
     def keep(self, kept: Tensor) -> Layout:
         """The layout of the tokens marked in `kept` (T,), at the positions they had."""
-        return Layout(self.positions[kept], None if self.mask is None else self.mask[kept][:, kept])
+        return Layout(self.positions[kept], None if self.mask is None else self.mask[..., kept, :][..., kept])
 
 
 def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +19,18 @@ from zoo.delta import Patch
 class Past:
     """Empty before the first pass; attention, summaries and families write into it.
 
-    tokens: how many there were, the first n_context of them a separate context. keys, values (B,G,T,d): those that the
-    next token attends to, keys rotated. total, partial (B,1,D): sums of states, of those that make up the context and
-    of those in a chunk not yet complete. patch: the update in force.
+    tokens: how many there were. keys, values (B,G,T,d): those that the next token attends to, keys rotated. total,
+    partial (B,1,D): sums of states, of those that make up the context and of those in a chunk not yet complete; count,
+    begun (B,1,1): of how many. patch: the update in force.
     """
 
     tokens: int = 0
-    n_context: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
-    total: Tensor | float = 0.0
-    partial: Tensor | float = 0.0
+    total: Any = 0.0
+    partial: Any = 0.0
+    count: Any = 0.0
+    begun: Any = 0.0
     patch: Patch | None = None
 
     def within(self, chunk: int | None) -> bool:

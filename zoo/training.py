@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo import checkpoint, flops, report
@@ -58,6 +60,16 @@ class RunConfig:
     activation_checkpointing: bool = False
     out: str | None = None
     resume: str | None = None
+
+
+class WeightsAlone(HalfPrecision):
+    """Weights in half precision; data and what is counted stay as they are: a baseline must not depend on it."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def forward_context(self) -> Any:
+        return nullcontext()
 
 
 DECIDED_BY = {
@@ -130,7 +142,7 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     )
     clock = Clock({**asdict(options), "resume": None, "out": None}, command())
     rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
-    callbacks = [clock, FiniteLoss(folder), rows, saver, LastCheckpoint(folder)]
+    callbacks = [clock, FiniteLoss(), rows, saver, LastCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(TQDMProgressBar(leave=True))
     engine = _trainer(model, options, dict(trainer), loggers or [], callbacks, folder)
@@ -205,6 +217,8 @@ def _trainer(
         option = DECIDED_BY.get(clash[0])
         raise ValueError(f"trainer.{clash[0]} is {f'decided by the option {option}' if option else 'fixed here'}")
     plugins = [checkpoint.Files(), *arguments.pop("plugins", [])]
+    if precision in ("bf16-true", "16-true"):
+        plugins, precision = [*plugins, WeightsAlone(precision)], None  # type: ignore[arg-type]
     given = {"accelerator": "auto", "devices": 1, **arguments, "precision": precision, "plugins": plugins}
     try:
         return L.Trainer(**given, **fixed)

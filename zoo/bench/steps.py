@@ -119,7 +119,7 @@ def bare_step(model: Model) -> Callable[[Any], Any]:
 
     def work(batch: Any) -> None:
         output, patches = model.decoder(batch.tokens, batch.n_context)
-        loss = model.task.loss(output, batch) + (seat.aux_loss(patches) if seat else 0.0)
+        loss = model.task.loss(output, batch) + (seat.aux_loss(patches, 0) if seat else 0.0)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), model.optim.clip)

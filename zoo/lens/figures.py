@@ -16,7 +16,7 @@ from zoo.lens import static, structure
 from zoo.lens.dynamics import growth
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
 from zoo.lens.patches import exact
-from zoo.lens.queries import sample_queries
+from zoo.lens.queries import cut, sample_queries
 from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, updates
 from zoo.models import Model
@@ -25,9 +25,10 @@ Models = Mapping[str, Model]
 
 
 def example(model: Model, size: int) -> tuple[Tensor, int]:
-    """Test tokens of the model's task, and how many of them are the context."""
+    """Test tokens of the model's task, cut where the first query ends, and how many of them are the context."""
     batch = model.task.batch("test", 0, size)
-    return batch.tokens, batch.n_context or model.task.tokens // 2
+    n = batch.n_context or model.task.tokens // 2
+    return cut(batch.tokens, n), n
 
 
 @torch.no_grad()

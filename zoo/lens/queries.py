@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.layers import FILLING
 from zoo.tasks import Task
+
+
+def cut(tokens: Tensor, n_context: int) -> Tensor:
+    """The tokens up to where filling begins in one of the rows after its context."""
+    if tokens.is_floating_point():
+        return tokens
+    return tokens[:, : n_context + int((tokens[:, n_context:] != FILLING).sum(1).min())]
 
 
 def sample_queries(
@@ -17,8 +25,8 @@ def sample_queries(
     """The tokens of `context` (n) or (n,token_dim), each followed by queries of the task's batch k of `split`.
 
     Queries blind to each other share one row (1,n+count,token_dim): fresh inputs (x, 0). Text has one row per query
-    (count,n+length): the first `length` tokens of a sequence, or of what follows its separate context. Raises
-    ValueError for queries that are longer than that.
+    (count,n+length): the first `length` tokens of a sequence, or of what follows its separate context, fewer where one
+    of them is shorter. Raises ValueError for queries that are longer than that.
     """
     if task.independent_queries:
         inputs_Kd = task.batch(split, k, -(-count // task.tokens)).tokens.flatten(0, 1)[:count].clone()
@@ -27,5 +35,5 @@ def sample_queries(
     longest = task.tokens - task.n_context
     if not 0 < length <= longest:
         raise ValueError(f"length={length} must lie between 1 and {longest}, the tokens of a query in this task")
-    windows_KT = task.batch(split, k, count).tokens[:, task.n_context :][:, :length].to(context)
+    windows_KT = cut(task.batch(split, k, count).tokens, task.n_context)[:, task.n_context :][:, :length].to(context)
     return torch.cat([context.expand(count, -1), windows_KT], 1)

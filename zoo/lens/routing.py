@@ -55,10 +55,12 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
             load.update(patch, block.ffn)
             entropy.update(patch, block.ffn)
         chosen = torch.stack([expert_sets(patch.routing, E) for patch in patches if patch.routing]).double()
+        real = model.decoder.real(batch.tokens)
+        chosen = chosen if real is None else chosen * real.unsqueeze(-1)
         counts.append(chosen.sum(2))
         together_LEE = together_LEE + (chosen.mT @ chosen).sum(1)
         groups.append(batch.group)
-        tokens += batch.tokens.shape[:2].numel()
+        tokens += batch.tokens.shape[:2].numel() if real is None else int(real.sum())
     if not counts:
         raise ValueError("no batches: the use of experts is counted over at least one")
     labels = [group for group in groups if group is not None]

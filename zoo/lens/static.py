@@ -194,15 +194,19 @@ class _States(NamedTuple):
 
 def _states(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch], layer: int) -> _States:
     # Decoder.replace_context for many passes: it stops at `layer` and forms no update per token
-    full = decoder.layout(tokens.shape[1], n_context, tokens.device)
+    real = decoder.real(tokens)
+    full = decoder.layout(tokens.shape[1], n_context, tokens.device, real)
+    asked = None if real is None else real[:, n_context:]
     alone = full.keep(torch.arange(n_context, tokens.shape[1], device=tokens.device))
     xC_BTD = decoder.embed(tokens)
     x_BTD = xC_BTD[:, n_context:]
     for index, block in enumerate(decoder.blocks[: layer + 1]):
         v_BTD, vC_BTD = block.attend(x_BTD, alone), block.attend(xC_BTD, full)
         z_BTD, zC_BTD = block.norm2(v_BTD), block.norm2(vC_BTD)
-        patch = decoder.emit(z_BTD, index, 0).plus(patches[index]) if reads_query(decoder) else patches[index]
-        xC_BTD = vC_BTD + block.ffn(zC_BTD, decoder.emit(zC_BTD, index, n_context))
+        patch = patches[index]
+        if reads_query(decoder):
+            patch = decoder.emit(z_BTD, index, 0, real=asked).plus(patch)
+        xC_BTD = vC_BTD + block.ffn(zC_BTD, decoder.emit(zC_BTD, index, n_context, real=real))
         if index < layer:
             x_BTD = v_BTD + block.ffn(z_BTD, patch)
     return _States(v_BTD, z_BTD, zC_BTD[:, n_context:], xC_BTD[:, n_context:], patch)

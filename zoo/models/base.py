@@ -21,6 +21,7 @@ from zoo.config import lookup, positive, strict
 from zoo.context import ContextToDelta
 from zoo.decoder import Decoder
 from zoo.delta import Patch
+from zoo.layers import FILLING
 from zoo.tasks import TASKS, Batch, Task
 
 
@@ -98,7 +99,8 @@ class Model(L.LightningModule):
     config: Any
     decoder: Decoder
     losses: dict[str, Tensor]
-    """Of the last training step, without gradients: loss, the task's, and aux_loss, where a family adds one."""
+    """Sums over the parts of the last training step, without gradients: loss, the task's, and aux_loss, where a family
+    adds one."""
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
@@ -134,6 +136,7 @@ class Model(L.LightningModule):
             "token_dim": task.token_dim,
             "output_dim": task.output_dim,
             "independent_queries": task.independent_queries,
+            "filled": task.filled,
         }
 
     def make_context_to_delta(self) -> ContextToDelta | None:
@@ -179,13 +182,16 @@ class Model(L.LightningModule):
         output, patches = self.decoder(batch.tokens, batch.n_context)
         loss = self.task.loss(output, batch)
         seat = self.decoder.context_to_delta
-        aux = seat.aux_loss(patches) if seat else 0.0
-        self.losses = {"loss": loss.detach(), **({"aux_loss": aux.detach()} if torch.is_tensor(aux) else {})}
+        aux = seat.aux_loss(patches, batch.part) if seat else 0.0
+        if batch.read:  # a part with more real tokens weighs more
+            aux = aux * (batch.tokens != FILLING).sum() / batch.read
+        losses = {"loss": loss.detach(), **({"aux_loss": aux.detach()} if torch.is_tensor(aux) else {})}
+        self.losses = {name: self.losses[name] + value for name, value in losses.items()} if batch.part else losses
         return loss + aux
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output, patches = self.decoder(batch.tokens, batch.n_context)
-        self.validation_loss.update(self.task.errors(output, batch))
+        self.validation_loss.update(self.task.errors(output, batch), self.task.scored(batch))
         for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
             for metric in metrics.values():
                 metric.update(patch, block.ffn)

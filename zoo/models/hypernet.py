@@ -148,11 +148,13 @@ class EmittedDelta(ContextToDelta):
         self.generator = Generator(config)
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
-    def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
+    def forward(
+        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+    ) -> Patch:
         config = self.config
         assert config.context is not None
         chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
-        summary = summarise(z_BTD, config.context, n_context, config.chunk, past)
+        summary = summarise(z_BTD, config.context, n_context, config.chunk, past, real)
         if past is not None and past.patch is not None and past.within(chunk):
             return past.patch
         if self.constant is not None:
@@ -162,7 +164,8 @@ class EmittedDelta(ContextToDelta):
             # the context's own tokens pass the FFN as it is; one product over all rows keeps the baseline's rounding
             B, T, _ = z_BTD.shape
             core = (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
-        patch = Patch(weights=self.generator(summary, layer, core), chunk=chunk)
+        counted = summary.filled.squeeze(-1).bool()
+        patch = Patch(weights=self.generator(summary, layer, core), chunk=chunk, counted=counted)
         if past is not None and chunk != 1:
             past.patch = patch.at(torch.tensor([z_BTD.shape[1] - 1], device=z_BTD.device))
         return patch
@@ -185,7 +188,7 @@ class EmittedDelta(ContextToDelta):
 
 
 class RelativeNorm(MeanMetric):
-    """Mean of ‖ΔW‖/‖W‖ (Frobenius) of one matrix over contexts."""
+    """Mean of ‖ΔW‖/‖W‖ (Frobenius) of one matrix over contexts that are not empty; nan if all are."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -194,7 +197,8 @@ class RelativeNorm(MeanMetric):
     def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
         delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
         whole = replace(delta, core=None)  # type: ignore[type-var]
-        super().update(whole.norm(W) / torch.linalg.matrix_norm(W))
+        size = whole.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+        super().update(size, 1.0 if patch.counted is None else patch.counted.expand_as(size))
 
 
 class Hypernet(Model):

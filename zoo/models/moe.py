@@ -123,7 +123,7 @@ class Router(nn.Module):
 
 
 class RoutedDelta(ContextToDelta):
-    """One router per layer; `counts` since the last step are no buffer, which DDP would overwrite."""
+    """One router per layer; `counts` of choices in this step are no buffer, which DDP would overwrite."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -139,50 +139,61 @@ class RoutedDelta(ContextToDelta):
             self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
         self.counts: dict[int, Tensor] = {}
 
-    def _state(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None) -> Tensor:
+    def _state(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None, real: Tensor | None) -> Tensor:
         """What the router reads at each token, (B,T,D)."""
         if self.norms is None or self.empty is None:
             return z_BTD
         T = z_BTD.shape[1]
         if self.config.chunk:
-            mean, filled = summarise(z_BTD, "chunk", 0, self.config.chunk, past)
+            mean, filled = summarise(z_BTD, "chunk", 0, self.config.chunk, past, real)
             mean, filled = (t.repeat_interleave(self.config.chunk, 1)[:, :T] for t in (mean, filled))
         else:
             # the context's own tokens route on what they have seen so far, queries on all of it
-            seen_BCD = summarise(z_BTD[:, :n_context], "running", 0).mean
-            whole_BD, filled_B1 = summarise(z_BTD, "segment", n_context, past=past)
-            mean = torch.cat([seen_BCD, whole_BD[:, None].expand(-1, T - n_context, -1)], 1)
-            filled = filled_B1[:, None]
+            context = None if real is None else real[:, :n_context]
+            seen = summarise(z_BTD[:, :n_context], "running", 0, real=context)
+            whole = summarise(z_BTD, "segment", n_context, past=past, real=real)
+            mean, filled = (
+                torch.cat([of_context, of_all[:, None].expand(-1, T - n_context, -1)], 1)
+                for of_context, of_all in zip(seen, whole, strict=True)
+            )
         return torch.where(filled > 0, self.norms[layer](mean), self.empty[layer])
 
-    def forward(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None) -> Patch:
-        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, past)))
+    def forward(
+        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+    ) -> Patch:
+        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, past, real)), counted=real)
 
-    def aux_loss(self, patches: list[Patch]) -> Tensor | float:
-        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
+    def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
+        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch.
+
+        Choices are those of all processes and of the step's parts so far, so that parts are balanced together and not
+        each for itself (Qiu et al. 2025, arXiv 2501.11873).
+        """
         config = self.config
         loss: Tensor | float = 0.0
         for layer, patch in enumerate(patches):
             assert patch.routing is not None
-            logits = patch.routing.logits
-            if config.bias_rate:
-                self.counts[layer] = self.counts.get(layer, 0) + expert_counts(patch.routing, config.experts)
+            if config.bias_rate or config.balance_weight:
+                count_E = expert_counts(patch, config.experts)
+                if dist.is_available() and dist.is_initialized():
+                    dist.all_reduce(count_E)
+                self.counts[layer] = self.counts[layer] + count_E if part else count_E
             if config.balance_weight:
-                loss = loss + config.balance_weight * balance_loss(patch.routing, config) / config.layers
+                loss = loss + config.balance_weight * balance_loss(patch, self.counts[layer], config) / config.layers
             if config.z_weight:
-                loss = loss + config.z_weight * logits.logsumexp(-1).square().mean() / config.layers
+                square = patch.routing.logits.logsumexp(-1).square()
+                loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
         return loss
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Moves each router's bias towards idle experts, by bias_rate, keeping its mean at zero."""
+        if not self.config.bias_rate:
+            return
         for layer, count_E in self.counts.items():
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(count_E)
             bias_E = self.routers[layer].bias
             bias_E += self.config.bias_rate * (count_E.mean() - count_E).sign()
             bias_E -= bias_E.mean()
-        self.counts = {}
 
     def flops_per_token(self, tokens: int) -> float:
         return 2.0 * self.config.layers * self.config.dim * self.config.experts
@@ -191,25 +202,29 @@ class RoutedDelta(ContextToDelta):
         return {"load": ExpertLoad(self.config.experts), "entropy": RouterEntropy()}
 
 
-def expert_counts(routing: Routing, experts: int) -> Tensor:
-    """How many tokens chose each routed expert, (E) in at least float32."""
+def expert_counts(patch: Patch, experts: int) -> Tensor:
+    """How many real tokens chose each routed expert, (E) in at least float32."""
+    assert patch.routing is not None
     # shared experts have the ids from `experts` on; a size known beforehand keeps the count free of a device sync
-    index = routing.index.flatten().clamp(max=experts)
-    counts = torch.zeros(experts + 1, device=index.device)
-    return counts.scatter_add(0, index, torch.ones_like(index, dtype=counts.dtype))[:-1]
+    index = patch.routing.index.clamp(max=experts)
+    counted = index.new_ones(()) if patch.counted is None else patch.counted.unsqueeze(-1)
+    ones = counted.expand_as(index).to(torch.promote_types(patch.routing.logits.dtype, torch.float32)).flatten()
+    return ones.new_zeros(experts + 1).scatter_add(0, index.flatten(), ones)[:-1]
 
 
-def balance_loss(routing: Routing, config: MoEConfig) -> Tensor:
-    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); f: share of choices, p: probability.
+def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of the values (B,T) that are counted, 0 if none is."""
+    return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp(min=1)
 
-    f is summed over processes before the product, so that two processes give the loss of one.
-    """
-    count_E = expert_counts(routing, config.experts)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count_E)
-    score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](routing.logits.flatten(0, -2).mT)
-    p_E = (score_EN / score_EN.sum(0)).mean(1)
-    return config.experts * (count_E / count_E.sum() * p_E).sum()
+
+def balance_loss(patch: Patch, count_E: Tensor, config: MoEConfig) -> Tensor:
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); f: share of choices, by the counts
+    given, p: mean probability over the tokens of `patch`."""
+    assert patch.routing is not None
+    score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](patch.routing.logits.flatten(0, -2).mT)
+    share_E = count_E / count_E.sum().clamp(min=1)
+    balance_N = share_E @ (score_EN / score_EN.sum(0))
+    return config.experts * mean_of(balance_N, None if patch.counted is None else patch.counted.flatten())
 
 
 class ExpertLoad(Metric):
@@ -222,8 +237,7 @@ class ExpertLoad(Metric):
         self.add_state("counts", torch.zeros(experts), dist_reduce_fx="sum")
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:
-        assert patch.routing is not None
-        self.counts += expert_counts(patch.routing, len(self.counts))
+        self.counts += expert_counts(patch, len(self.counts))
 
     def compute(self) -> dict[str, Tensor]:
         return {
@@ -233,12 +247,12 @@ class ExpertLoad(Metric):
 
 
 class RouterEntropy(MeanMetric):
-    """Mean entropy in nats of the softmax of the router's logits; ln E if it does not care."""
+    """Mean entropy in nats over real tokens of the softmax of the router's logits; ln E if it does not care."""
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
         assert patch.routing is not None
         logp = patch.routing.logits.log_softmax(-1)
-        super().update(-(logp.exp() * logp).sum(-1))
+        super().update(-(logp.exp() * logp).sum(-1), 1.0 if patch.counted is None else patch.counted)
 
 
 class MoE(Model):

@@ -21,13 +21,18 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 class Batch(NamedTuple):
     """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest;
     wrong_context: as many tokens of another sequence, (B,C) or (B,C,token_dim); group (B): which part of the data a
-    sequence comes from, for analysis alone."""
+    sequence comes from, for analysis alone. A step's global batch is cut into parts, `part` counts them on each
+    process; scored, read: predictions and tokens of the global batch over the number of all parts, what sums over this
+    part are divided by, so that every prediction weighs the same whatever part it is in; 0: count this batch's own."""
 
     tokens: Tensor
     targets: Tensor
     n_context: int
     wrong_context: Tensor | None = None
     group: Tensor | None = None
+    part: int = 0
+    scored: float = 0.0
+    read: float = 0.0
 
     def rows(self, first: int, count: int) -> Batch:
         """The part of the batch that one process works on."""
@@ -54,6 +59,8 @@ class Task(ABC):
     output_dim: int
     n_context: int = 0
     independent_queries: bool = False
+    filled: bool = False
+    """Whether token ids may be FILLING, which holds the places of what is missing."""
     tokens: int
 
     def __init__(self, options: dict[str, Any], seed: int):
@@ -82,13 +89,27 @@ class Task(ABC):
     def batch(self, split: str, k: int, size: int) -> Batch:
         """Global batch k of a split, `size` sequences; the same on every machine and process."""
 
+    def at(self, split: str, index_N: np.ndarray) -> Batch:
+        """The sequences of these numbers, counted over all batches of a split; for tasks where `once` gives any."""
+        raise NotImplementedError
+
+    def once(self, split: str, draws: int) -> np.ndarray | None:
+        """The numbers of those of the first `draws` sequences that did not come before; None: no two are the same."""
+        return None
+
     @abstractmethod
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
-        """The loss of each prediction, any shape."""
+        """The loss of each prediction (B,Q), 0 where nothing is predicted."""
+
+    def scored(self, batch: Batch) -> Tensor:
+        """Which predictions count (B,Q); here all."""
+        return torch.ones_like(batch.targets, dtype=torch.bool)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """What is trained on, the mean of the errors; without a shape made of values, for which a GPU is waited for."""
-        return self.errors(output, batch).mean()
+        """What is trained on: the sum of the errors over `batch.scored`, so that the mean over parts is the mean over
+        the predictions of the global batch; without a shape made of values, for which a GPU is waited for."""
+        total = batch.scored or self.scored(batch).sum().clamp(min=1)
+        return self.errors(output, batch).sum() / total
 
     @abstractmethod
     def references(self) -> dict[str, float]:

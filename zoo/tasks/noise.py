@@ -41,7 +41,8 @@ class Noise(Task):
         return Batch(ids[:, :-1], ids[:, 1:], 0)
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(output.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
+        targets = batch.targets
+        return F.cross_entropy(output.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
 
     def references(self) -> dict[str, float]:
         return {"floor, ln V": math.log(self.config.vocabulary)}

@@ -1,9 +1,11 @@
 """Continuing a text given a separate context: an earlier passage of the same document, or what a file says.
 
-    token      0 ... C-1   |   C    C+1 ...                             T-1
-    carries    the context | START  the query, the target but its last, padding     scored: the target alone
+    token      0 ... C-1             |   C    C+1 ...                        T-1
+    carries    filling, the context  | START  the query, the target, filling       scored: the target and its end
 
-A context enters by attention, or through weights alone, as the family says. Tokens are bytes.
+A context enters by attention, or through weights alone, as the family says. Tokens are bytes. Filling holds the place
+of what is missing and changes nothing. Documents go on after the target, which then has no end, and its last byte is
+not read.
 Axes: B sequences, C context tokens, Q tokens of the second part, T = C + Q.
 """
 
@@ -21,14 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import positive
-from zoo.tasks.base import SPLITS, Batch, Predict, Task
+from zoo.layers import FILLING
+from zoo.tasks.base import SPLITS, Batch, Predict
 from zoo.tasks.corpus import START
 from zoo.tasks.domains import DOMAINS
 from zoo.tasks.examples import ENOUGH, Examples, from_documents, from_rows, read
+from zoo.tasks.finite import FiniteTask, Pick
 from zoo.tasks.ngram import Trigram
 from zoo.tasks.text import domain_ids
 
-IGNORE = -100  # torch's ignore_index: what is no byte of the target
+IGNORE = -100  # torch's ignore_index: what is not predicted
 FILE = "files"
 
 
@@ -45,12 +49,7 @@ class PromptsConfig:
     files: tuple[str, ...] | None = None
 
 
-@functools.lru_cache(maxsize=16)
-def _order(examples: int, seed: int, split: str, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(examples)
-
-
-class Prompts(Task):
+class Prompts(FiniteTask):
     """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
 
     Config = PromptsConfig
@@ -62,7 +61,8 @@ class Prompts(Task):
         config = self.config
         positive("task", context=config.context, query=config.query, target=config.target)
         self.n_context = config.context
-        self.tokens = config.context + config.query + config.target
+        self.filled = config.files is not None
+        self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last byte
         if config.files is None:
             object.__setattr__(config, "domains", tuple(DOMAINS) if config.domains is None else config.domains)
             if not config.domains or len(set(config.domains)) < len(config.domains):
@@ -95,37 +95,32 @@ class Prompts(Task):
     def prepare(self) -> None:
         _ = self.sources
 
-    def batch(self, split: str, k: int, size: int) -> Batch:
-        """Sequence j of a split comes from source j mod D, which gives all its examples in a new order every epoch;
-        held-out ones always in the same."""
+    def sizes(self, split: str) -> list[int]:
+        return [len(splits[split].document) for splits in self.sources.values()]
+
+    def rows(self, split: str, picks: list[Pick]) -> Batch:
+        """The wrong context is that of the next example from another document."""
         sources = [splits[split] for splits in self.sources.values()]
-        turn, group = np.divmod(k * size + np.arange(size), len(sources))
-        tokens = np.full((size, self.tokens + 1), START, np.int64)
-        targets = np.full((size, self.tokens - self.n_context), IGNORE, np.int64)
-        wrong = np.full((size, self.n_context), START, np.int64)
-        for row in range(size):
-            examples = sources[group[row]]
-            index, other = self._pick(examples, split, int(turn[row]))
-            context, query, target = examples.parts(index)
-            query, target = query[-self.config.query :], target[: self.config.target]
+        tokens = np.full((len(picks), self.tokens + 1), FILLING, np.int64)
+        tokens[:, self.n_context] = START
+        targets = np.full((len(picks), self.tokens - self.n_context), IGNORE, np.int64)
+        wrong = np.full((len(picks), self.n_context), FILLING, np.int64)
+        for row, (source, order, place) in enumerate(picks):
+            examples, other = sources[source], place
+            while examples.document[order[other]] == examples.document[order[place]]:
+                other = (other + 1) % len(order)
+            context, query, target = examples.parts(order[place])
+            query, whole, target = query[-self.config.query :], len(target), target[: self.config.target]
             self._fill(tokens[row], context)
-            self._fill(wrong[row], examples.parts(other)[0])
+            self._fill(wrong[row], examples.parts(order[other])[0])
             first, last = len(query), len(query) + len(target)
             second = tokens[row, self.n_context + 1 :]
             second[:first], second[first:last], targets[row, first:last] = query, target, target
-        arrays = (tokens[:, :-1], targets, wrong, group)
-        own, scored, other_context, source = (torch.from_numpy(array) for array in arrays)
-        return Batch(own, scored, self.n_context, other_context, None if self.config.files else source)
-
-    def _pick(self, examples: Examples, split: str, turn: int) -> tuple[int, int]:
-        """Which example comes at a turn, and the next one after it from another document, for the wrong context."""
-        epoch, place = divmod(turn, len(examples.document))
-        key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
-        order = _order(len(examples.document), *key)
-        other = place
-        while examples.document[order[other]] == examples.document[order[place]]:
-            other = (other + 1) % len(order)
-        return order[place], order[other]
+            if self.filled and len(target) == whole:
+                targets[row, last] = START
+        own, scored, other_context = (torch.from_numpy(array) for array in (tokens[:, :-1], targets, wrong))
+        group = None if self.config.files else torch.tensor([pick.source for pick in picks])
+        return Batch(own, scored, self.n_context, other_context, group)
 
     def _fill(self, row: np.ndarray, context: np.ndarray) -> None:
         """Writes the last bytes of a context before place C; what is free on the left stays as it is."""
@@ -141,19 +136,18 @@ class Prompts(Task):
         return bytes(i for i in ids if i < START)
 
     def encode_context(self, text: str) -> list[int]:
-        """The C tokens of a context: its last bytes, with START on the left where they are fewer."""
-        last = text.encode()[-self.n_context :]
-        return [START] * (self.n_context - len(last)) + list(last)
+        """The tokens of a context: its last bytes, at most C."""
+        return list(text.encode()[-self.n_context :])
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
-        """Nats of each byte of the targets."""
-        output = output[:, -batch.targets.shape[1] :].flatten(0, 1).float()
-        nats = F.cross_entropy(output, batch.targets.flatten(), reduction="none", ignore_index=IGNORE)
-        return nats[batch.targets.flatten() != IGNORE]
+        """Nats of each byte of the targets, and of their ends."""
+        targets = batch.targets
+        output = output[:, -targets.shape[1] :].flatten(0, 1).float()
+        nats = F.cross_entropy(output, targets.flatten(), reduction="none", ignore_index=IGNORE)
+        return nats.view(targets.shape)
 
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        output = output[:, -batch.targets.shape[1] :].flatten(0, 1).float()
-        return F.cross_entropy(output, batch.targets.flatten(), ignore_index=IGNORE)
+    def scored(self, batch: Batch) -> Tensor:
+        return batch.targets != IGNORE
 
     def references(self) -> dict[str, float]:
         shares = []
@@ -162,7 +156,9 @@ class Prompts(Task):
             marks = np.zeros(len(ids) + 1, np.int64)
             np.add.at(marks, edges[:, 2], 1)
             np.add.at(marks, np.minimum(edges[:, 3], edges[:, 2] + self.config.target), -1)
-            counts = np.bincount(ids[marks.cumsum()[:-1] > 0], minlength=START)
+            counts = np.bincount(ids[marks.cumsum()[:-1] > 0], minlength=START + 1)
+            if self.filled:
+                counts[START] = (edges[:, 3] - edges[:, 2] <= self.config.target).sum()
             shares.append(counts / counts.sum())
         p = np.mean(shares, 0)
         return {"best fixed byte distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
@@ -175,16 +171,18 @@ class Prompts(Task):
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Bits of each byte of the targets, of the model with three contexts and of the trigram; also by domain."""
         assert batch.wrong_context is not None
-        n, scored = batch.n_context, batch.targets != IGNORE
+        n, scored = batch.n_context, (batch.targets >= 0) & (batch.targets < START)
         query = batch.tokens[:, n:]
         wrong = torch.cat([batch.wrong_context, query], 1)
-        counted = self.trigram.bits(query.cpu().numpy(), batch.targets.clamp(min=0).cpu().numpy())
+        read, asked = query.where(query != FILLING, START), batch.targets.clamp(0, START - 1)
+        counted = self.trigram.bits(read.cpu().numpy(), asked.cpu().numpy())
         bits = {
             "bits_per_byte": self.errors(predict(batch.tokens, n), batch) / math.log(2),
             "bits_per_byte_without_context": self.errors(predict(query, 0), batch) / math.log(2),
             "bits_per_byte_wrong_context": self.errors(predict(wrong, n), batch) / math.log(2),
-            "bits_per_byte_trigram": torch.from_numpy(counted).float().to(scored.device)[scored],
+            "bits_per_byte_trigram": torch.from_numpy(counted).float().to(scored.device),
         }
+        bits = {name: values[scored] for name, values in bits.items()}
         if batch.group is None:
             return bits
         group = batch.group[:, None].expand_as(scored)[scored]

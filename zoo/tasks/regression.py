@@ -69,6 +69,12 @@ class Regression(Task):
         )
 
     def batch(self, split: str, k: int, size: int) -> Batch:
+        tokens, targets = self._draw(split, k, size)
+        # wrong within the global batch: the control must not depend on how processes share it
+        wrong = tokens.roll(1, 0) if size > 1 else self._draw(split, k + 1, 1)[0]
+        return Batch(tokens, targets, self.n_context, wrong[:, : self.n_context])
+
+    def _draw(self, split: str, k: int, size: int) -> tuple[Tensor, Tensor]:
         config, generator = self.config, self.generator(split, k)
         x_BTd = torch.randn(size, self.tokens, config.dimension, generator=generator)
         if config.function == "network":
@@ -86,8 +92,7 @@ class Regression(Task):
                 y_BT = y_BT + config.noise * torch.randn(size, self.tokens, generator=generator)
         tokens = torch.cat([x_BTd, y_BT[:, :, None]], -1)
         tokens[:, self.n_context :, -1] = 0
-        # wrong within the global batch: the control must not depend on how processes share it
-        return Batch(tokens, y_BT[:, self.n_context :], self.n_context, tokens[:, : self.n_context].roll(1, 0))
+        return tokens, y_BT[:, self.n_context :]
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()

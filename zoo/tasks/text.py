@@ -20,9 +20,10 @@ from torch import Tensor
 
 from zoo.config import positive
 from zoo.tasks import corpus, sources, tokenizer
-from zoo.tasks.base import SPLITS, Batch, Predict, Task
+from zoo.tasks.base import Batch, Predict
 from zoo.tasks.corpus import START, split_documents
 from zoo.tasks.domains import DOMAINS, origin
+from zoo.tasks.finite import FiniteTask, Pick
 from zoo.tasks.ngram import Trigram
 from zoo.tasks.tokenizer import Tokenizer
 
@@ -65,13 +66,12 @@ def _domain_parts(domain: str) -> Iterable[corpus.Part]:
     return split_documents(domain, DOMAINS[domain]())
 
 
-@functools.lru_cache(maxsize=16)
-def _order(blocks: int, seed: int, split: str, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(blocks)
+class Text(FiniteTask):
+    """Next-token prediction in bits per byte, on average and by domain, beside one byte trigram for all domains.
 
-
-class Text(Task):
-    """Next-token prediction in bits per byte, on average and by domain, beside one byte trigram for all domains."""
+    A domain gives blocks of T+1 ids that overlap by one. The start of the next document is learned as the end of the
+    one before, but bits per byte are of bytes alone.
+    """
 
     Config = TextConfig
     headline = "bits_per_byte"
@@ -195,32 +195,24 @@ class Text(Task):
         """The bytes that ids stand for; starts of documents have none."""
         return self.tokenizer.decode(ids)
 
-    def batch(self, split: str, k: int, size: int) -> Batch:
-        """Sequence j of a split comes from domain j mod D. A domain gives blocks of T+1 ids that overlap by one, all of
-        them in a new order every epoch; held-out ones always in the same."""
-        place, rows = k * size + np.arange(size), np.empty((size, self.tokens + 1), np.int64)
-        turn, group = np.divmod(place, len(self.ids))
-        for row in range(size):
-            ids = self.ids[group[row]][split]
-            blocks = (len(ids) - 1) // self.tokens
-            epoch, index = divmod(int(turn[row]), blocks)
-            order = _order(blocks, self.seed, split, epoch) if split == "train" else _order(blocks, 0, split, 0)
-            start = order[index] * self.tokens
-            rows[row] = ids[start : start + self.tokens + 1]
+    def sizes(self, split: str) -> list[int]:
+        return [(len(splits[split]) - 1) // self.tokens for splits in self.ids]
+
+    def rows(self, split: str, picks: list[Pick]) -> Batch:
+        rows = np.empty((len(picks), self.tokens + 1), np.int64)
+        for row, (source, order, place) in zip(rows, picks, strict=True):
+            start = order[place] * self.tokens
+            row[:] = self.ids[source][split][start : start + self.tokens + 1]
         window = torch.from_numpy(rows)
-        return Batch(window[:, :-1], window[:, 1:], 0, group=torch.from_numpy(group))
+        return Batch(window[:, :-1], window[:, 1:], 0, group=torch.tensor([pick.source for pick in picks]))
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
-        """Nats of each token; starts of documents are given, not predicted."""
-        targets = batch.targets.flatten()
-        return F.cross_entropy(output.flatten(0, 1).float(), targets, reduction="none")[targets != START]
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(output.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=START)
+        """Nats of each token, ends of documents among them."""
+        targets = batch.targets
+        return F.cross_entropy(output.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
 
     def references(self) -> dict[str, float]:
         counts = np.stack([np.bincount(s["train"][:COUNTED], minlength=self.output_dim) for s in self.ids])
-        counts[:, START] = 0
         p = (counts / counts.sum(1, keepdims=True)).mean(0)
         unit = "token" if self.tokenizer.merges else "byte"
         return {f"best fixed {unit} distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
@@ -241,9 +233,9 @@ class Text(Task):
         """Bits of each byte, of the model and of the trigram, for all domains and for each one. The bits of a token are
         spread evenly over its bytes, so that means over bytes are bits per byte whatever the tokens are."""
         assert batch.group is not None
-        lengths = self._lengths.to(batch.targets.device)[batch.targets].flatten()
-        scored = lengths[lengths > 0]
-        nats = (self.errors(predict(batch.tokens, 0), batch) / scored).repeat_interleave(scored)
+        lengths = self._lengths.to(batch.targets.device)[batch.targets].flatten()  # 0 of a start
+        nats = self.errors(predict(batch.tokens, 0), batch).flatten() / lengths
+        nats = nats.repeat_interleave(lengths)
         bits = {
             "bits_per_byte": nats / math.log(2),
             "bits_per_byte_trigram": self._trigram_bits(batch).to(nats.device),
