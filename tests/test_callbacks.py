@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 import zoo
 from zoo import training
-from zoo.callbacks import Interrupted, LastCheckpoint, MetricsFile
+from zoo.callbacks import FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
 from zoo.models import Model
 from zoo.tasks.regression import Regression
 
@@ -62,6 +63,26 @@ def test_a_loss_that_is_no_number_stops_the_run(
     # the data repaired, the run goes on from there
     monkeypatch.undo()
     assert zoo.train(resume=tmp_path / "run", trainer=QUIET)["steps"] == 6
+
+
+def test_between_rows_of_metrics_a_loss_is_read_before_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, "train", 4)
+    with pytest.raises(ValueError, match="nan at step 6"):
+        small(tmp_path / "run", log_every=100)
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    # a signal saves at once: the loss may be a number where the step after it was none
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1,
+        default_root_dir=tmp_path,
+        global_step=3,
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+    )
+    model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)})
+    FiniteLoss().on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
+    with pytest.raises(ValueError, match=r"an entry of norm\.weight is nan at step 3; no checkpoint was written yet"):
+        FiniteLoss().on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.tensor([1.0, math.nan])}})
 
 
 def test_before_the_first_checkpoint_none_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

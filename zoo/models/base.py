@@ -115,6 +115,7 @@ class Model(L.LightningModule):
         # the decoder draws its weights first: families start from the same decoder at the same seed
         self.decoder = Decoder(**self.decoder_options())
         self.decoder.context_to_delta = self.make_context_to_delta()
+        self.losses = {}
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.test_metrics: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
         seat = self.decoder.context_to_delta
