@@ -45,7 +45,8 @@ def routing_of(index: list[list[int]], logits: Tensor | None = None) -> Routing:
 
 def balance_of_choices(routing: Routing, options: MoEConfig) -> Tensor:
     patch = Patch(routing=routing)
-    return balance_loss(patch, expert_counts(patch, E), options)
+    counts_E = expert_counts(patch, E)
+    return balance_loss(patch, counts_E / counts_E.sum(), options)
 
 
 def emitted(model: MoE, z: Tensor) -> Routing:
@@ -93,6 +94,8 @@ def balance_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         seat.routers[0].weight.copy_(torch.randn(E, D, generator=generator))
     z = torch.randn(2, 6, D, generator=generator)[rows]
+    seat.aux_loss([seat(z, 0, 0)], 0)
+    seat.after_step()  # the choices of this step are balanced in the next one
     loss = seat.aux_loss([seat(z, 0, 0)], 0)
     assert isinstance(loss, Tensor)
     loss.backward()
@@ -156,6 +159,11 @@ def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
         seat.aux_loss(patches, part)
         assert [count_E.sum() for count_E in seat.counts.values()] == [parts * 10 * seat.config.top_k] * 2
     seat.after_step()
+    assert not seat.counts
+    share_E = expert_counts(patches[1], E) / (10 * seat.config.top_k)
+    torch.testing.assert_close(seat.shares[1], share_E)
+    even = RoutedDelta(seat.config).aux_loss(patches, 0)
+    assert not torch.isclose(torch.as_tensor(seat.aux_loss(patches, 0)), torch.as_tensor(even), rtol=1e-6)
     assert all(router.bias.any() for router in seat.routers)
 
 

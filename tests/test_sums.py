@@ -54,9 +54,9 @@ def gradient(model: Model, parts: int, world: int) -> Tensor:
 @pytest.mark.parametrize(("parts", "world"), [(8, 1), (1, 2), (2, 2), (16, 1)])
 def test_parts_and_processes_have_the_gradient_of_the_whole(name: str, parts: int, world: int, tmp_path: Path) -> None:
     model = on_file(BY_NAME[name], tmp_path)
-    if name.startswith("moe"):  # balance needs the choices of all parts, and early parts do not know those of late ones
+    if name.startswith("moe"):
         seat: Any = model.decoder.context_to_delta
-        object.__setattr__(seat.config, "balance_weight", 0.0)
+        seat.shares = [torch.tensor([0.1, 0.2, 0.3, 0.4])] * 2
     whole, cut = gradient(model, 1, 1), gradient(model, parts, world)
     assert float((cut - whole).norm() / whole.norm()) < 1e-6
 
@@ -71,14 +71,14 @@ def run(folder: Path, accumulate: int = 1, model: Any = "transformer", **options
     return zoo.load(folder), rows
 
 
-@pytest.mark.parametrize(("model", "bound"), [("transformer", 1e-5), ("moe", 1e-3)])
-def test_accumulation_trains_the_same(model: str, bound: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["transformer", "moe"])
+def test_accumulation_trains_the_same(model: str, tmp_path: Path) -> None:
     (whole, rows), (cut, rows_of_parts) = (run(tmp_path / str(parts), parts, model) for parts in (1, 8))
     pairs = zip(whole.state_dict().values(), cut.state_dict().values(), strict=True)
-    assert max(float((a - b).abs().max()) for a, b in pairs) <= bound
-    losses = [[row["loss"] for row in r if "loss" in row] for r in (rows, rows_of_parts)]
+    assert max(float((a - b).abs().max()) for a, b in pairs) <= 1e-5
+    losses = [[row["loss"] + row.get("aux_loss", 0) for row in r if "loss" in row] for r in (rows, rows_of_parts)]
     assert len(losses[0]) == 20
-    assert losses[0] == pytest.approx(losses[1], abs=10 * bound)  # of the whole step, not of its last part
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # of the whole step, not of its last part
     used = [whole.optim.lr * whole.optim.lr_at(step) for step in range(20)]
     assert [row["lr"] for row in rows if "lr" in row] == pytest.approx(used)
 

@@ -6,13 +6,14 @@ Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model; `*` the leading
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from zoo.config import show
 from zoo.delta import Patch
 from zoo.layers import fold
 from zoo.past import Past
@@ -111,3 +112,12 @@ class ContextToDelta(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Called once after each optimiser step, on every process; nothing to do for most families."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the weights to go on as if nothing had happened, as plain values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what state() gave, or nothing; raises ValueError for what it cannot have given."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got {show(state)}")

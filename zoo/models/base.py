@@ -226,9 +226,13 @@ class Model(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.task.state()
+        if self.decoder.context_to_delta:
+            checkpoint["family"] = self.decoder.context_to_delta.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.task.restore(checkpoint.get("task", {}))
+        if self.decoder.context_to_delta:
+            self.decoder.context_to_delta.restore(checkpoint.get("family", {}))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = list(self.decoder.parameters())

@@ -123,7 +123,8 @@ class Router(nn.Module):
 
 
 class RoutedDelta(ContextToDelta):
-    """One router per layer; `counts` of choices in this step are no buffer, which DDP would overwrite."""
+    """One router per layer. counts: choices in this step, by layer, which is no buffer: DDP would overwrite it; shares:
+    of each expert in the step before, by layer."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -138,6 +139,7 @@ class RoutedDelta(ContextToDelta):
             # what routes where there is no context yet: zero logits would send everyone to the same experts
             self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
         self.counts: dict[int, Tensor] = {}
+        self.shares: list[Tensor] = []
 
     def _state(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None, real: Tensor | None) -> Tensor:
         """What the router reads at each token, (B,T,D)."""
@@ -164,22 +166,17 @@ class RoutedDelta(ContextToDelta):
         return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, past, real)), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
-        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch.
-
-        Choices are those of all processes and of the step's parts so far, so that parts are balanced together and not
-        each for itself (Qiu et al. 2025, arXiv 2501.11873).
-        """
+        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
         config = self.config
         loss: Tensor | float = 0.0
         for layer, patch in enumerate(patches):
             assert patch.routing is not None
             if config.bias_rate or config.balance_weight:
                 count_E = expert_counts(patch, config.experts)
-                if dist.is_available() and dist.is_initialized():
-                    dist.all_reduce(count_E)
                 self.counts[layer] = self.counts[layer] + count_E if part else count_E
             if config.balance_weight:
-                loss = loss + config.balance_weight * balance_loss(patch, self.counts[layer], config) / config.layers
+                share_E = self.shares[layer].to(patch.routing.logits) if self.shares else None
+                loss = loss + config.balance_weight * balance_loss(patch, share_E, config) / config.layers
             if config.z_weight:
                 square = patch.routing.logits.logsumexp(-1).square()
                 loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
@@ -187,13 +184,29 @@ class RoutedDelta(ContextToDelta):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Moves each router's bias towards idle experts, by bias_rate, keeping its mean at zero."""
-        if not self.config.bias_rate:
+        """Adds up the choices of all parts and processes; moves each router's bias towards idle experts, by bias_rate,
+        keeping its mean at zero."""
+        if not self.counts:
             return
-        for layer, count_E in self.counts.items():
-            bias_E = self.routers[layer].bias
-            bias_E += self.config.bias_rate * (count_E.mean() - count_E).sign()
-            bias_E -= bias_E.mean()
+        count_LE = torch.stack([self.counts[layer] for layer in sorted(self.counts)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count_LE)
+        self.counts, self.shares = {}, list(count_LE / count_LE.sum(1, keepdim=True).clamp(min=1))
+        if self.config.bias_rate:
+            for router, count_E in zip(self.routers, count_LE, strict=True):
+                router.bias += self.config.bias_rate * (count_E.mean() - count_E).sign()
+                router.bias -= router.bias.mean()
+
+    def state(self) -> dict[str, Any]:
+        return {"shares": [share_E.tolist() for share_E in self.shares]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        shares, config = state.get("shares", []), self.config
+        rows = [len(row) if isinstance(row, list) else 0 for row in shares] if isinstance(shares, list) else [0]
+        numbers = [x for row in shares for x in row] if set(rows) <= {config.experts} else [None]
+        if len(rows) not in (0, config.layers) or not all(isinstance(x, float) and 0 <= x <= 1 for x in numbers):
+            raise ValueError(f"the shares of experts must be {config.layers} × {config.experts} numbers from 0 to 1")
+        self.shares = [torch.tensor(row) for row in shares]
 
     def flops_per_token(self, tokens: int) -> float:
         return 2.0 * self.config.layers * self.config.dim * self.config.experts
@@ -217,14 +230,18 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
     return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp(min=1)
 
 
-def balance_loss(patch: Patch, count_E: Tensor, config: MoEConfig) -> Tensor:
-    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); f: share of choices, by the counts
-    given, p: mean probability over the tokens of `patch`."""
+def balance_loss(patch: Patch, share_E: Tensor | None, config: MoEConfig) -> Tensor:
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`.
+
+    f, the share of choices, is that of the whole step before, None for even ones: all parts and processes together are
+    balanced, not each for itself (Qiu et al. 2025, arXiv 2501.11873), and the first part need not know the last one, so
+    that however a batch is cut, it trains the same.
+    """
     assert patch.routing is not None
     score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](patch.routing.logits.flatten(0, -2).mT)
-    share_E = count_E / count_E.sum().clamp(min=1)
-    balance_N = share_E @ (score_EN / score_EN.sum(0))
-    return config.experts * mean_of(balance_N, None if patch.counted is None else patch.counted.flatten())
+    p_EN = score_EN / score_EN.sum(0)
+    share_E = p_EN.new_full((config.experts,), 1 / config.experts) if share_E is None else share_E
+    return config.experts * mean_of(share_E @ p_EN, None if patch.counted is None else patch.counted.flatten())
 
 
 class ExpertLoad(Metric):
