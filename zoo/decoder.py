@@ -140,15 +140,16 @@ class Decoder(nn.Module):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
 
         def run(x_BTD: Tensor, layer: int) -> tuple[Tensor, Patch]:
-            block, kept = self.blocks[layer], None if past is None else past[layer]
-            v_BTD = block.attend(x_BTD, layout, kept)
-            z_BTD = block.norm2(v_BTD)
-            patch = self.emit(z_BTD, layer, n_context, kept) if patches is None else patches[layer]
-            if added is not None:
-                patch = patch.plus(added[layer])
+            kept = None if past is None else past[layer]
+
+            def patch_of(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+                patch = self.emit(z_BTD, layer, n_context, kept) if patches is None else patches[layer]
+                return patch if added is None else patch.plus(added[layer])
+
+            x_BTD, patch = self.blocks[layer](x_BTD, layout, patch_of, kept)
             if kept is not None:
                 kept.tokens += tokens.shape[1]
-            return v_BTD + block.ffn(z_BTD, patch), patch
+            return x_BTD, patch
 
         x_BTD, used = self.embed(tokens), []
         # a past is changed in place: a layer with one must run once
@@ -197,27 +198,30 @@ class Decoder(nn.Module):
         xC_BTD = self.embed(tokens)
         x_BTD = xC_BTD[:, kept]
         patches = []
-        for layer, block in enumerate(self.blocks):
-            v_BTD = block.attend(xC_BTD[:, kept] if parallel else x_BTD, reduced)
-            z_BTD = block.norm2(v_BTD)
-            vC_BTD = block.attend(xC_BTD, full)
-            zC_BTD = block.norm2(vC_BTD)
-            emitted = self.emit(zC_BTD, layer, n_context)
-            xC_BTD = vC_BTD + block.ffn(zC_BTD, emitted)
-            pair = Pair(
-                layer=layer,
-                ffn=block.ffn,
-                emitted=emitted.at(kept),
-                alone=partial(self.emit, z_BTD, layer, n_kept),
-                vC=vC_BTD[:, kept],
-                zC=zC_BTD[:, kept],
-                outC=xC_BTD[:, kept],
-                v=v_BTD,
-                z=z_BTD,
-            )
-            patches.append(patch_of(pair))
-            if not parallel:
-                x_BTD = v_BTD + block.ffn(z_BTD, patches[-1])
+
+        def run(xC_BTD: Tensor, x_BTD: Tensor, layer: int) -> tuple[Tensor, Tensor, Patch]:
+            block = self.blocks[layer]
+            vC_BTD, zC_BTD, outC_BTD, emitted = block.states(xC_BTD, full, lambda z: self.emit(z, layer, n_context))
+
+            def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+                pair = Pair(
+                    layer=layer,
+                    ffn=block.ffn,
+                    emitted=emitted.at(kept),
+                    alone=partial(self.emit, z_BTD, layer, n_kept),
+                    vC=vC_BTD[:, kept],
+                    zC=zC_BTD[:, kept],
+                    outC=outC_BTD[:, kept],
+                    v=v_BTD,
+                    z=z_BTD,
+                )
+                return patch_of(pair)
+
+            return outC_BTD, *block(x_BTD, reduced, replaced)
+
+        for layer in range(len(self.blocks)):
+            xC_BTD, x_BTD, patch = run(xC_BTD, xC_BTD[:, kept] if parallel else x_BTD, layer)
+            patches.append(patch)
         return patches
 
 

@@ -6,6 +6,7 @@ units of a block, E blocks (experts), K chosen blocks, N rows (token, choice) so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -173,3 +174,25 @@ class Block(nn.Module):
 
     def attend(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
         return x_BTD + self.attention(self.norm1(x_BTD), layout, past)
+
+    def forward(
+        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor, Tensor], Patch], past: Past | None = None
+    ) -> tuple[Tensor, Patch]:
+        """What leaves the block, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
+        v_BTD = self.attend(x_BTD, layout, past)
+        z_BTD = self.norm2(v_BTD)
+        patch = patch_of(v_BTD, z_BTD)
+        return v_BTD + self.ffn(z_BTD, patch), patch
+
+    def states(
+        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor], Patch]
+    ) -> tuple[Tensor, Tensor, Tensor, Patch]:
+        """One pass as by forward, with patch_of(z): v, z, what leaves the block, and the patch."""
+        seen: list[Tensor] = []
+
+        def watched(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+            seen.extend((v_BTD, z_BTD))
+            return patch_of(z_BTD)
+
+        out_BTD, patch = self(x_BTD, layout, watched)
+        return seen[0], seen[1], out_BTD, patch
