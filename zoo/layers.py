@@ -7,16 +7,19 @@ units of a block, E blocks (experts), K chosen blocks, N rows (token, choice) so
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.delta import Patch, Routing
 from zoo.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
 from zoo.norm import RMSNorm
 from zoo.past import Past
+from zoo.transforms import transformed
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,16 @@ class Attention(nn.Module):
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         if past is not None:
             k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
-        y_BHTd = F.scaled_dot_product_attention(
-            q_BHTd,
-            k_BGTd,
-            v_BGTd,
-            attn_mask=layout.mask,
-            is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
-            enable_gqa=self.kv_heads < self.heads,
-        )
+        # of torch's kernels only the plain one knows every transform
+        with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+            y_BHTd = F.scaled_dot_product_attention(
+                q_BHTd,
+                k_BGTd,
+                v_BGTd,
+                attn_mask=layout.mask,
+                is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
+                enable_gqa=self.kv_heads < self.heads,
+            )
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
@@ -126,7 +131,8 @@ class FeedForward(nn.Module):
         """The network's output for z (B,T,D) with its weights patched."""
         patch = patch or Patch()
         x = fold(z_BTD, patch.chunk)
-        if patch.routing and not patch.weights and not patch.biases and self.backend != "reference":
+        sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
+        if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
             y = self._chosen_blocks(patch.input.move(x) if patch.input else x, patch.routing)
         else:
             y = self._apply_matrix("down", self._hidden(x, patch), patch)
