@@ -70,6 +70,22 @@ def test_n_context_must_lie_in_the_sequence(n_context: int) -> None:
             call()
 
 
+@every_case
+def test_no_tokens_are_refused_in_the_same_words(case: Case) -> None:
+    model = build(case)
+    tokens = batch_of(model).tokens
+    for empty in (tokens[:, :0], tokens[:0]):
+        calls: list[Callable[[], object]] = [lambda x=empty: model(x)]  # type: ignore[misc]
+        calls.append(lambda x=empty: model.deltas(x, torch.arange(x.shape[1]) < 7))  # type: ignore[misc]
+        if model.task.vocabulary:
+            calls.append(lambda x=empty: model.generate(x, 1))  # type: ignore[misc]
+            calls.append(lambda x=empty: model.decoder(x, past=model.decoder.new_past()))  # type: ignore[misc]
+        for call in calls:
+            message = rf"tokens of shape \({empty.shape[0]}, {empty.shape[1]}.*\): pass \(B,T\), at least one sequence"
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
 def test_one_patch_per_layer_is_needed() -> None:
     model = build(BY_NAME["transformer-regression"])
     tokens = batch_of(model).tokens

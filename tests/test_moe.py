@@ -232,6 +232,17 @@ def test_a_broken_token_stays_in_its_row(backend: str) -> None:
     torch.testing.assert_close(spoilt, whole)
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_backend_runs_in_every_dtype(backend: str, dtype: torch.dtype) -> None:
+    model = moe(backend=backend)  # 16 and 12 wide: rows of 12 numbers of 2 bytes are no whole 16 bytes
+    tokens, n = batch_of(model).tokens, model.task.n_context
+    expected, output = moe()(tokens, n), model.to(dtype)(tokens.to(dtype), n)
+    assert output.dtype == dtype
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error < 100 * torch.finfo(dtype).eps
+
+
 def test_expert_load_by_hand() -> None:
     metric = ExpertLoad(E)
     metric.update(Patch(routing=routing_of([[0, 1], [0, 1], [0, 4]])), FFN)  # 4 is a shared expert

@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         tokens stand; default as if nothing but `past` came before. past: from new_past(), changed in place: the first
         call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
         """
-        _check_context(tokens, n_context)
+        check_tokens(tokens, n_context)
         layout = self.layout(tokens.shape[1], n_context, tokens.device)
         if past is not None:
             if self.independent_queries:
@@ -184,13 +184,13 @@ class Decoder(nn.Module):
         contextual stream at every layer, which is the same where patches are exact, up to rounding that grows with
         depth. n_context: as in forward, default the number of removed tokens. Raises ValueError if nothing is kept.
         """
+        check_tokens(tokens, n_context or 0)
         if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
             raise ValueError(
                 f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
                 f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
             )
         n_context = int(removed.sum()) if n_context is None else n_context
-        _check_context(tokens, n_context)
         kept = (~removed).nonzero().squeeze(1)
         n_kept = int((~removed[:n_context]).sum())
         full = self.layout(tokens.shape[1], n_context, tokens.device)
@@ -260,6 +260,9 @@ def shear_and_down(pair: Pair) -> Patch:
     return patch.add("down", residual)
 
 
-def _check_context(tokens: Tensor, n_context: int) -> None:
+def check_tokens(tokens: Tensor, n_context: int) -> None:
+    """Raises ValueError unless tokens (B,T,…) hold a token, and n_context counts some of them or none."""
+    if tokens.dim() < 2 or 0 in tokens.shape[:2]:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B,T), at least one sequence of one token")
     if not 0 <= n_context <= tokens.shape[1]:
         raise ValueError(f"n_context={n_context} must lie between 0 and the {tokens.shape[1]} tokens given")

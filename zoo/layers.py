@@ -146,8 +146,7 @@ class FeedForward(nn.Module):
         order = sort_by_block(index_TK)
         x_ND = dispatch(x.reshape(-1, self.dim), order)
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
-        backend = backend_for(x, (self.dim, self.hidden_per_block)) if self.backend == "auto" else self.backend
-        product = PRODUCTS[backend]
+        product = PRODUCTS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
         return combine(product(h_NF, down_EFD, counts_E), weight_TK, order).view(x.shape)
 
