@@ -15,6 +15,8 @@ from zoo.decoder import Decoder, shear_and_down
 from zoo.delta import Patch
 from zoo.models import MODELS, Model
 
+pytestmark = pytest.mark.numeric
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}
 SIZES: dict[str, Any] = {"dim": 8, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 8, "output_dim": 1}

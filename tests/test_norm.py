@@ -10,6 +10,8 @@ from torch import Tensor
 from zoo.bench.timing import LiveBytes
 from zoo.norm import RMSNorm, _RMSNorm
 
+pytestmark = pytest.mark.numeric
+
 D = 8
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from zoo import sampling
 from zoo.sampling import choose
 
+pytestmark = pytest.mark.numeric
+
 __all__ = ["recall"]
 
 

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo.models import Model
 from zoo.transforms import transformed
 
+pytestmark = pytest.mark.numeric
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # each form of update, source of a context, mask and way to route once
 SOME = [
