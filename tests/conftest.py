@@ -1,4 +1,4 @@
-"""Every test: one thread, no network, no hub, a cache of its own session."""
+"""Every test: one thread, or ZOO_TEST_THREADS, no network, no hub, a cache of its own session."""
 
 import os
 import shutil
@@ -10,7 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="zoo-datasets-")
 os.environ["WANDB_MODE"] = "offline"
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two of them on two cores would fight
+# of the processes that tests start: two of them on two cores would fight
+os.environ["OMP_NUM_THREADS"] = os.environ.get("ZOO_TEST_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
@@ -18,8 +19,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _threads() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     return
 

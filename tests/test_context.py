@@ -9,6 +9,8 @@ from torch import Tensor
 from zoo.context import SOURCES, summarise
 from zoo.past import Past
 
+pytestmark = pytest.mark.numeric
+
 B, T, D = 2, 13, 4
 
 # source, n_context, chunk; 13 tokens are no multiple of 4 or 5, and fewer than 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from zoo.decoder import Decoder, shear_and_down
 from zoo.delta import Patch
-from zoo.models import MODELS
+from zoo.models import MODELS, Model
+
+pytestmark = pytest.mark.numeric
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}
@@ -66,6 +70,22 @@ def test_n_context_must_lie_in_the_sequence(n_context: int) -> None:
     for call in (lambda: model(tokens, n_context), lambda: model.deltas(tokens, torch.arange(12) < 7, n_context)):
         with pytest.raises(ValueError, match=f"n_context={n_context} must lie between 0 and the 12 tokens given"):
             call()
+
+
+@every_case
+def test_no_tokens_are_refused_in_the_same_words(case: Case) -> None:
+    model = build(case)
+    tokens = batch_of(model).tokens
+    for empty in (tokens[:, :0], tokens[:0]):
+        calls: list[Callable[[], object]] = [lambda x=empty: model(x)]  # type: ignore[misc]
+        calls.append(lambda x=empty: model.deltas(x, torch.arange(x.shape[1]) < 7))  # type: ignore[misc]
+        if model.task.vocabulary:
+            calls.append(lambda x=empty: model.generate(x, 1))  # type: ignore[misc]
+            calls.append(lambda x=empty: model.decoder(x, past=model.decoder.new_past()))  # type: ignore[misc]
+        for call in calls:
+            message = rf"tokens of shape \({empty.shape[0]}, {empty.shape[1]}.*\): pass \(B,T\), at least one sequence"
+            with pytest.raises(ValueError, match=message):
+                call()
 
 
 def test_one_patch_per_layer_is_needed() -> None:
@@ -180,3 +200,45 @@ def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
     torch.testing.assert_close(model.decoder(tokens, 7, patches=used)[0], output)
     with pytest.raises(ValueError, match="1 patches for 2 layers"):
         model.decoder(tokens, 7, added=[bias])
+
+
+def called(model: Model, work: Callable[[], object]) -> Counter[str]:
+    """How often the forward hook of each part of the decoder fires."""
+    count: Counter[str] = Counter()
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: count.update([name]))  # type: ignore[misc]
+        for name, part in model.decoder.named_modules()
+    ]
+    work()
+    for hook in hooks:
+        hook.remove()
+    return count
+
+
+@every_case
+def test_hooks_fire_on_every_part(case: Case) -> None:
+    model = build(case)
+    tokens, n = batch_of(model).tokens, model.task.n_context
+    lists = torch.nn.ModuleList | torch.nn.ModuleDict  # which nothing passes through
+    parts = {name for name, part in model.decoder.named_modules() if not isinstance(part, lists)}
+    assert set(called(model, lambda: model(tokens, n))) == parts
+    removed = torch.arange(tokens.shape[1]) < 7
+    twice = called(model, lambda: model.deltas(tokens, removed))  # with the context and without
+    assert [twice[f"blocks.{layer}"] for layer in range(2)] == [2, 2]
+    model.decoder.activation_checkpointing = True
+    once = called(model.train(), lambda: model(tokens, n).sum().backward())  # running anew ends where all is there
+    assert [once[f"blocks.{layer}"] for layer in range(2)] == [1, 1]
+    if model.task.vocabulary:
+        steps = called(model, lambda: list(model.generate(tokens[:, : n + 2], 3, n)))
+        assert [steps[f"blocks.{layer}"] for layer in range(2)] == [3, 3]
+
+
+def test_a_hook_changes_what_leaves_a_block_and_the_law_holds_under_it() -> None:
+    model = build(CASES[0])
+    tokens, removed, n = batch_of(model).tokens, torch.arange(12) < 7, 7
+    plain = model(tokens, n)
+    model.decoder.blocks[0].register_forward_hook(lambda block, inputs, output: (output[0] + 1, output[1]))
+    steered = model(tokens, n)[:, n:]
+    assert (steered - plain[:, n:]).abs().max() > 1e-2
+    patched = model(tokens[:, n:], patches=model.deltas(tokens, removed), positions=torch.full((5,), n))
+    torch.testing.assert_close(patched, steered, rtol=0, atol=1e-10)

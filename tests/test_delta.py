@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo.delta import Delta, Formed, Full, LowRank, Patch, Routing, Scale, Shear, Sum
 from zoo.layers import FeedForward
 
+pytestmark = pytest.mark.numeric
+
 B, S, C, T, OUT, IN, R = 3, 2, 4, 7, 6, 5, 2  # T is no whole number of chunks: S = ceil(T / C)
 
 

@@ -16,6 +16,8 @@ from zoo.lens.dynamics import growing, growing_states, growth, log_log_slope, sh
 from zoo.lens.updates import MATRICES, PARTS, Matrix, Part, record
 from zoo.models import Model
 
+pytestmark = pytest.mark.numeric
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 N = 4  # context tokens of a growing context, short to be quick
 
@@ -87,7 +89,9 @@ def test_increments_telescope(case: Case) -> None:
         whole = W[-1] - W[0]
         x = torch.randn(2, 3, 4, whole.W.shape[1]).double()
         close(sum((step.apply(x) for step in increments), torch.zeros(())), whole.apply(x))
-        close(sum((a.inner(b) for a in increments for b in increments), torch.zeros(())).sqrt(), whole.norm())
+        square = sum((a.inner(b) for a in increments for b in increments), torch.zeros(()))
+        close(square, whole.inner(whole))  # of sums near zero the roots tell rounding apart, or are none
+        close(whole.norm().square(), whole.inner(whole))
         without = sum((step.apply(x) for step in increments[1:]), torch.zeros(()))
         if increments[0].norm().max() > 1e-12:  # chunks of text and unpatched matrices stay as they are for a while
             assert (without - whole.apply(x)).abs().max() > 1e-3
@@ -133,7 +137,7 @@ def test_what_the_separate_context_emits_is_the_same_for_all_queries() -> None:
     for name, equal in (("hypernet-segment-low-rank", True), ("moe-context-linear", True), ("moe-token", False)):
         model = build(BY_NAME[name])
         down = growth(model, short(model), N, ["down"], "emitted").increments
-        assert torch.allclose(down, down[..., :1].expand_as(down), rtol=0, atol=1e-14) == equal
+        assert torch.allclose(down, down[..., :1].expand_as(down), rtol=0, atol=1e-12) == equal
 
 
 def test_growth_needs_a_context_and_known_matrices() -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from zoo.experts import PRODUCTS, combine, dispatch, grouped_op, loop, sort_by_block
 
+pytestmark = pytest.mark.numeric
+
 E, I, O = 3, 16, 8  # noqa: E741
 COUNTS = torch.tensor([5, 0, 6])
 

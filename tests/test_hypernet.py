@@ -15,6 +15,8 @@ from zoo.delta import Full, LowRank, Scale
 from zoo.models.hypernet import EmittedDelta, Generator, Hypernet, RelativeNorm
 from zoo.models.transformer import Transformer
 
+pytestmark = pytest.mark.numeric
+
 EMISSIONS = {"low_rank": LowRank, "full": Full, "scale": Scale}
 every_emission = pytest.mark.parametrize("emission", EMISSIONS)
 ZERO_HEADS = {"low_rank": ("_u",), "full": ("_full",), "scale": ("_rows", "_columns")}

@@ -14,6 +14,8 @@ from zoo.delta import Delta, LowRank, Patch, Shear
 from zoo.layers import Attention, Layout
 from zoo.models import Model
 
+pytestmark = pytest.mark.numeric
+
 EXACT, MISS = 1e-10, 1e-2
 TRAINED = [
     *("transformer-regression", "transformer-noise-gqa-tied", "moe-token", "moe-context-chunk", "moe-prompts"),

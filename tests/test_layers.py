@@ -13,6 +13,8 @@ from torch import Tensor
 from zoo.delta import Patch, Routing, Shear
 from zoo.layers import Attention, FeedForward, Layout, fold, rotary
 
+pytestmark = pytest.mark.numeric
+
 B, T, D, HIDDEN, E = 2, 9, 8, 16, 4
 
 

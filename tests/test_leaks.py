@@ -15,6 +15,8 @@ from zoo.context import Summary, summarise
 from zoo.models import Model
 from zoo.past import Past
 
+pytestmark = pytest.mark.numeric
+
 TEXT = [
     Case("transformer-text", "transformer", "text", {}),
     Case("hypernet-text-chunk", "hypernet", "text", {"chunk": 4}),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from zoo.low_rank import low_rank_linear
 
+pytestmark = pytest.mark.numeric
+
 OUT, IN, T, R = 6, 5, 4, 2
 LEADS = {"sequences": (3,), "chunks": (3, 2), "one chunk": (3, 1), "tokens": (2, 3)}
 every_lead = pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)

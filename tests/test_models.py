@@ -14,6 +14,8 @@ from zoo.models import MODELS, Model
 from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS
 
+pytestmark = pytest.mark.numeric
+
 PAIRS = [(family, task) for family in MODELS for task in TASKS]
 every_pair = pytest.mark.parametrize(("family", "task"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 

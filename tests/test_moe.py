@@ -17,6 +17,8 @@ from zoo.delta import Patch, Routing
 from zoo.layers import FeedForward
 from zoo.models.moe import ExpertLoad, MoE, MoEConfig, RoutedDelta, Router, RouterEntropy, balance_loss, expert_counts
 
+pytestmark = pytest.mark.numeric
+
 D, E = 8, 4
 every_backend = pytest.mark.parametrize("backend", ["reference", "loop", "grouped", "grouped_op"])
 every_score = pytest.mark.parametrize("score", ["softmax", "sigmoid", "linear"])
@@ -214,10 +216,14 @@ def test_routing_on_the_context_is_shared_and_lags(task: str) -> None:
         (gradient,) = torch.autograd.grad(total, z, retain_graph=True, materialize_grads=True)
         assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(reads)
     together = range(n, 12) if n else range(5, 10)  # all queries of a context, all tokens of a chunk
-    for chosen in (routing.logits, routing.index):
-        assert all(torch.equal(chosen[:, t], chosen[:, together[0]]) for t in together)
+    # equal states are columns of one product, which may round at its edges in another way
+    torch.testing.assert_close(
+        routing.logits[:, list(together)], routing.logits[:, [together[0]] * 5], rtol=0, atol=1e-14
+    )
+    assert all(torch.equal(routing.index[:, t], routing.index[:, together[0]]) for t in together)
     assert len(routing.index[:, together[0]].unique()) > 1
-    assert n or torch.equal(routing.logits[0, :5], routing.logits[1, :5])  # the first chunk has no context
+    if not n:  # the first chunk has no context
+        torch.testing.assert_close(routing.logits[0, :5], routing.logits[1, :5], rtol=0, atol=1e-14)
 
 
 @every_backend
@@ -242,6 +248,17 @@ def test_a_broken_token_stays_in_its_row(backend: str) -> None:
     assert spoilt[0, 2].isnan().all()
     spoilt[0, 2] = whole[0, 2]
     torch.testing.assert_close(spoilt, whole)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_backend_runs_in_every_dtype(backend: str, dtype: torch.dtype) -> None:
+    model = moe(backend=backend)  # 16 and 12 wide: rows of 12 numbers of 2 bytes are no whole 16 bytes
+    tokens, n = batch_of(model).tokens, model.task.n_context
+    expected, output = moe()(tokens, n), model.to(dtype)(tokens.to(dtype), n)
+    assert output.dtype == dtype
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error < 100 * torch.finfo(dtype).eps
 
 
 def test_expert_load_by_hand() -> None:

@@ -28,6 +28,8 @@ from zoo.sampling import choose
 from zoo.tasks import TASKS, Batch, Task
 from zoo.tasks.corpus import START
 
+pytestmark = pytest.mark.numeric
+
 EXACT, MISS = 1e-10, 1e-2
 LENGTH = 22
 

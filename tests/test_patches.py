@@ -20,6 +20,8 @@ from zoo.layers import FeedForward
 from zoo.lens.patches import FORMS, exact
 from zoo.models import MODELS, Model
 
+pytestmark = pytest.mark.numeric
+
 MISS = 1e-2
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 STATIC = ("static", "static_output")

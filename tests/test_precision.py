@@ -8,6 +8,8 @@ from zoo.delta import LowRank, Patch, Shear
 from zoo.lens import precision
 from zoo.lens.precision import CONTROL, MENU, PLAIN
 
+pytestmark = pytest.mark.numeric
+
 
 @torch.no_grad()
 def test_every_patch_is_exact_in_float64_and_no_patch_is_not() -> None:

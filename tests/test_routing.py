@@ -15,6 +15,8 @@ from zoo.lens.routing import Usage, expert_sets, mutual_information, switched, u
 from zoo.models import Model
 from zoo.tasks import Batch
 
+pytestmark = pytest.mark.numeric
+
 MOE = [case for case in CASES if case.family == "moe"]
 every_moe = pytest.mark.parametrize("case", MOE, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}

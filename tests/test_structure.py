@@ -27,6 +27,8 @@ from zoo.lens.structure import (
 from zoo.lens.updates import MATRICES, PARTS, Matrix, record, updates
 from zoo.models import Model
 
+pytestmark = pytest.mark.numeric
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}
 

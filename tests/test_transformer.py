@@ -14,6 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from zoo.bench import peers
 from zoo.models import Model
 
+pytestmark = pytest.mark.numeric
+
 
 def draw_norms(model: Model) -> None:
     """Norm weights start at one, which would hide a norm that is mapped to the wrong place."""

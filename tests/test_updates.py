@@ -17,6 +17,8 @@ from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, PARTS, Layer, Matrix, Part, patched, record, updates
 from zoo.models import MODELS, Model
 
+pytestmark = pytest.mark.numeric
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_part = pytest.mark.parametrize("part", PARTS)
 BY_NAME = {case.name: case for case in CASES}

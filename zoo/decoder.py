@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         tokens stand; default as if nothing but `past` came before. past: from new_past(), changed in place: the first
         call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
         """
-        _check_context(tokens, n_context)
+        check_tokens(tokens, n_context)
         real = self.real(tokens) if past is None else None
         layout = self.layout(tokens.shape[1], n_context, tokens.device, real)
         if past is not None:
@@ -156,15 +156,16 @@ class Decoder(nn.Module):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
 
         def run(x_BTD: Tensor, layer: int) -> tuple[Tensor, Patch]:
-            block, kept = self.blocks[layer], None if past is None else past[layer]
-            v_BTD = block.attend(x_BTD, layout, kept)
-            z_BTD = block.norm2(v_BTD)
-            patch = self.emit(z_BTD, layer, n_context, kept, real) if patches is None else patches[layer]
-            if added is not None:
-                patch = patch.plus(added[layer])
+            kept = None if past is None else past[layer]
+
+            def patch_of(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+                patch = self.emit(z_BTD, layer, n_context, kept, real) if patches is None else patches[layer]
+                return patch if added is None else patch.plus(added[layer])
+
+            x_BTD, patch = self.blocks[layer](x_BTD, layout, patch_of, kept)
             if kept is not None:
                 kept.tokens += tokens.shape[1]
-            return v_BTD + block.ffn(z_BTD, patch), patch
+            return x_BTD, patch
 
         x_BTD, used = self.embed(tokens), []
         # a past is changed in place: a layer with one must run once
@@ -199,13 +200,13 @@ class Decoder(nn.Module):
         contextual stream at every layer, which is the same where patches are exact, up to rounding that grows with
         depth. n_context: as in forward, default the number of removed tokens. Raises ValueError if nothing is kept.
         """
+        check_tokens(tokens, n_context or 0)
         if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
             raise ValueError(
                 f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
                 f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
             )
         n_context = int(removed.sum()) if n_context is None else n_context
-        _check_context(tokens, n_context)
         kept = (~removed).nonzero().squeeze(1)
         n_kept = int((~removed[:n_context]).sum())
         real = self.real(tokens)
@@ -214,27 +215,33 @@ class Decoder(nn.Module):
         xC_BTD = self.embed(tokens)
         x_BTD = xC_BTD[:, kept]
         patches = []
-        for layer, block in enumerate(self.blocks):
-            v_BTD = block.attend(xC_BTD[:, kept] if parallel else x_BTD, reduced)
-            z_BTD = block.norm2(v_BTD)
-            vC_BTD = block.attend(xC_BTD, full)
-            zC_BTD = block.norm2(vC_BTD)
-            emitted = self.emit(zC_BTD, layer, n_context, real=real)
-            xC_BTD = vC_BTD + block.ffn(zC_BTD, emitted)
-            pair = Pair(
-                layer=layer,
-                ffn=block.ffn,
-                emitted=emitted.at(kept),
-                alone=partial(self.emit, z_BTD, layer, n_kept, real=None if real is None else real[:, kept]),
-                vC=vC_BTD[:, kept],
-                zC=zC_BTD[:, kept],
-                outC=xC_BTD[:, kept],
-                v=v_BTD,
-                z=z_BTD,
+        kept_real = None if real is None else real[:, kept]
+
+        def run(xC_BTD: Tensor, x_BTD: Tensor, layer: int) -> tuple[Tensor, Tensor, Patch]:
+            block = self.blocks[layer]
+            vC_BTD, zC_BTD, outC_BTD, emitted = block.states(
+                xC_BTD, full, lambda z: self.emit(z, layer, n_context, real=real)
             )
-            patches.append(patch_of(pair))
-            if not parallel:
-                x_BTD = v_BTD + block.ffn(z_BTD, patches[-1])
+
+            def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+                pair = Pair(
+                    layer=layer,
+                    ffn=block.ffn,
+                    emitted=emitted.at(kept),
+                    alone=partial(self.emit, z_BTD, layer, n_kept, real=kept_real),
+                    vC=vC_BTD[:, kept],
+                    zC=zC_BTD[:, kept],
+                    outC=outC_BTD[:, kept],
+                    v=v_BTD,
+                    z=z_BTD,
+                )
+                return patch_of(pair)
+
+            return outC_BTD, *block(x_BTD, reduced, replaced)
+
+        for layer in range(len(self.blocks)):
+            xC_BTD, x_BTD, patch = run(xC_BTD, xC_BTD[:, kept] if parallel else x_BTD, layer)
+            patches.append(patch)
         return patches
 
 
@@ -273,6 +280,9 @@ def shear_and_down(pair: Pair) -> Patch:
     return patch.add("down", residual)
 
 
-def _check_context(tokens: Tensor, n_context: int) -> None:
+def check_tokens(tokens: Tensor, n_context: int) -> None:
+    """Raises ValueError unless tokens (B,T,…) hold a token, and n_context counts some of them or none."""
+    if tokens.dim() < 2 or 0 in tokens.shape[:2]:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B,T), at least one sequence of one token")
     if not 0 <= n_context <= tokens.shape[1]:
         raise ValueError(f"n_context={n_context} must lie between 0 and the {tokens.shape[1]} tokens given")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.low_rank import low_rank_linear
+from zoo.transforms import transformed
 
 
 def _rows(t: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
@@ -91,7 +92,7 @@ class LowRank(Delta):
 
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
         lead = x.shape[:-2]
-        if not lead or self.u.shape[:-2] != lead:  # one update for many inputs is not repeated
+        if not lead or self.u.shape[:-2] != lead or transformed():  # one update for many inputs is not repeated
             return F.linear(x, W) + self.extra(x)
         return low_rank_linear(W, x, self.u, self.v, self.core)
 

@@ -134,17 +134,19 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def backend_for(x: Tensor, sizes: tuple[int, ...]) -> str:
-    """The fastest of PRODUCTS for rows like x and matrices whose sides are `sizes`.
+def backend_for(x: Tensor, sizes: tuple[int, ...], wanted: str = "auto") -> str:
+    """The one of PRODUCTS that is wanted, auto: the fastest, for rows like x and matrices whose sides are `sizes`.
 
-    The kernel knows no float64 and no other devices, and wants rows of whole 16 bytes and at least one of them.
+    loop where the kernel cannot: it knows no float64 and no other devices, and wants rows of whole 16 bytes and at
+    least one of them.
     """
     dtype = product_dtype(x)
     if (
-        dtype == torch.float64
+        wanted == "loop"
+        or dtype == torch.float64
         or x.device.type not in ("cpu", "cuda")
         or any(size * dtype.itemsize % 16 for size in sizes)
         or not x.numel()
     ):
         return "loop"
-    return "grouped_op" if torch.compiler.is_compiling() else "grouped"
+    return "grouped_op" if torch.compiler.is_compiling() or wanted == "grouped_op" else "grouped"

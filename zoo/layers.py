@@ -6,16 +6,20 @@ units of a block, E blocks (experts), K chosen blocks, N rows (token, choice) so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.delta import Patch, Routing
 from zoo.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
 from zoo.norm import RMSNorm
 from zoo.past import Past
+from zoo.transforms import transformed
 
 FILLING = -1
 """The id of a place that holds no token: nobody sees it, and it counts for nothing."""
@@ -66,14 +70,16 @@ class Attention(nn.Module):
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         if past is not None:
             k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
-        y_BHTd = F.scaled_dot_product_attention(
-            q_BHTd,
-            k_BGTd,
-            v_BGTd,
-            attn_mask=layout.mask,
-            is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
-            enable_gqa=self.kv_heads < self.heads,
-        )
+        # of torch's kernels only the plain one knows every transform
+        with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+            y_BHTd = F.scaled_dot_product_attention(
+                q_BHTd,
+                k_BGTd,
+                v_BGTd,
+                attn_mask=layout.mask,
+                is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
+                enable_gqa=self.kv_heads < self.heads,
+            )
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
@@ -128,7 +134,8 @@ class FeedForward(nn.Module):
         """The network's output for z (B,T,D) with its weights patched."""
         patch = patch or Patch()
         x = fold(z_BTD, patch.chunk)
-        if patch.routing and not patch.weights and not patch.biases and self.backend != "reference":
+        sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
+        if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
             y = self._chosen_blocks(patch.input.move(x) if patch.input else x, patch.routing)
         else:
             y = self._apply_matrix("down", self._hidden(x, patch), patch)
@@ -142,8 +149,7 @@ class FeedForward(nn.Module):
         order = sort_by_block(index_TK)
         x_ND = dispatch(x.reshape(-1, self.dim), order)
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
-        backend = backend_for(x, (self.dim, self.hidden_per_block)) if self.backend == "auto" else self.backend
-        product = PRODUCTS[backend]
+        product = PRODUCTS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
         return combine(product(h_NF, down_EFD, counts_E), weight_TK, order).view(x.shape)
 
@@ -176,3 +182,25 @@ class Block(nn.Module):
 
     def attend(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
         return x_BTD + self.attention(self.norm1(x_BTD), layout, past)
+
+    def forward(
+        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor, Tensor], Patch], past: Past | None = None
+    ) -> tuple[Tensor, Patch]:
+        """What leaves the block, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
+        v_BTD = self.attend(x_BTD, layout, past)
+        z_BTD = self.norm2(v_BTD)
+        patch = patch_of(v_BTD, z_BTD)
+        return v_BTD + self.ffn(z_BTD, patch), patch
+
+    def states(
+        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor], Patch]
+    ) -> tuple[Tensor, Tensor, Tensor, Patch]:
+        """One pass as by forward, with patch_of(z): v, z, what leaves the block, and the patch."""
+        seen: list[Tensor] = []
+
+        def watched(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+            seen.extend((v_BTD, z_BTD))
+            return patch_of(z_BTD)
+
+        out_BTD, patch = self(x_BTD, layout, watched)
+        return seen[0], seen[1], out_BTD, patch

@@ -18,8 +18,7 @@ from zoo.experts import product_dtype
 def low_rank_linear(W: Tensor, x: Tensor, u: Tensor, v: Tensor, core: Tensor | None) -> Tensor:
     """W x + u (core ∘ vᵀx) for W (o,i), x (*,T,i), u (*,o,R), v (*,i,R), core (*,T,R): (*,T,o).
 
-    Differentiable in reverse mode, any number of times (torch.autograd.functional); not in forward mode, and not
-    under torch.func, whose form of a gradient takes half a millisecond of Python for three matrices.
+    Differentiable in reverse mode, any number of times; for torch.func and forward mode see zoo.transforms.
     """
     if x.dim() > 3:
         x_NTi, u, v = (t.flatten(0, -3) for t in (x, u, v))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.transforms import transformed
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, in at least float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
@@ -23,29 +25,22 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide, weight = x.to(dtype), self.weight.to(dtype)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _RMSNorm.apply(wide, weight, self.eps)[0].to(x.dtype)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
+            return _RMSNorm.apply(wide, weight, self.eps).to(x.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)  # one kernel
 
 
 class _RMSNorm(torch.autograd.Function):
     """In half the passes over memory that torch's composition of small operators takes on a CPU."""
 
-    generate_vmap_rule = True  # torch.func works through it, as through any part of the transformer
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale, ctx.eps = _scale(x, eps), eps
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        scale = _scale(x, eps)
-        return x * scale * weight, scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, ctx.eps = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative goes through it too
             scale = _scale(x, ctx.eps)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from zoo.decoder import Decoder
+from zoo.decoder import Decoder, check_tokens
 
 
 def choose(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
@@ -48,10 +48,9 @@ def generate(
 
 def check(vocabulary: int, tokens: Tensor, count: int, n_context: int, temperature: float, top_k: int | None) -> None:
     """Raises ValueError for arguments that nothing can be generated from."""
-    if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
-        raise ValueError(
-            f"the prompt must be token ids (B,T), at least one, got {tokens.dtype} of shape {tuple(tokens.shape)}"
-        )
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise ValueError(f"the prompt must be token ids (B,T), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    check_tokens(tokens, 0)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(f"token ids from {low} to {high} do not fit the vocabulary, 0 to {vocabulary - 1}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -201,14 +202,15 @@ def _states(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[
     xC_BTD = decoder.embed(tokens)
     x_BTD = xC_BTD[:, n_context:]
     for index, block in enumerate(decoder.blocks[: layer + 1]):
-        v_BTD, vC_BTD = block.attend(x_BTD, alone), block.attend(xC_BTD, full)
-        z_BTD, zC_BTD = block.norm2(v_BTD), block.norm2(vC_BTD)
-        patch = patches[index]
-        if reads_query(decoder):
-            patch = decoder.emit(z_BTD, index, 0, real=asked).plus(patch)
-        xC_BTD = vC_BTD + block.ffn(zC_BTD, decoder.emit(zC_BTD, index, n_context, real=real))
-        if index < layer:
-            x_BTD = v_BTD + block.ffn(z_BTD, patch)
+
+        def patch_of(z_BTD: Tensor, index: int = index) -> Patch:
+            if not reads_query(decoder):
+                return patches[index]
+            return decoder.emit(z_BTD, index, 0, real=asked).plus(patches[index])
+
+        v_BTD, z_BTD, x_BTD, patch = block.states(x_BTD, alone, patch_of)
+        emit = partial(decoder.emit, layer=index, n_context=n_context, real=real)
+        _, zC_BTD, xC_BTD, _ = block.states(xC_BTD, full, emit)
     return _States(v_BTD, z_BTD, zC_BTD[:, n_context:], xC_BTD[:, n_context:], patch)
 
 

@@ -121,7 +121,8 @@ class Generator(nn.Module):
                 self.heads[f"{name}_columns"] = Head(C, (i,), 0.0)
 
     def forward(self, summary: Summary, layer: int, core: Tensor | None) -> dict[str, Delta]:
-        code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + self.layer.weight[layer])
+        shift = self.layer(torch.full((), layer, device=summary.mean.device))
+        code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + shift)
         small = code * (summary.filled * code.shape[-1] ** -0.5)  # no context, no code: heads without bias give ΔW = 0
         deltas: dict[str, Delta] = {}
         for name in self.matrices:
