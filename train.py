@@ -8,66 +8,135 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal import utils as internal
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo.config import did_you_mean, show
+from zoo.files import home
+from zoo.run_folder import fresh
 
 CONF = Path(__file__).parent / "conf"
+MISTAKES = (ValueError, HydraException, OmegaConfBaseException)
 PRESETS = ("experiment", "debug")
 
 
+class JobFailed(Exception):
+    """A job of a sweep ended with a mistake, which was said."""
+
+
 def added(argument: str) -> str:
-    """`argument` such that Hydra passes an unknown option on to zoo.config, which says "did you mean"."""
+    """`argument` such that Hydra reads it: an unknown option is passed on to zoo.config, which says "did you mean", and
+    words with signs that Hydra keeps for itself, as in out=runs/lr=0.1, are quoted."""
     option = re.match(r"(\w+)(\.[^=]*)?=", argument)
-    if option is None or option[1] in ("hydra", "logger") or (not option[2] and (CONF / option[1]).is_dir()):
+    if "=" not in argument:
         return argument
-    return f"++{argument}"
+    if option and option[1] != "hydra" and (option[2] or not (CONF / option[1]).is_dir()):
+        argument = f"++{argument}"
+    with contextlib.suppress(HydraException):
+        OverridesParser.create().parse_override(argument)
+        return argument
+    key, _, value = argument.partition("=")
+    quoted = f"{key}={re.sub(r'[^][,]+', _quoted, value)}"
+    with contextlib.suppress(HydraException):
+        OverridesParser.create().parse_override(quoted)
+        return quoted
+    return argument
 
 
-def run_folder(out: str | None, resume: str | None, model: str, task: str) -> str:
-    """The folder that a run resumes, else `out`, else runs/MODEL-TASK/ID, the id from $ZOO_RUN_ID or the time."""
-    if out and not resume:
-        return out
-    if resume:
-        path = Path(resume)
-        return str(path if path.is_dir() else path.parent.parent)
-    return f"runs/{model}-{task}/{os.environ.get('ZOO_RUN_ID') or time.strftime('%Y-%m-%d_%H-%M-%S')}"
+def _quoted(word: re.Match[str]) -> str:
+    text = word[0].strip()
+    return text if not text or text[0] in "'\"" else QuotedString(text, Quote.double).with_quotes()
+
+
+def checked(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra reads them; raises ValueError for those that it would take for another thing or ignore."""
+    if "-sc" in arguments or "--shell-completion" in arguments:
+        return arguments  # install=bash is no option of ours
+    arguments = [argument if argument.startswith("-") else added(argument) for argument in arguments]
+    parser = internal.get_args_parser()
+    parser.error = _unknown  # type: ignore[method-assign,assignment]
+    known = parser.parse_args(arguments)
+    options = {parsed.key_or_group: parsed for parsed in OverridesParser.create().parse_overrides(known.overrides)}
+    if known.multirun and "out" in options:
+        raise ValueError("out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that of all of them")
+    if "hydra.run.dir" in options and options["hydra.run.dir"].value() != ".":
+        raise ValueError("hydra.run.dir is decided by the option out")
+    return arguments
+
+
+def _unknown(message: str) -> None:
+    raise ValueError(f"{message}; options are written name=value, python train.py --help shows them")
+
+
+def reason(error: Exception) -> str:
+    """One line on a mistake in the command line."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group} {show(name)} does not exist{did_you_mean(name, error.options)}"
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if isinstance(error, OverrideParseException):
+        signs = '; a text with signs beyond letters, digits and /.-_ is quoted: \'option="text"\', \'option=["a","b"]\''
+        return f"{error.override.lstrip('+')} cannot be read: {text.partition(' See http')[0]}{signs}"
+    return text.replace("'++", "'")
+
+
+def refuse(error: Exception) -> None:
+    """One line and exit code 2."""
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        raise error
+    print(f"error: {reason(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The part of `config` that the command line named: a resumed run takes all else from its checkpoint."""
+
+    def read(group: str, name: Any) -> dict[str, Any]:
+        return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # type: ignore[return-value]
+
     paths: list[str] = []
-    for override in overrides:
-        path, _, value = override.lstrip("+").partition("=")
-        if path in PRESETS and value != "null":
-            preset: Any = OmegaConf.to_container(OmegaConf.load(CONF / path / f"{value}.yaml"))
-            for key, options in preset.items():
+    for override in OverridesParser.create().parse_overrides(overrides):
+        path, value = override.key_or_group, override.value()
+        if path in PRESETS and value is not None:
+            for key, options in read(path, value).items():
                 paths += [f"{key}.{option}" for option in options] if isinstance(options, dict) else [key]
         elif path in ("model", "task"):
-            named: Any = OmegaConf.to_container(OmegaConf.load(CONF / path / f"{value}.yaml"))
+            named = read(path, value)
             # a file that builds on another one asks for what it changes
             paths += [f"{path}.{option}" for option in named] if "defaults" in named else [f"{path}.name"]
+        elif path in ("trainer", "logger") and value is not None:
+            paths += [f"{path}.{option}" for option in read(path, value)]
         else:
             paths.append(path)
     asked: dict[str, Any] = {}
     for path in paths:
         group, _, option = path.partition(".")
-        if group in ("model", "task", "optim") and option and option != "defaults":
+        option = option.partition(".")[0]
+        if group in ("model", "task", "optim", "trainer", "logger") and option in config.get(group, {}):
             asked.setdefault(group, {})[option] = config[group][option]
         elif group in config and not option and not isinstance(config[group], dict):
             asked[group] = config[group]
     return asked
 
 
-def train_alone(overrides: list[str], folder: str) -> dict[str, Any]:
+def train_alone(overrides: list[str], folder: str, resume: str | None) -> dict[str, Any]:
     """One job of a sweep over several processes, in a process of its own: its ranks must not repeat the sweep."""
-    subprocess.run([sys.executable, __file__, *overrides, f'hydra.run.dir="{folder}"'], check=True)
-    return json.loads(Path(folder, "metrics.json").read_text())
+    out = [] if resume else [f"out={QuotedString(folder, Quote.double).with_quotes()}"]
+    code = subprocess.run([sys.executable, __file__, *overrides, *out]).returncode
+    if code:
+        raise ValueError(f"the job {' '.join(overrides)} ended with code {code}")
+    path = home(resume or folder)
+    return json.loads((path if path.is_dir() else path.parent.parent).joinpath("metrics.json").read_text())
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -75,43 +144,47 @@ def main(cfg: DictConfig) -> float:
     state = HydraConfig.get()
     folder, overrides = state.runtime.output_dir, list(state.overrides.task)
     sweep = state.mode == RunMode.MULTIRUN
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    trainer, logger = config.pop("trainer"), config.pop("logger")
-    if sweep and trainer.get("devices", 1) not in (1, "1", "auto"):
-        metrics = train_alone(overrides, folder)
-        return metrics["test"][metrics["headline"]]
-
     from zoo.callbacks import Interrupted
     from zoo.memory import keep_freed_memory
     from zoo.training import run
 
     keep_freed_memory()
     try:
-        config["out"] = folder
-        if config["resume"]:
-            config = {**asked_for(config, overrides), "resume": config["resume"]}
-        # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
-        arguments = hydra.utils.instantiate(trainer, _convert_="all")
-        loggers = [hydra.utils.instantiate(logger, _convert_="all", save_dir=folder)] if logger else []
-        metrics = run(config, arguments, loggers)
-    except ValueError as error:
-        if not config.get("resume") and Path(folder) != Path.cwd():
-            with contextlib.suppress(OSError):  # Hydra made the folder before anything was checked; it stays if in use
-                os.rmdir(folder)
-        if sweep or os.environ.get("HYDRA_FULL_ERROR"):
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        if sweep and (config["resume"] or str(config.get("trainer", {}).get("devices", 1)) != "1"):
+            metrics = train_alone(overrides, folder, config["resume"])
+        else:
+            if config["resume"]:
+                config = asked_for(config, overrides)
+            elif sweep:
+                config["out"] = folder
+            # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
+            trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
+            metrics = run(config, trainer, config.pop("logger", {}))
+    except MISTAKES as error:
+        try:
+            refuse(error)
+        except SystemExit:
+            if sweep:
+                raise JobFailed from None  # Hydra goes on with the next job
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(stop.code)
     finally:
-        if "wandb" in sys.modules:  # else the next job of a sweep would go on with this run
-            sys.modules["wandb"].finish()
+        if sweep:
+            with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
+                os.rmdir(folder)
     return metrics["test"][metrics["headline"]]
 
 
 if __name__ == "__main__":
-    OmegaConf.register_new_resolver("run_folder", run_folder)
-    sys.argv[1:] = [added(argument) for argument in sys.argv[1:]]
-    main()
+    OmegaConf.register_new_resolver("fresh_folder", lambda path: str(fresh(path)), use_cache=True, replace=True)
+    internal.run_and_report = lambda func: func()  # Hydra's own takes many lines and says 1
+    try:
+        sys.argv[1:] = checked(sys.argv[1:])
+        main()
+    except MISTAKES as error:
+        refuse(error)
+    except JobFailed:
+        sys.exit(1)

@@ -42,10 +42,12 @@ ACCEPTED = [
     ("items", ["b", "c"], ("b", "c")),
     ("items", ("b",), ("b",)),
     ("items", [], ()),
+    ("items", "ab", ("ab",)),
+    ("size", 1e3, 1000),
 ]
 REFUSED = [
     ("size", "3", "where.size='3' must be of type int, got str"),
-    ("size", 3.0, "where.size=3.0 must be of type int, got float"),
+    ("size", 3.5, "where.size=3.5 must be of type int, got float"),
     ("size", True, "where.size=True must be of type int, got bool"),
     ("size", None, "where.size=None must be of type int, got NoneType"),
     ("rate", "0.1", "where.rate='0.1' must be of type float, got str"),
@@ -60,7 +62,7 @@ REFUSED = [
     ("kind", 1, "where.kind=1 must be one of low, high"),
     ("rank", "4", "where.rank='4' must be of type int, got str"),
     ("choice", "z", "where.choice='z' must be one of x, y"),
-    ("items", "ab", "where.items='ab' must be a list"),
+    ("items", 1, "where.items=1 must be a list"),
     ("items", [1], "where.items=1 must be of type str, got int"),
     ("items", None, "where.items=None must be a list"),
 ]

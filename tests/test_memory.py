@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, build, options_of
-from omegaconf import OmegaConf
 
 import zoo
 from zoo import memory
@@ -184,6 +183,5 @@ def test_the_program_asks_for_it_and_the_library_does_not(monkeypatch: pytest.Mo
     monkeypatch.setattr(training_module, "run", lambda *args: {"test": {"loss": 0.0}, "headline": "loss"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "out=other"])
-    OmegaConf.clear_resolver("run_folder")
     runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
     assert calls == [True]

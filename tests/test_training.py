@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zoo
-from zoo import training
+from zoo import run_folder, training
 from zoo.callbacks import Interrupted
 from zoo.data import Stream
 from zoo.layers import Attention
@@ -447,4 +447,4 @@ def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = tmp_path / "runs" / "transformer-noise" / "job7"
     assert Path(metrics["checkpoint"]) == folder / "checkpoints" / "best.ckpt"
     monkeypatch.delenv("ZOO_RUN_ID")
-    assert training.default_folder(zoo.load(folder)).parent == Path("runs/transformer-noise")
+    assert run_folder.default("transformer-noise").parent == Path("runs/transformer-noise")

@@ -39,10 +39,13 @@ def _logged(trainer: L.Trainer, batch_idx: int, log_every: int) -> bool:
 
 
 class Clock(Callback):
-    """Seconds of training over all parts of a resumed run; marks checkpoints with schema, versions and options."""
+    """Seconds of training over all parts of a resumed run; marks checkpoints with schema, versions and options.
+
+    started_with: what else checkpoints say of the start: trainer, logger, placement."""
 
     def __init__(self, config: dict[str, Any], command: str):
         self.config, self.command = config, command
+        self.started_with: dict[str, Any] = {}
         self.seconds, self._since = 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,6 +68,7 @@ class Clock(Callback):
             "config": {**self.config, **dict(pl_module.hparams)},
             "command": self.command,
             "seconds": self.seconds,
+            **self.started_with,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from zoo import __version__
 from zoo.config import lookup
+from zoo.files import home
 from zoo.models import MODELS, Model
 
 SCHEMA = 3
@@ -88,7 +89,7 @@ def _moved(value: Any, old: str, new: str) -> Any:
 
 def find(path: str | Path, name: str) -> Path:
     """The checkpoint file `path`, or `name` (best, last) in the run folder `path`; raises ValueError if absent."""
-    path = Path(path)
+    path = home(path)
     file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no checkpoint at {file}: give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")

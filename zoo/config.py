@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
 from itertools import islice
+from pathlib import PurePath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -58,6 +60,25 @@ def lookup(name: Any, table: Mapping[str, T], what: str) -> T:
     return table[name]
 
 
+def plain(value: Any, where: str = "", depth: int = 8) -> Any:
+    """What `value` means in None, bool, int, float, str, list and dict alone, which a checkpoint can hold: numbers and
+    arrays of numpy and torch, paths and enums become such. Raises ValueError for what has no such meaning."""
+    if isinstance(value, Enum):
+        return plain(value.value, where, depth)
+    for kind in (bool, int, float, str):  # subclasses too: numpy.float64 is a float, numpy.str_ a str
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None or isinstance(value, PurePath):
+        return None if value is None else str(value)
+    if depth and hasattr(value, "tolist"):
+        return plain(value.tolist(), where, depth - 1)
+    if depth and isinstance(value, Mapping):
+        return {str(key): plain(item, _path(where, key), depth - 1) for key, item in value.items()}
+    if depth and isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [plain(item, where, depth - 1) for item in value]
+    raise ValueError(f"{where or 'an option'}={show(value)} cannot be stored: give a number, a text, a list or a dict")
+
+
 def strict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A `cls` from the plain values of group `where`, "" at the top; raises ValueError for unknown keys, wrong types
     and values that are not allowed."""
@@ -96,11 +117,15 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             )
         return value
     if origin is tuple:
+        if isinstance(value, str):
+            value = [value]
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}={show(value)} must be a list")
         return tuple(_coerce(item, args[0], where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e3
     if isinstance(value, float) and hint is float and not math.isfinite(value):
         raise ValueError(f"{where}={value} must be a finite number")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import shlex
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,17 +22,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import HalfPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 
 from zoo import checkpoint, flops, report
 from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
-from zoo.config import lookup, positive, strict
+from zoo.config import lookup, plain, positive, show, strict
 from zoo.data import Data
-from zoo.files import write
+from zoo.files import home, write
 from zoo.models import MODELS, Model
+from zoo.run_folder import announced, default, taken
+from zoo.trainer import arguments, begun, changes, logger_of, placement, stored
+from zoo.trainer import make as make_trainer
 
 
 @dataclass(frozen=True)
@@ -62,60 +62,54 @@ class RunConfig:
     resume: str | None = None
 
 
-class WeightsAlone(HalfPrecision):
-    """Weights in half precision; data and what is counted stay as they are: a baseline must not depend on it."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-    def forward_context(self) -> Any:
-        return nullcontext()
-
-
-DECIDED_BY = {
-    "max_steps": "optim.steps",
-    "max_epochs": "optim.steps",
-    "accumulate_grad_batches": "optim.accumulate",
-    "gradient_clip_val": "optim.clip",
-    "val_check_interval": "validate_every",
-    "check_val_every_n_epoch": "validate_every",
-    "log_every_n_steps": "log_every",
-    "logger": "logger",
-    "default_root_dir": "out",
-}
-"""Arguments of lightning.Trainer that options of this project stand for."""
-
-
 def train(
     model: str | Mapping[str, Any] | None = None,
     task: str | Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
+    logger: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains and tests a model and returns its metrics, as train.py does; e.g. train(model="moe", task="regression").
 
     model, task: a name, or a dict of options with the key `name` (default: transformer and regression, or what the run
-    to resume was begun with); optim: options of OptimConfig; trainer: options of lightning.Trainer; further options:
-    those of RunConfig. Raises ValueError for options that are wrong.
+    to resume was begun with); optim: options of OptimConfig; trainer: options of lightning.Trainer; logger: as model;
+    further options: those of RunConfig. Raises ValueError for options that are wrong.
     """
     if not options.get("resume"):
         model, task = model or "transformer", task or "regression"
     for group, given in (("model", model), ("task", task)):
         if given:
             options[group] = {"name": given} if isinstance(given, str) else dict(given)
-    return run({"optim": dict(optim or {}), **options}, dict(trainer or {}))
+    logger = {"name": logger} if isinstance(logger, str) else logger
+    return run({"optim": dict(optim or {}), **options}, dict(trainer or {}), logger)
 
 
-def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Logger] | None = None) -> dict[str, Any]:
+def run(
+    config: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    logger: Mapping[str, Any] | list[Logger] | None = None,
+) -> dict[str, Any]:
     """Trains, tests and writes the run folder; returns what metrics.json holds.
 
-    config: options of RunConfig, plain values; when it resumes, only those asked for explicitly. trainer: keyword
-    arguments of lightning.Trainer. Raises ValueError before anything starts if options are wrong, Interrupted if a
-    signal stopped the run after its checkpoint was written.
+    config: options of RunConfig; when it resumes, only those asked for explicitly, of trainer and logger too. trainer:
+    keyword arguments of lightning.Trainer. logger: options of one in LOGGERS, or Lightning's own objects. Raises
+    ValueError before anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint
+    was written.
     """
+    with ExitStack() as held:  # the folder and the logger, given back however the run ends
+        return _run(plain(config), trainer, logger or {}, held)
+
+
+def _run(
+    config: dict[str, Any], trainer: Mapping[str, Any], logger: Mapping[str, Any] | list[Logger], held: ExitStack
+) -> dict[str, Any]:
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
-    options = _resume(config, resumed) if resumed else strict(RunConfig, config, "")
+    options, saved = _resume(config, resumed) if resumed else (strict(RunConfig, config, ""), {})
+    trainer = arguments(trainer, saved.get("trainer"))
+    log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), saved.get("logger"))
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed={show(options.seed)} must lie between 0 and {2**32 - 1}")
     positive(
         "",
         validate_every=options.validate_every,
@@ -132,7 +126,9 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     if options.compile:
         torch.compiler.reset()  # what earlier runs of this process compiled counts against a limit
         model.decoder.compile(fullgraph=True)  # in place: the names of the weights stay
-    folder = Path(options.out or default_folder(model)).absolute()
+    out, family = home(options.out) if options.out else None, f"{model.config.name}-{model.task.config.name}"
+    writes = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    folder = held.enter_context(taken(out, family, bool(resumed))) if writes else (out or default(family)).absolute()
     saver = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
@@ -145,20 +141,28 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     callbacks = [clock, FiniteLoss(), rows, saver, LastCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(TQDMProgressBar(leave=True))
-    engine = _trainer(model, options, dict(trainer), loggers or [], callbacks, folder)
-    share = model.optim.accumulate * engine.world_size
-    if model.optim.batch_size % share:
-        raise ValueError(
-            f"optim.batch_size={model.optim.batch_size} must be a multiple of {share}, that is optim.accumulate="
-            f"{model.optim.accumulate} times {engine.world_size} processes"
-        )
+    fixed = {
+        "max_steps": model.optim.steps,
+        "accumulate_grad_batches": model.optim.accumulate,
+        "gradient_clip_val": model.optim.clip or None,
+        "val_check_interval": min(options.validate_every, model.optim.steps) * model.optim.accumulate,
+        "log_every_n_steps": options.log_every,
+        "default_root_dir": folder,
+    }
+    loggers = logger if isinstance(logger, list) else log.make(folder)
+    engine = make_trainer(model, trainer, fixed, loggers, callbacks)
+    clock.started_with = {"trainer": stored(trainer, engine), "logger": asdict(log), "placement": placement(engine)}
+    if not isinstance(logger, list):
+        held.enter_context(begun(loggers))
+    if engine.world_size > 1 and not out:
+        held.enter_context(announced(folder))
     if engine.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resumed is None and (folder / "checkpoints" / "last.ckpt").exists():
-            raise ValueError(f"{folder} holds a run already: continue it with resume={folder}, or choose another out=")
         print(report.opening(model, engine, folder), flush=True)
+        if said := changes(saved.get("placement"), placement(engine)):
+            print(said, flush=True)
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
+    folder = Path(str(saver.dirpath)).parent  # that of the first process, in all of them
     best = checkpoint.read(checkpoint.find(folder, "best"))
     model.load_state_dict(best["state_dict"])
     engine.test(model, data, verbose=False)
@@ -170,66 +174,23 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     return metrics
 
 
-def _resume(config: Mapping[str, Any], file: Path) -> RunConfig:
-    """The saved options, if nothing that was asked for contradicts them."""
+def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The saved options, if nothing that was asked for contradicts them, and all that was saved beside the weights."""
     if file.absolute().parent.name != "checkpoints":
         raise ValueError(f"{file} lies in no RUN_DIR/checkpoints, and resume= continues in RUN_DIR")
-    saved = checkpoint.read(file)["zoo"]["config"]
+    folder = file.absolute().parent.parent
+    if config.get("out") and home(config["out"]).absolute() != folder:
+        raise ValueError(
+            f"resume={config['resume']} continues in its own folder, {folder}: leave out={config['out']} away"
+        )
+    beside = checkpoint.read(file)["zoo"]
+    saved = beside["config"]
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
     changed = checkpoint.differences(saved, asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
     options = strict(RunConfig, saved, "")
-    return RunConfig(**{**asdict(options), "resume": str(file), "out": str(file.absolute().parent.parent)})
-
-
-def _trainer(
-    model: Model,
-    options: RunConfig,
-    arguments: dict[str, Any],
-    loggers: list[Logger],
-    callbacks: list[Callback],
-    folder: Path,
-) -> L.Trainer:
-    optim = model.optim
-    precision = arguments.pop("precision", None) or "auto"
-    if precision == "auto":
-        # what an accelerator will be is only known to Lightning; on a GPU bfloat16 where the hardware has it
-        gpu = arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
-    fixed: dict[str, Any] = {
-        "max_steps": optim.steps,
-        "max_epochs": -1,
-        "accumulate_grad_batches": optim.accumulate,
-        "gradient_clip_val": optim.clip or None,
-        "val_check_interval": min(options.validate_every, optim.steps) * optim.accumulate,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": options.log_every,
-        "logger": loggers,
-        "callbacks": callbacks,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "default_root_dir": folder,
-    }
-    clash = sorted(set(fixed) & set(arguments))
-    if clash:
-        option = DECIDED_BY.get(clash[0])
-        raise ValueError(f"trainer.{clash[0]} is {f'decided by the option {option}' if option else 'fixed here'}")
-    plugins = [checkpoint.Files(), *arguments.pop("plugins", [])]
-    if precision in ("bf16-true", "16-true"):
-        plugins, precision = [*plugins, WeightsAlone(precision)], None  # type: ignore[arg-type]
-    given = {"accelerator": "auto", "devices": 1, **arguments, "precision": precision, "plugins": plugins}
-    try:
-        return L.Trainer(**given, **fixed)
-    except (TypeError, RuntimeError, MisconfigurationException) as error:
-        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def default_folder(model: Model) -> Path:
-    """runs/MODEL-TASK/ID; ID is $ZOO_RUN_ID, which all processes of a run must share, else the time."""
-    name = os.environ.get("ZOO_RUN_ID") or time.strftime("%Y-%m-%d_%H-%M-%S")
-    return Path("runs", f"{model.config.name}-{model.task.config.name}", name)
+    return RunConfig(**{**asdict(options), "resume": str(file), "out": str(folder)}), beside
 
 
 def command() -> str:
@@ -262,6 +223,7 @@ def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, 
         "params_active": count["active"],
         "params": count,
         "flops_per_token": flops.flops_per_token(model),
+        **placement(engine),
         "checkpoint": str(folder / "checkpoints" / "best.ckpt"),
         "command": clock.command,
         "versions": {

@@ -55,14 +55,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay to min_lr; batch_size: sequences of one optimiser step over all
-    processes and accumulated parts; clip: largest gradient norm, 0 for none; decay acts on matrices alone."""
+    processes and accumulated parts; warmup: null for min(50, steps // 20); clip: largest gradient norm, 0 for none;
+    decay acts on matrices alone."""
 
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
     lr: float = 3e-3
     min_lr: float = 0.0
-    warmup: int = 50
+    warmup: int | None = None
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -71,7 +72,9 @@ class OptimConfig:
         positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
         if self.batch_size % self.accumulate:
             raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
-        if not 0 <= self.warmup < self.steps:
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", min(50, self.steps // 20))
+        if not 0 <= (self.warmup or 0) < self.steps:
             raise ValueError(f"optim.warmup={self.warmup} must be at least 0 and below optim.steps={self.steps}")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
@@ -82,9 +85,10 @@ class OptimConfig:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of optimiser step `step`, counted from 0, as a fraction of lr."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        warmup = self.warmup or 0
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / (self.steps - warmup))
         floor = self.min_lr / self.lr
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zoo.files import home
 from zoo.tasks.base import SPLITS
 
 START = 256
@@ -32,7 +33,7 @@ Part = tuple[str, np.ndarray | bytes]
 
 def cache() -> Path:
     """The folder that holds all others; it is made if need be."""
-    folder = Path(os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "zoo")
+    folder = home(os.environ.get("ZOO_CACHE") or "~/.cache/zoo")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
