@@ -162,12 +162,11 @@ def _resume(config: Mapping[str, Any], file: Path) -> RunConfig:
     """The saved options, if nothing that was asked for contradicts them."""
     if file.absolute().parent.name != "checkpoints":
         raise ValueError(f"{file} lies in no RUN_DIR/checkpoints, and resume= continues in RUN_DIR")
-    saved = checkpoint.read(file)["zoo"]["config"]
+    options = strict(RunConfig, checkpoint.read(file, resume=True)["zoo"]["config"], "")
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
-    changed = checkpoint.differences(saved, asked)
+    changed = checkpoint.differences(asdict(options), asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
-    options = strict(RunConfig, saved, "")
     return RunConfig(**{**asdict(options), "resume": str(file), "out": str(file.absolute().parent.parent)})
 
 
