@@ -21,6 +21,7 @@ from torch.nn.modules import module as hooks
 
 from zoo.config import lookup, show
 from zoo.models import MODELS, Model
+from zoo.plain import finite
 
 OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -108,17 +109,12 @@ def _check_weights(weights: dict[Any, Any], path: Path) -> None:
             raise ValueError(f"{path}: the weight {show(name)} is {show(weight)}, not a tensor with a name")
         if weight.dtype not in DTYPES:
             raise ValueError(f"{path}: the weight {show(name)} is of {weight.dtype}, not a real floating dtype")
-        if not _finite(weight):
+        if not finite(weight):
             raise ValueError(f"{path}: the weight {show(name)} holds numbers that are not finite")
     kinds = Counter(weight.dtype for weight in weights.values()).most_common()
     for name, weight in weights.items():
         if weight.dtype != kinds[0][0]:
             raise ValueError(f"{path}: the weight {show(name)} is of {weight.dtype}, others of {kinds[0][0]}")
-
-
-def _finite(t: Tensor) -> bool:
-    """Whether all numbers are finite, in no memory."""
-    return not t.numel() or all(math.isfinite(end) for end in t.detach().aminmax())
 
 
 def _compare(ours: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:
@@ -207,7 +203,7 @@ def like(value: Any, ours: Any, where: str) -> Any:
             like(item, own, f"{where}.{index}") for index, (item, own) in enumerate(zip(value, ours, strict=True))
         )
     if isinstance(ours, Tensor):
-        fits = isinstance(value, Tensor) and value.shape == ours.shape and value.dtype in DTYPES and _finite(value)
+        fits = isinstance(value, Tensor) and value.shape == ours.shape and value.dtype in DTYPES and finite(value)
     elif isinstance(ours, float):
         fits = type(value) in (int, float) and math.isfinite(value)
     else:

@@ -6,6 +6,7 @@ fresh dicts, lists and tuples, so that nothing shared, subclassed or endless get
 
 from __future__ import annotations
 
+import math
 import pickletools
 import re
 import struct
@@ -134,3 +135,8 @@ def plain(value: Any, size: int) -> Any:
 
 def place(where: tuple[Any, ...]) -> str:
     return ".".join(show(key)[:40].strip("'") for key in where[:8]) or "its top"
+
+
+def finite(t: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, found in no memory."""
+    return not t.numel() or not t.is_floating_point() or all(math.isfinite(end) for end in t.detach().aminmax())
