@@ -141,7 +141,7 @@ def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
     entries = ("zoo", "hyper_parameters", "state_dict")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in entries):
         raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries {', '.join(entries)}")
-    while (schema := checkpoint["zoo"].get("schema")) != SCHEMA:
+    while type(schema := checkpoint["zoo"].get("schema")) is not int or schema != SCHEMA:
         if type(schema) is not int or schema not in UPGRADES:
             known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
             raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({__version__}) reads {known}")

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from zoo.config import show
 
-CODES = 1_000_000  # opcodes of a pickle, a tensor takes 35
+CODES = 400_000  # opcodes of a pickle, beside one for each BYTES of the file; a tensor takes 35
+BYTES = 200
+DIRECTORY = 1 << 20  # bytes of the zip's, beside one for each BYTES
 PICKLE = 1 << 25  # its bytes
 DEPTH = 32
 ITEMS = 1_000_000  # values in all, a shared one at each place
@@ -42,7 +44,7 @@ def contents(path: Path) -> Any:
     """What torch.save wrote to a file, as plain values and tensors; raises ValueError for every other file."""
     try:
         size = path.stat().st_size
-        _scan(_pickle(path, size))
+        _scan(_pickle(path, size), CODES + size // BYTES)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # damaged files fail in many ways, none of which the user can tell apart
         raise ValueError(
@@ -56,16 +58,19 @@ def contents(path: Path) -> Any:
 
 def _pickle(path: Path, size: int) -> bytes:
     """The pickle in a zip file whose records are as long as they say: stored one after the other, not compressed."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        records = archive.infolist()
+    with path.open("rb") as file:
         file.seek(max(0, size - 98))
         end = file.read()
-        # torch reads another directory than Python where this offset is wrong; in zip64 it stands further ahead
-        offset, record = struct.unpack("<I", end[-6:-2])[0], None
-        if end[56:60] == b"PK\6\7":
-            offset, record = (struct.unpack("<Q", end[at : at + 8])[0] for at in (48, 64))
+    offset, record = struct.unpack("<I", end[-6:-2])[0], None
+    if end[56:60] == b"PK\6\7":
+        offset, record = (struct.unpack("<Q", end[at : at + 8])[0] for at in (48, 64))
+    if size - offset > DIRECTORY + size // BYTES:
+        raise ValueError("too many records")
+    with zipfile.ZipFile(path) as archive:
+        # torch reads another directory than Python where these places are wrong
         if end[-22:-18] != b"PK\5\6" or offset != archive.start_dir or record not in (None, size - len(end)):
             raise ValueError("the directory is not at the end")
+        records = archive.infolist()
         if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
             raise ValueError("torch compresses no record")
         (name,) = (record for record in records if re.fullmatch(r"(?i)[^/]*/data\.pkl", record.filename))
@@ -74,13 +79,13 @@ def _pickle(path: Path, size: int) -> bytes:
         return archive.read(name)
 
 
-def _scan(pickle: bytes) -> None:
+def _scan(pickle: bytes, codes: int) -> None:
     """Raises ValueError for a pickle that torch.save cannot have written or that would take too long."""
     stack: list[int] = []  # of each object: how many values its tuple has, and the tuples in it
     marks: list[int] = []
     memo: dict[Any, int] = {}
     for count, (code, arg, _) in enumerate(pickletools.genops(pickle)):
-        if count > CODES or (code.name == "GLOBAL" and not GLOBALS.fullmatch(str(arg))):
+        if count > codes or (code.name == "GLOBAL" and not GLOBALS.fullmatch(str(arg))):
             raise ValueError(f"{show(arg)} at opcode {count}")
         if code.name == "MARK":
             marks.append(len(stack))
