@@ -1,4 +1,4 @@
-"""Hostile files, made systematically from genuine ones: each field with values of other types, sizes, depths and shapes.
+"""Hostile files, made systematically from genuine ones: each field with values of other types, sizes and depths.
 
 Every maker yields (what, file); a file is written just before it is yielded, at the same path.
 """
@@ -93,7 +93,7 @@ def rewritten(content: Any, path: Path, change: Callable[[bytes], bytes], **opti
 
 MARKER = "@hostile@"
 MARKED = b"X" + struct.pack("<I", len(MARKER)) + MARKER.encode()
-DEEP = 200_000
+DEEP = 150_000
 
 
 def codes(proof: Path) -> dict[str, bytes]:
@@ -110,7 +110,7 @@ def codes(proof: Path) -> dict[str, bytes]:
         "deep tuples": b")" + b"\x85" * DEEP,
         "shared tuples": tuples,
         "a key of shared tuples": b"}" + tuples + b"K\x01s",
-        "a million lists": b"](" + b"]" * 1_100_000 + b"e",
+        "a million lists": b"](" + b"]" * 500_000 + b"e",
         "a far memo": b"]r\xff\xff\xff\x7f",
         "no memo": b"h\xfe",
         "nothing on the stack": b"0000000",
@@ -134,10 +134,10 @@ def damaged(genuine: bytes, path: Path) -> Iterator[File]:
 
 def archives(content: Any, path: Path, proof: Path) -> Iterator[File]:
     """Pickles and archives that torch.save does not write."""
-    for what, code in codes(proof).items():
-        for at in (("zoo", "schema"), ("hyper_parameters", "model", "dim"), ("task",)):
-            marked = changed(content, at, MARKER)
-            yield f"{what} at {at[-1]}", rewritten(marked, path, lambda old, code=code: old.replace(MARKED, code))
+    places = (("zoo", "schema"), ("hyper_parameters", "model", "dim"), ("task",))
+    for turn, (what, code) in enumerate(codes(proof).items()):
+        marked = changed(content, at := places[turn % 3], MARKER)
+        yield f"{what} at {at[-1]}", rewritten(marked, path, lambda old, code=code: old.replace(MARKED, code))
     yield "compressed", rewritten(content, path, lambda old: old, compression=zipfile.ZIP_DEFLATED)
     big = {**content, "state_dict": {"zeros": torch.zeros(1 << 26)}}
     yield "256 MB in 256 kB", rewritten(big, path, lambda old: old, compression=zipfile.ZIP_DEFLATED)
@@ -187,19 +187,24 @@ def weights(content: Any, path: Path) -> Iterator[File]:
         state._metadata = 5
         other = b"X" + struct.pack("<I", len(attribute)) + attribute.encode()
         changes = (named, other)
-        yield f"state_dict.{attribute} = 5", rewritten({**content, "state_dict": state}, path, lambda old, c=changes: old.replace(*c))
+        yield (
+            f"state_dict.{attribute} = 5",
+            rewritten({**content, "state_dict": state}, path, lambda old, c=changes: old.replace(*c)),
+        )
     torch.save({**content, "state_dict": {f"w{i}": torch.zeros(1) for i in range(20_000)}}, path)
     yield "20,000 weights", path
 
 
-def fields(content: Any, path: Path, tops: tuple[str, ...]) -> Iterator[File]:
-    """Each value below the entries `tops` left out, or of another type, size and depth."""
-    for at in [at for at in paths(content) if at[0] in tops]:
-        torch.save(without(content, at), path)
-        yield f"{at} left out", path
-        for what, value in junk().items():
-            torch.save(changed(content, at, value), path)
-            yield f"{at} is {what}", path
+def fields(content: Any, path: Path, tops: tuple[str, ...], share: int = 1) -> Iterator[File]:
+    """Each value below the entries `tops` left out, or of another type, size and depth; share: one of so many alone."""
+    for turn, at in enumerate(at for at in paths(content) if at[0] in tops):
+        if turn % share == 0:
+            torch.save(without(content, at), path)
+            yield f"{at} left out", path
+        for place, (what, value) in enumerate(junk().items()):
+            if (turn + place) % share == 0:
+                torch.save(changed(content, at, value), path)
+                yield f"{at} is {what}", path
 
 
 def sizes(content: Any, path: Path) -> Iterator[File]:

@@ -207,7 +207,7 @@ def like(value: Any, ours: Any, where: str) -> Any:
     elif isinstance(ours, float):
         fits = type(value) in (int, float) and math.isfinite(value)
     else:
-        fits = type(value) is type(ours) and not (type(ours) is int and value < 0)
+        fits = type(value) is type(ours) in (int, bool, str) and not (type(ours) is int and value < 0)
     if not fits:
         raise ValueError(f"{where} is {show(value)}, not as {show(ours)}")
     return value
