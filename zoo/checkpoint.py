@@ -1,11 +1,12 @@
 """Checkpoints that explain themselves: what is written beside the weights, and the one call that reads it back.
 
-A checkpoint is somebody else's data: it loads with weights_only=True, names in it are looked up in dicts, and nothing
-in it is ever imported or instantiated.
+A checkpoint is somebody else's data: it loads with weights_only=True, names in it are looked up in dicts, nothing in it
+is ever imported or instantiated, and no path that is written or removed comes out of it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from zoo import __version__
-from zoo.config import lookup
+from zoo import __version__, fit, plain
+from zoo.config import show
 from zoo.files import home
-from zoo.models import MODELS, Model
+from zoo.fit import differences as differences
+from zoo.models import Model
 
 SCHEMA = 3
 
@@ -42,13 +44,14 @@ def _factors_as_they_are_used(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return t.unflatten(0, (-1, rank)).transpose(0, 1).flatten(0, 1)
 
     matrices = [name for name, t in checkpoint["state_dict"].items() if t.dim() > 1]
+    place = {name: index - len(matrices) for index, name in enumerate(matrices)}
     for name, t in checkpoint["state_dict"].items():
-        old = re.fullmatch(r"(decoder\.context_to_delta\.generator\.heads\.\w+_(\w+))\.0\.weight", name)
-        if old and old[2] in "uv":
+        old = re.fullmatch(r"(decoder\.context_to_delta\.generator\.heads\.\w+)\.0\.weight", name)
+        if old and old[1].endswith(("_u", "_v")):
             t = transposed(t)
             for optimizer in checkpoint.get("optimizer_states", ()):
                 # counted from the end: a matrix of two names, as tied embeddings have, is one parameter
-                index = optimizer["param_groups"][0]["params"][matrices.index(name) - len(matrices)]
+                index = optimizer["param_groups"][0]["params"][place[name]]
                 state = optimizer["state"][index]
                 state.update({key: transposed(m) for key, m in state.items() if m.dim() > 1})
         weights[f"{old[1]}.weight" if old else name] = t
@@ -62,7 +65,21 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 """From schema n to a function that turns such a checkpoint into one of schema n + 1."""
 
-OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
+FIELDS: dict[str, tuple[type, ...]] = {
+    "zoo.config": (dict,),
+    "zoo.command": (str,),
+    "zoo.seconds": (int, float),
+    "zoo.zoo": (str,),
+    "zoo.torch": (str,),
+    "task": (dict,),
+    "callbacks": (dict,),
+    "loops": (dict,),
+    "optimizer_states": (list,),
+    "lr_schedulers": (list,),
+    "global_step": (int,),
+    "pytorch-lightning_version": (str,),
+}
+"""What a run that goes on needs; zoo.load does without, but takes none of another type."""
 
 
 class Files(TorchCheckpointIO):
@@ -74,53 +91,103 @@ class Files(TorchCheckpointIO):
         os.replace(f"{path}.tmp", path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint, here = read(Path(path)), str(Path(path).resolve().parent)
-        for name, state in checkpoint.get("callbacks", {}).items():
-            if "dirpath" in state:  # of a run folder that was moved, Lightning would forget the best score
-                checkpoint["callbacks"][name] = _moved(state, state["dirpath"], here)
-        return checkpoint
+        """What a run goes on with; raises ValueError where it could not, see read."""
+        return read(Path(path), resume=True)
 
-
-def _moved(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, dict):
-        return {_moved(key, old, new): _moved(item, old, new) for key, item in value.items()}
-    return value.replace(old, new, 1) if isinstance(value, str) else value
+    def remove_checkpoint(self, path: Any) -> None:
+        """Nothing: best.ckpt and last.ckpt are replaced, a run has no others."""
 
 
 def find(path: str | Path, name: str) -> Path:
     """The checkpoint file `path`, or `name` (best, last) in the run folder `path`; raises ValueError if absent."""
-    path = home(path)
-    file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no checkpoint at {file}: give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
+    try:
+        path = home(path)
+        file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
+        found = file.is_file()
+    except (TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
+        found, file = False, path  # type: ignore[assignment]
+    if not found:
+        at = str(file) if isinstance(file, Path) else show(file)
+        raise ValueError(
+            f"no checkpoint at {at[:200]}: give a .ckpt file, or a run folder with checkpoints/{name}.ckpt"
+        )
     return file
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The checkpoint's plain contents at today's schema; raises ValueError for files that are not ours or damaged."""
+def read(path: Path, resume: bool = False) -> dict[str, Any]:
+    """The checkpoint's plain contents at today's schema, every option written down.
+
+    resume: also what a run goes on with, for the folder that the file lies in. Raises ValueError for files that are not
+    ours or damaged, or that hold options, names, weights or states unknown here.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged files fail in many ways, none of which the user can tell apart
-        raise ValueError(
-            f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it"
-        ) from None
+        checkpoint = _at_schema(plain.contents(path), path)
+        _check_fields(checkpoint, path, resume)
+        model = fit.model(checkpoint, path)
+        if not resume:
+            return checkpoint
+        return {**fit.progress(checkpoint, model, path), "callbacks": _callbacks(checkpoint, path)}
+    except ValueError as error:
+        best = path.with_name("best.ckpt")
+        if path.name == best.name or not best.is_file():
+            raise
+        try:
+            read(best)
+        except ValueError:
+            raise error from None
+        raise ValueError(f"{error}; what can still be loaded: {best}") from None
+
+
+def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
     entries = ("zoo", "hyper_parameters", "state_dict")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in entries):
         raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries {', '.join(entries)}")
-    while (schema := checkpoint["zoo"].get("schema")) != SCHEMA:
-        if not isinstance(schema, int) or schema not in UPGRADES:
+    while type(schema := checkpoint["zoo"].get("schema")) is not int or schema != SCHEMA:
+        if type(schema) is not int or schema not in UPGRADES:
             known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
-            raise ValueError(f"{path} has schema {schema!r:.40}, this zoo ({__version__}) reads {known}")
+            raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({__version__}) reads {known}")
         try:
             checkpoint = UPGRADES[schema](checkpoint)
-        except Exception:  # as above
+        except Exception:  # damaged files fail in many ways, as in zoo.plain
             raise ValueError(f"{path} is damaged: its contents are not those of schema {schema}") from None
-    if not isinstance(checkpoint.get("task", {}), dict):
-        raise ValueError(f"{path} must hold the state of its task as a dict, got {checkpoint['task']!r:.40}")
-    options = checkpoint["hyper_parameters"]
-    if {key: type(value) for key, value in options.items()} != OPTIONS:
-        raise ValueError(f"{path} must hold the options {', '.join(OPTIONS)}, got {options!r:.200}")
     return checkpoint
+
+
+def _check_fields(checkpoint: dict[str, Any], path: Path, resume: bool) -> None:
+    for name, types in FIELDS.items():
+        group, _, key = name.rpartition(".")
+        holder = checkpoint[group] if group else checkpoint
+        if key not in holder and not resume:
+            continue
+        if type(value := holder.get(key)) not in types:
+            kinds = " or ".join(kind.__name__ for kind in types)
+            raise ValueError(f"{path} must hold {name} as {kinds}, got {show(value, 40)}")
+    if not 0 <= checkpoint["zoo"].get("seconds", 0) < math.inf:
+        raise ValueError(f"{path} must hold zoo.seconds as a number from 0 on, got {checkpoint['zoo']['seconds']}")
+
+
+def _callbacks(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The states of callbacks; of the saver's the score alone: its paths are those of the folder that `path` is in."""
+    callbacks = {}
+    for name, state in checkpoint["callbacks"].items():
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} must hold the state of callbacks as dicts, got {show(state, 40)}")
+        callbacks[name] = _saver(state, checkpoint, path) if str(name).startswith("ModelCheckpoint") else state
+    return callbacks
+
+
+def _saver(state: dict[str, Any], checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    folder = path.absolute().parent.resolve()
+    best, score = folder / "best.ckpt", state.get("best_model_score")
+    if score is not None:
+        score = fit.like(score, torch.zeros(()), f"{path}: best_model_score")
+    if score is None or not best.is_file():  # the next validation writes one
+        return {"dirpath": str(folder), "best_model_score": None, "best_model_path": ""}
+    if not path.samefile(best) and read(best)["hyper_parameters"] != checkpoint["hyper_parameters"]:
+        raise ValueError(f"{best} is of another run: move it away to go on with {path}")
+    paths = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(best))
+    scores = dict.fromkeys(("best_model_score", "current_score", "kth_value"), score)
+    return {"dirpath": str(folder), "best_k_models": {str(best): score}, **paths, **scores}
 
 
 def load(path: str | Path) -> Model:
@@ -130,27 +197,7 @@ def load(path: str | Path) -> Model:
     """
     file = find(path, "best")
     checkpoint = read(file)
-    options = checkpoint["hyper_parameters"]
-    try:
-        model = lookup(options["model"].get("name"), MODELS, "model")(**options)
-        if dict(model.hparams) != options:
-            raise ValueError("; ".join(differences(options, dict(model.hparams))))
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} does not fit this zoo: {' '.join(str(error).split())[:400]}") from None
+    model = fit.build(checkpoint["hyper_parameters"])
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
     return model.eval()
-
-
-def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -> list[str]:
-    """One line for each value of `asked` that `saved` lacks or holds differently."""
-    lines = []
-    for key, value in asked.items():
-        old = saved.get(key)
-        if key not in saved:
-            lines.append(f"{where}{key}={value!r} is not in the checkpoint")
-        elif isinstance(value, dict) and isinstance(old, dict):
-            lines += differences(old, value, f"{where}{key}.")
-        elif old != value:
-            lines.append(f"{where}{key} is {old!r} in the checkpoint, {value!r} asked")
-    return lines

@@ -183,13 +183,12 @@ def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str,
         raise ValueError(
             f"resume={config['resume']} continues in its own folder, {folder}: leave out={config['out']} away"
         )
-    beside = checkpoint.read(file)["zoo"]
-    saved = beside["config"]
+    beside = checkpoint.read(file, resume=True)["zoo"]
+    options = strict(RunConfig, beside["config"], "")
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
-    changed = checkpoint.differences(saved, asked)
+    changed = checkpoint.differences(asdict(options), asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
-    options = strict(RunConfig, saved, "")
     return RunConfig(**{**asdict(options), "resume": str(file), "out": str(folder)}), beside
 
 

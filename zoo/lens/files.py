@@ -1,6 +1,7 @@
 """Patches as files: safetensors with a description, which only the model that they were made for takes back.
 
-A file is somebody else's data: kinds of updates are looked up in a dict, and nothing in it is imported or unpickled.
+A file is somebody else's data: kinds of updates are looked up in a dict, nothing in it is imported or unpickled, and
+what would not work in the model is refused when it is read.
 Names of tensors: LAYER.input.PLACE.KIND.FIELD, LAYER.weights.MATRIX.PLACE.KIND.FIELD (the places are the terms of a
 sum), LAYER.biases.MATRIX, LAYER.routing.FIELD; FIELD as in zoo.delta.
 """
@@ -10,26 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo import __version__
-from zoo.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
-from zoo.layers import FeedForward
+from zoo import __version__, plain
+from zoo.config import show
+from zoo.delta import Delta, Patch, Sum
+from zoo.lens.taken import KINDS, read_patches
 from zoo.models import Model
 
 SCHEMA = 1
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (LowRank, Scale, Full, Shear)}
-AXES = {"u": "or", "v": "ir", "rows": "o", "columns": "i", "matrix": "oi", "a": "i", "shift": "i", "core": ""}
-"""The last axes of each field: o outputs, i inputs, r rank."""
+DESCRIPTION = {"schema": int, "version": str, "fingerprint": str, "layers": int, "chunks": list, "about": dict}
+HEADER = 1 << 23  # bytes of names, shapes and description
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -82,42 +82,52 @@ def load_patch(path: str | Path, model: Model) -> list[Patch]:
     here = fingerprint(model)
     if description["fingerprint"] != here:
         raise ValueError(
-            f"{path} was made for another model: its fingerprint is {description['fingerprint']}, this model's is "
-            f"{here}; a patch is relative to the weights it was made for"
+            f"{path} was made for another model: its fingerprint is {show(description['fingerprint'])}, this model's "
+            f"is {here}; a patch is relative to the weights it was made for"
         )
+    blocks, chunks = model.decoder.blocks, description["chunks"]
     try:
-        tree = _tree({name: tensor.to(model.device) for name, tensor in tensors.items()})
-        layers = zip(model.decoder.blocks, description["chunks"], strict=True)
-        patches = [_patch(tree.get(str(i), {}), block.ffn, chunk) for i, (block, chunk) in enumerate(layers)]
-        unknown = tensors.keys() - _tensors(patches).keys()
+        if not description["layers"] == len(chunks) == len(blocks):
+            raise ValueError(f"layers={description['layers']} and {len(chunks)} chunks for {len(blocks)} layers")
+        patches = read_patches({name: tensor.to(model.device) for name, tensor in tensors.items()}, blocks, chunks)
+        unknown = sorted(tensors.keys() - _tensors(patches).keys())
         if unknown:
-            raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold patches of this zoo: {error!r:.300}") from None
+            raise ValueError(f"unknown tensors {show(unknown, 200)}")
+    except Exception as error:  # no file ends in a traceback, whatever the checks let through
+        raise ValueError(f"{path} does not hold patches of this zoo: {' '.join(str(error).split())[:300]}") from None
     return patches
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not Path(path).is_file():
-        raise ValueError(f"no patch file at {path}")
+    file = plain.regular(path, "no patch file")
     try:
-        with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("zoo")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no patch file: {error}") from None
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+        if size > HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        with safe_open(file, "pt") as opened:
+            header = (opened.metadata() or {}).get("zoo")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path} is damaged or no patch file: {' '.join(str(error).split())[:200]}") from None
     try:
-        description = json.loads(header or "")
+        description = plain.plain(json.loads(header or ""), 0)
         schema = description["schema"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
             f"{path} is no patch file of this zoo: it lacks the description that save_patch writes"
         ) from None
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema!r:.40}, this zoo ({__version__}) reads {SCHEMA}")
-    missing = {"version", "fingerprint", "layers", "chunks", "about"} - set(description)
+        raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({__version__}) reads {SCHEMA}")
+    missing = DESCRIPTION.keys() - description.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))} in its description")
+    for name, kind in DESCRIPTION.items():
+        if type(description[name]) is not kind:
+            found = show(description[name], 40)
+            raise ValueError(
+                f"{path} does not hold patches of this zoo: {name} is {found}, not of type {kind.__name__}"
+            )
     return description, tensors
 
 
@@ -148,51 +158,3 @@ def _terms(delta: Delta) -> list[Delta]:
 def _fields(prefix: str, record: Any) -> dict[str, Tensor]:
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return {f"{prefix}.{name}": value for name, value in values.items() if value is not None}
-
-
-def _tree(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Dotted names as nested dicts."""
-    tree: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *path, last = name.split(".")
-        reduce(lambda node, key: node.setdefault(key, {}), path, tree)[last] = tensor
-    return tree
-
-
-def _patch(node: dict[str, Any], ffn: FeedForward, chunk: int | None) -> Patch:
-    matrices = {name: ffn.weight(name) for name in (*ffn.readers, "down")}
-    for name, bias in node.get("biases", {}).items():
-        _check(name, bias, "o", matrices[name])
-    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
-        raise ValueError(f"chunk {chunk!r} is no number of tokens")
-    routing = Routing(**node["routing"]) if "routing" in node else None
-    if routing:
-        blocks = torch.arange(ffn.blocks, device=routing.index.device)
-        if routing.index.dtype != torch.int64 or not torch.isin(routing.index, blocks).all():
-            raise ValueError(f"a routing to others than the blocks 0 to {ffn.blocks - 1}")
-    return Patch(
-        input=_delta("input", node["input"], matrices["gate"]) if "input" in node else None,  # type: ignore[arg-type]
-        weights={name: _delta(name, terms, matrices[name]) for name, terms in node.get("weights", {}).items()},
-        biases=node.get("biases", {}),
-        routing=routing,
-        chunk=chunk,
-    )
-
-
-def _delta(name: str, terms: dict[str, Any], W: Tensor) -> Delta:
-    deltas = []
-    for place in map(str, range(len(terms))):
-        ((kind, values),) = terms[place].items()
-        for field, tensor in values.items():
-            _check(name, tensor, AXES[field], W, values)
-        deltas.append(KINDS[kind](**values))
-    if not all(isinstance(delta, LowRank) for delta in deltas[1:]):
-        raise ValueError(f"a sum in {name} whose later terms are not low-rank")
-    return reduce(Sum, deltas)
-
-
-def _check(name: str, tensor: Tensor, axes: str, W: Tensor, values: Mapping[str, Tensor] | None = None) -> None:
-    size = {"o": W.shape[0], "i": W.shape[1], "r": values["u"].shape[-1] if values and "u" in values else 0}
-    expected = tuple(size[axis] for axis in axes)
-    if tuple(tensor.shape[tensor.dim() - len(axes) :]) != expected:
-        raise ValueError(f"a tensor of {name} of shape {tuple(tensor.shape)}, which must end in {expected}")

@@ -1,0 +1,230 @@
+"""Hostile files end in one line: none is executed, hangs, fills the memory or touches another folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+import torch
+from cases import batch_of
+from test_checkpoint import OPTIONS, QUIET, one_line
+from test_patch_files import model_and_patch
+
+import zoo
+from zoo.checkpoint import Files
+from zoo.lens.files import load_patch, save_patch
+from zoo.lens.static import answer
+
+SIZES = {"dim": 4, "layers": 1, "heads": 1, "hidden": 4}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the smallest model."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("genuine") / "run"
+    zoo.train(model={"name": "transformer", **SIZES}, trainer=QUIET, out=str(folder), **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def last(run: Path, tmp_path: Path) -> Path:
+    """Where hostile files are written: a run folder without a best checkpoint."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    return tmp_path / "run/checkpoints/last.ckpt"
+
+
+def content_of(run: Path) -> Any:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since clear_refs; 0 where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), 0)
+
+
+def refused(files: Iterable[hostile.File], read: Callable[[Path], Any]) -> tuple[list[str], list[str]]:
+    """What was refused, and what was read; every other end, and every file that costs too much, fails."""
+    ends: tuple[list[str], list[str]] = [], []
+    for what, path in files:
+        if os.access("/proc/self/clear_refs", os.W_OK):
+            Path("/proc/self/clear_refs").write_text("5")
+        before, start = memory("VmRSS"), time.perf_counter()
+        error = None
+        try:
+            read(path)
+        except Exception as raised:
+            error = raised
+        seconds, grown = time.perf_counter() - start, memory("VmHWM") - before
+        assert error is None or type(error) is ValueError, f"{what}: {error!r:.200}"
+        assert len(str(error).splitlines()) == 1, what
+        assert len(str(error)) < 1000, what
+        assert seconds < 5, f"{what} takes {seconds} s"
+        assert grown < 1 << 30, f"{what} takes {grown} bytes"
+        ends[error is None].append(what)
+    return ends
+
+
+LOADED = ("hyper_parameters", "task")
+RESUMED = ("callbacks", "loops", "optimizer_states", "lr_schedulers", "global_step", "pytorch-lightning_version")
+# what zoo.load takes: options that nothing in the weights speaks of
+FREE = ("left out", "'points'", "'queries'", "'optim'", "'seed'", "is nothing")
+
+
+def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Path) -> None:
+    genuine, proof = (run / "checkpoints/last.ckpt").read_bytes(), tmp_path / "proof"
+    read = refused(hostile.archives(content_of(run), last, proof), zoo.load)[1]
+    assert read == []
+    assert not proof.exists()
+    read = refused(hostile.damaged(genuine, last), zoo.load)[1]
+    assert all(what.startswith("flipped") for what in read)  # some bytes matter to nobody
+
+
+def test_weights_of_other_names_dtypes_numbers_and_shapes(run: Path, last: Path) -> None:
+    _, read = refused(hostile.weights(content_of(run), last), zoo.load)
+    assert all("parameter" in what or "state_dict." in what for what in read)
+    torch.save(hostile.changed(content_of(run), ("state_dict", "decoder.head.weight"), torch.ones(1, 4) * 1j), last)
+    assert "'decoder.head.weight' is of torch.complex64, not a real floating dtype" in one_line(lambda: zoo.load(last))
+    bfloat16 = {name: t.bfloat16() for name, t in content_of(run)["state_dict"].items()}
+    torch.save({**content_of(run), "state_dict": bfloat16}, last)
+    assert torch.equal(zoo.load(last).decoder.head.weight.bfloat16(), bfloat16["decoder.head.weight"])
+
+
+def test_sizes_are_bounded_by_the_weights(run: Path, last: Path) -> None:
+    no, read = refused(hostile.sizes(content_of(run), last), zoo.load)
+    assert read == []
+    assert len(no) >= 25
+
+
+@pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_field_of_a_checkpoint(run: Path, last: Path, share: int) -> None:
+    content = content_of(run)
+    no, read = refused(hostile.fields(content, last, LOADED, share), zoo.load)
+    assert [what for what in read if not any(free in what for free in FREE)] == []
+    content["zoo"]["config"] = {}  # its groups come from the options, the rest is tried below
+    no += refused(hostile.fields(content, last, ("zoo",), share), Files().load_checkpoint)[0]
+    no += refused(hostile.fields(content, last, RESUMED, 4 * share), Files().load_checkpoint)[0]
+    assert len(no) >= 700 // share
+
+
+@torch.no_grad()
+def test_patch_files(tmp_path: Path) -> None:
+    """What is read can be used."""
+    model, patches = model_and_patch()
+    save_patch(tmp_path / "genuine", patches, model, form="affine")
+    query = batch_of(model).tokens[:1, 7:]
+    no, read = refused(
+        hostile.patches(tmp_path / "genuine", tmp_path / "hostile"),
+        lambda path: answer(model.decoder, query, load_patch(path, model)),
+    )
+    assert len(no) >= 300
+    # one bias for all sequences or several, fewer of them, other chunks of one update for all: as good as the genuine
+    assert [what for what in read if "biases" not in what and "chunks" not in what and "version" not in what] == []
+
+
+def victim(run: Path, last: Path) -> tuple[Any, Path]:
+    """The state of a run that stands at its first step, and a folder with a file beside it."""
+    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    folder = last.parent.parent.parent / "victim"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("all of it")
+    return content, folder
+
+
+@pytest.mark.parametrize("name", ["kth_best_model_path", "best_model_path", "best_k_models", "last_model_path"])
+def test_no_path_that_is_removed_or_written_comes_out_of_a_file(run: Path, last: Path, name: str) -> None:
+    """The best of one so far is the victim, of a score that every step beats: Lightning would remove it."""
+    content, folder = victim(run, last)
+    (state,) = content["callbacks"].values()
+    evil = f"{last.parent}/../../{folder.name}"
+    paths = dict.fromkeys(("kth_best_model_path", "best_model_path", "last_model_path"), str(last.parent / "best.ckpt"))
+    paths[name if name in paths else "kth_best_model_path"] = evil
+    score = torch.tensor(9e9)
+    state.update(paths, dirpath=str(last.parent), best_k_models={paths["kth_best_model_path"]: score})
+    state.update(best_model_score=score, kth_value=score)
+    assert content["global_step"] < 3
+    torch.save(content, last)
+    last.with_name("best.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes())
+    zoo.train(resume=last.parent.parent, trainer=QUIET)
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+    assert sorted(file.name for file in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    torch.save(content, last)
+    Files().remove_checkpoint(folder)
+    assert folder.exists()
+
+
+RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no options": (lambda c: c["zoo"].pop("config"), "must hold zoo.config as dict, got None"),
+    "no time": (lambda c: c["zoo"].pop("seconds"), "zoo.seconds"),
+    "no command": (lambda c: c["zoo"].pop("command"), "zoo.command"),
+    "no version": (lambda c: c.pop("pytorch-lightning_version"), "pytorch-lightning_version"),
+    "an old version": (lambda c: c.update({"pytorch-lightning_version": "0.9"}), "is of Lightning '0.9'"),
+    "callbacks": (lambda c: c.update(callbacks=[1]), "must hold callbacks as dict"),
+    "a callback": (lambda c: c.update(callbacks={"ModelCheckpoint": 5}), "the state of callbacks as dicts"),
+    "a score": (lambda c: next(iter(c["callbacks"].values())).update(best_model_score="x"), "best_model_score is 'x'"),
+    "no optimizer": (lambda c: c.update(optimizer_states=[]), "must hold one of optimizer_states, got 0"),
+    "no schedule": (lambda c: c.update(lr_schedulers=[]), "must hold one of lr_schedulers, got 0"),
+    "a moment": (lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3)), "state.0.exp_avg is"),
+    "no moment": (lambda c: c["optimizer_states"][0]["state"].pop(0), "optimizer_states.0.state lacks 0"),
+    "other loops": (lambda c: c["loops"]["fit_loop"].clear(), "loops.fit_loop lacks 'epoch_progress'"),
+    "another step": (lambda c: c.update(global_step=2), r"must stand at one step of 3, not at \[1, 2\]"),
+    "an option": (lambda c: c["zoo"]["config"].update(validate_every=torch.ones(2)), "validate_every=.* of type int"),
+    "sizes": (lambda c: c["hyper_parameters"]["model"].update(layers=10**6), "more layers or other parts"),
+    "weights": (lambda c: c["state_dict"].pop("decoder.head.weight"), "Missing key decoder.head.weight"),
+}
+
+
+@pytest.mark.parametrize("what", RESUMES)
+def test_damaged_runs_do_not_go_on(run: Path, last: Path, what: str) -> None:
+    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    RESUMES[what][0](content)
+    torch.save(content, last)
+    with pytest.raises(ValueError, match=RESUMES[what][1]):
+        zoo.train(resume=last.parent.parent, trainer=QUIET)
+
+
+def test_flags_of_the_optimizer_are_those_of_the_options(run: Path, last: Path) -> None:
+    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    for group in content["optimizer_states"][0]["param_groups"]:
+        group.update(fused=True, capturable=True, maximize=True, betas="x", weight_decay=None, junk=1)
+    content["lr_schedulers"][0].update(base_lrs="x", optimizer=5, lr_lambdas=[{"__code__": 5}] * 2)
+    torch.save(content, last)
+    zoo.train(resume=last.parent.parent, trainer=QUIET)
+    whole = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    resumed = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_damaged_last_checkpoint_names_the_best_one(run: Path, last: Path) -> None:
+    best = last.with_name("best.ckpt")
+    last.write_bytes((run / "checkpoints/last.ckpt").read_bytes()[:-99])
+    assert "best.ckpt" not in one_line(lambda: zoo.train(resume=last))
+    best.write_bytes(last.read_bytes())
+    assert "best.ckpt" not in one_line(lambda: zoo.train(resume=last))
+    best.write_bytes((run / "checkpoints/best.ckpt").read_bytes())
+    assert one_line(lambda: zoo.train(resume=last)).endswith(f"what can still be loaded: {best}")
+    zoo.load(best)
+
+
+def test_a_best_checkpoint_of_another_run_is_not_gone_on_with(run: Path, last: Path) -> None:
+    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    torch.save(content, last)
+    content["hyper_parameters"]["seed"] = content["zoo"]["config"]["seed"] = 4
+    torch.save(content, last.with_name("best.ckpt"))
+    assert "best.ckpt is of another run: move it away" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
+
+
+@pytest.mark.parametrize("path", [5, None, "x" * 5000, "a\0b", "~nobody-of-that-name/x", b"x", ["x"], "/dev/zero", "."])
+def test_paths_that_are_none(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no checkpoint at" in one_line(lambda: zoo.load(path))
+    assert "no patch file at" in one_line(lambda: load_patch(path, None))  # type: ignore[arg-type]
+    if path is not None:
+        assert "no checkpoint at" in one_line(lambda: zoo.train(resume=path))

@@ -1,0 +1,147 @@
+"""Files of somebody else as plain data: what a hostile one could cost is bounded before and while it is read.
+
+A pickle is scanned, opcode by opcode, before torch.load(…, weights_only=True) sees it; what comes out is copied into
+fresh dicts, lists and tuples, so that nothing shared, subclassed or endless gets past here.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.config import show
+
+CODES = 400_000  # opcodes of a pickle, beside one for each BYTES of the file; a tensor takes 35
+BYTES = 200
+DIRECTORY = 1 << 20  # bytes of the zip's, beside one for each BYTES
+PICKLE = 1 << 25  # its bytes
+DEPTH = 32
+ITEMS = 1_000_000  # values in all, a shared one at each place
+NAME = 4096  # characters of a key
+TUPLE = 1000  # values in a tuple and the tuples in it: a dict hashes them all
+GLOBALS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w{1,20}Storage")
+
+
+def regular(path: Any, what: str) -> Path:
+    """`path` if it is that of a file; raises ValueError for all else that could be passed, `what` says what is not."""
+    try:
+        if Path(path).is_file():
+            return Path(path)
+    except (TypeError, ValueError, OSError):
+        pass
+    raise ValueError(f"{what} at {str(path)[:200] if isinstance(path, str | Path) else show(path)}")
+
+
+def contents(path: Path) -> Any:
+    """What torch.save wrote to a file, as plain values and tensors; raises ValueError for every other file."""
+    try:
+        size = path.stat().st_size
+        _scan(_pickle(path, size), CODES + size // BYTES)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # damaged files fail in many ways, none of which the user can tell apart
+        raise ValueError(
+            f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it"
+        ) from None
+    try:
+        return plain(content, size)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from None
+
+
+def _pickle(path: Path, size: int) -> bytes:
+    """The pickle in a zip file whose records are as long as they say: stored one after the other, not compressed."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - 98))
+        end = file.read()
+    offset, record = struct.unpack("<I", end[-6:-2])[0], None
+    if end[56:60] == b"PK\6\7":
+        offset, record = (struct.unpack("<Q", end[at : at + 8])[0] for at in (48, 64))
+    if size - offset > DIRECTORY + size // BYTES:
+        raise ValueError("too many records")
+    with zipfile.ZipFile(path) as archive:
+        # torch reads another directory than Python where these places are wrong
+        if end[-22:-18] != b"PK\5\6" or offset != archive.start_dir or record not in (None, size - len(end)):
+            raise ValueError("the directory is not at the end")
+        records = archive.infolist()
+        if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
+            raise ValueError("torch compresses no record")
+        (name,) = (record for record in records if re.fullmatch(r"(?i)[^/]*/data\.pkl", record.filename))
+        if name.file_size > PICKLE:
+            raise ValueError("too many values")
+        return archive.read(name)
+
+
+def _scan(pickle: bytes, codes: int) -> None:
+    """Raises ValueError for a pickle that torch.save cannot have written or that would take too long."""
+    stack: list[int] = []  # of each object: how many values its tuple has, and the tuples in it
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for count, (code, arg, _) in enumerate(pickletools.genops(pickle)):
+        if count > codes or (code.name == "GLOBAL" and not GLOBALS.fullmatch(str(arg))):
+            raise ValueError(f"{show(arg)} at opcode {count}")
+        if code.name == "MARK":
+            marks.append(len(stack))
+            continue
+        needs, weight = code.stack_before, 1
+        if marked := pickletools.markobject in needs:
+            needs = needs[: needs.index(pickletools.markobject)]
+        first = marks.pop() if marked else len(stack) - len(needs)
+        if code.name.startswith("TUPLE"):
+            weight += sum(stack[first:])
+        elif code.name in ("BINGET", "LONG_BINGET"):
+            weight = memo[arg]
+        elif code.name in ("BINPUT", "LONG_BINPUT"):
+            memo[arg] = stack[-1]
+        if weight > TUPLE or first < 0:
+            raise ValueError("a tuple is too large")
+        del stack[first - len(needs) if marked else first :]
+        stack += [weight] * len(code.stack_after)
+
+
+def plain(value: Any, size: int) -> Any:
+    """A copy of `value`, read from a file of `size` bytes, in plain dicts, lists and tuples.
+
+    Raises ValueError, with the place, for other types, for more than DEPTH levels or ITEMS values, for integers beyond
+    64 bits, and for tensors that take more memory than the file has.
+    """
+    # torch saves a tied matrix once under two names; an expanded tensor says more than it holds
+    left = {"values": ITEMS, "bytes": 2 * size}
+
+    def copy(value: Any, where: tuple[Any, ...]) -> Any:
+        left["values"] -= 1
+        if left["values"] < 0 or len(where) > DEPTH:
+            raise ValueError(f"it holds more than {ITEMS} values, or {DEPTH} levels of them, at {place(where)}")
+        if isinstance(value, dict):
+            for key in dict.keys(value):
+                if type(key) not in (str, int) or (type(key) is str and len(key) > NAME):
+                    raise ValueError(f"a key at {place(where)} is {show(key)}, not a name")
+            return {key: copy(item, (*where, key)) for key, item in dict.items(value)}
+        if type(value) in (list, tuple):
+            return type(value)(copy(item, (*where, index)) for index, item in enumerate(value))
+        if isinstance(value, Tensor):
+            left["bytes"] -= value.numel() * value.element_size()
+            if left["bytes"] < 0 or value.layout != torch.strided:
+                raise ValueError(f"the tensor at {place(where)} of shape {show(tuple(value.shape))} is not in the file")
+            return value
+        if type(value) not in (str, int, float, bool, type(None)) or (type(value) is int and value.bit_length() > 63):
+            raise ValueError(f"{place(where)} is {show(value)}")
+        return value
+
+    return copy(value, ())
+
+
+def place(where: tuple[Any, ...]) -> str:
+    return ".".join(show(key)[:40].strip("'") for key in where[:8]) or "its top"
+
+
+def finite(t: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, found in no memory."""
+    return not t.numel() or not t.is_floating_point() or all(math.isfinite(end) for end in t.detach().aminmax())
