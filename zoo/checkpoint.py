@@ -6,7 +6,7 @@ in it is ever imported or instantiated.
 
 from __future__ import annotations
 
-import os
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from zoo import __version__
 from zoo.config import lookup
+from zoo.files import whole
 from zoo.models import MODELS, Model
 
 SCHEMA = 3
@@ -68,9 +69,12 @@ class Files(TorchCheckpointIO):
     """How the trainer writes and reads checkpoints: whole or not at all, and at today's schema."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # Lightning's own way moves a file from $TMPDIR, which is a copy where that is another file system
-        super().save_checkpoint(checkpoint, f"{path}.tmp", storage_options)
-        os.replace(f"{path}.tmp", path)
+        # Lightning's own way goes through $TMPDIR; torch's own file hides why it could not be written
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint, here = read(Path(path)), str(Path(path).resolve().parent)
@@ -87,9 +91,12 @@ def _moved(value: Any, old: str, new: str) -> Any:
 
 
 def find(path: str | Path, name: str) -> Path:
-    """The checkpoint file `path`, or `name` (best, last) in the run folder `path`; raises ValueError if absent."""
+    """The checkpoint file `path`, or `name` (best, last) in the run folder `path`, last for best where nothing was
+    validated; raises ValueError if absent."""
     path = Path(path)
     file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
+    if path.is_dir() and name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
+        return file.with_name("last.ckpt")  # nothing was validated
     if not file.is_file():
         raise ValueError(f"no checkpoint at {file}: give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
     return file

@@ -6,33 +6,38 @@ result) and curve.png. Everything a run depends on is in its checkpoints.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo import checkpoint, flops, report
-from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
+from zoo.callbacks import Clock, FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
 from zoo.config import lookup, positive, strict
+from zoo.console import describe, say, warn
 from zoo.data import Data
-from zoo.files import write
+from zoo.files import to_json, write
 from zoo.models import MODELS, Model
+from zoo.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class RunConfig:
 DECIDED_BY = {
     "max_steps": "optim.steps",
     "max_epochs": "optim.steps",
+    "limit_train_batches": "optim.steps",
+    "fast_dev_run": "optim.steps (debug=fast: a run of 4)",
+    "overfit_batches": "overfit",
     "accumulate_grad_batches": "optim.accumulate",
     "gradient_clip_val": "optim.clip",
     "val_check_interval": "validate_every",
@@ -132,8 +140,8 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
     callbacks = [clock, FiniteLoss(folder), rows, saver, LastCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
-        callbacks.append(TQDMProgressBar(leave=True))
-    engine = _trainer(model, options, dict(trainer), loggers or [], callbacks, folder)
+        callbacks.append(Progress())
+    engine = _trainer(model, options, dict(trainer), [*map(_guarded, loggers or [])], callbacks, folder)
     share = model.optim.accumulate * engine.world_size
     if model.optim.batch_size % share:
         raise ValueError(
@@ -144,18 +152,84 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
         folder.mkdir(parents=True, exist_ok=True)
         if resumed is None and (folder / "checkpoints" / "last.ckpt").exists():
             raise ValueError(f"{folder} holds a run already: continue it with resume={folder}, or choose another out=")
-        print(report.opening(model, engine, folder), flush=True)
+        say(report.opening(model, engine, folder))
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
-    best = checkpoint.read(checkpoint.find(folder, "best"))
-    model.load_state_dict(best["state_dict"])
-    engine.test(model, data, verbose=False)
-    metrics = _metrics(model, options, engine, clock, folder)
-    if engine.is_global_zero:
-        write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
-        print(report.closing(metrics), flush=True)
+    with _trained(folder):
+        tested = checkpoint.find(folder, "best")
+        model.load_state_dict(checkpoint.read(tested)["state_dict"])
+        if engine.is_global_zero and tested.stem == "last":
+            say(f"nothing was validated: {tested} is what is tested")
+        engine.test(model, data, verbose=False)
+        metrics = _metrics(model, options, engine, clock, tested)
+        if engine.is_global_zero:
+            write(folder / "metrics.json", to_json(metrics, 2) + "\n")
+            with _optional("curve.png"):
+                report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
+            with _optional("the table"):
+                say(report.closing(metrics))
     return metrics
+
+
+class Untested(RuntimeError):
+    """Training is complete and saved, what comes after it failed; code: the exit code."""
+
+    code = 1
+
+
+@contextmanager
+def _trained(folder: Path) -> Iterator[None]:
+    """What fails or is stopped inside says that nothing is lost, and how to do it again: Untested, or Interrupted."""
+    safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", 128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other may do this
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        failed = Untested(f"the test failed, {describe(error)}; {safe}")
+        failed.code = 2 if isinstance(error, OSError) else 1
+        raise failed from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """A warning in place of an error: the run is worth more."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        warn(f"{what} failed: {describe(error)}")
+
+
+def _guarded(logger: Logger) -> Logger:
+    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
+
+    def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            try:
+                return method(*args, **options)
+            except Interrupted:
+                raise
+            except Exception as error:
+                setattr(logger, name, lambda *args, **options: None)
+                warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
+
+        return call
+
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
+        if method := getattr(logger, name, None):
+            setattr(logger, name, guard(name, method))
+    return logger
 
 
 def _resume(config: Mapping[str, Any], file: Path) -> RunConfig:
@@ -188,6 +262,9 @@ def _trainer(
     fixed: dict[str, Any] = {
         "max_steps": optim.steps,
         "max_epochs": -1,
+        "limit_train_batches": None,
+        "fast_dev_run": False,
+        "overfit_batches": 0.0,
         "accumulate_grad_batches": optim.accumulate,
         "gradient_clip_val": optim.clip or None,
         "val_check_interval": min(options.validate_every, optim.steps) * optim.accumulate,
@@ -233,7 +310,7 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, folder: Path) -> dict[str, Any]:
+def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, tested: Path) -> dict[str, Any]:
     count = flops.parameters(model)
     tokens = engine.global_step * model.optim.batch_size * model.task.tokens
     return {
@@ -248,7 +325,7 @@ def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, 
         "params_active": count["active"],
         "params": count,
         "flops_per_token": flops.flops_per_token(model),
-        "checkpoint": str(folder / "checkpoints" / "best.ckpt"),
+        "checkpoint": str(tested),
         "command": clock.command,
         "versions": {
             "python": platform.python_version(),

@@ -5,13 +5,13 @@ Colours are safe for the colour-blind; results are coloured, controls grey and d
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zoo.files import to_json, whole, write
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
@@ -21,14 +21,12 @@ STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "ax
 
 
 def save(figure: Figure, folder: Path) -> Path:
-    """Writes folder/NAME.json and folder/NAME.png, each under a temporary name first; returns the PNG's path."""
+    """Writes folder/NAME.json and folder/NAME.png, each whole or not at all; returns the PNG's path."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / f"{figure.name}.json", folder / f"{figure.name}.png"
-    parts = {path: path.with_suffix(f".tmp{path.suffix}") for path in (numbers, picture)}
-    parts[numbers].write_text(json.dumps(figure.plain(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = min(figure.columns, len(figure.panels))
     grid = [figure.panels[i : i + columns] for i in range(0, len(figure.panels), columns)]
     heights = [max(map(_height, row)) for row in grid]
@@ -45,9 +43,9 @@ def save(figure: Figure, folder: Path) -> Path:
             _DRAW[type(panel)](ax, panel)
         canvas.suptitle(figure.title, fontsize=12, fontweight="bold")
         canvas.supxlabel(text, x=0.01, ha="left", fontsize=9, color="0.25")
-        canvas.savefig(parts[picture], dpi=140)
-    for path, part in parts.items():
-        part.replace(path)
+        with whole(picture) as temporary:
+            canvas.savefig(temporary, dpi=140)
+    write(numbers, to_json(figure.plain(), 1) + "\n")
     return picture
 
 

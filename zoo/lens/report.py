@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
         "numbers": numbers,
         "figures": {figure.name: figure.plain() for figure in made},
     }
-    files.write(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    files.write(folder / "report.json", files.to_json(content, 1) + "\n")
     files.write(folder / "report.md", markdown(models, numbers, made, sources))
     return content
 
