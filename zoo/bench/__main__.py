@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Any] = list(seats.memory(sizes, device)) if "memory" in names else []
     about = {**machine(device, options.threads), "freed memory": "kept" if kept else "given back"}
     cases = list(chosen(names, sizes, device, options.quick, options.compile))
-    with tqdm(total=len(cases) * rounds, unit="round") as bar:
+    with tqdm(total=len(cases) * rounds, unit="round", disable=None) as bar:
         for case in cases:
             bar.set_description(case.name[:40])
             rows += measure(case, rounds, device, bar.update)
