@@ -58,6 +58,11 @@ def pieces(options: argparse.Namespace) -> Iterator[str]:
     name = task.config.name
     if not hasattr(task, "encode"):
         raise ValueError(f"the model was trained on task.name={name}, which has no text")
+    for given in (options.prompt, options.context or ""):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{given!r:.80} is no UTF-8 text: {error.reason}") from None
     ids = task.encode(options.prompt)
     start, context = ids[0], []
     if task.n_context:
