@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal import utils as internal
@@ -21,12 +21,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo import console
 from zoo.config import did_you_mean, show
 from zoo.files import home
 from zoo.run_folder import fresh
 
 CONF = Path(__file__).parent / "conf"
-MISTAKES = (ValueError, HydraException, OmegaConfBaseException)
+MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 PRESETS = ("experiment", "debug")
 
 
@@ -83,6 +84,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group} {show(name)} does not exist{did_you_mean(name, error.options)}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return str(error) if isinstance(error, RuntimeError) else console.describe(error)
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if isinstance(error, OverrideParseException):
         signs = '; a text with signs beyond letters, digits and /.-_ is quoted: \'option="text"\', \'option=["a","b"]\''
@@ -90,12 +93,14 @@ def reason(error: Exception) -> str:
     return text.replace("'++", "'")
 
 
-def refuse(error: Exception) -> None:
-    """One line and exit code 2."""
-    if os.environ.get("HYDRA_FULL_ERROR"):
+def refuse(error: Exception, code: int = 2, sweep: bool = False) -> NoReturn:
+    """One line, and the end of this process, or of this job of a sweep."""
+    if os.environ.get("HYDRA_FULL_ERROR") or isinstance(error, UnicodeEncodeError):
         raise error
-    print(f"error: {reason(error)}", file=sys.stderr)
-    sys.exit(2)
+    console.say(f"error: {reason(error)}", sys.stderr)
+    if sweep:
+        raise JobFailed from error
+    sys.exit(code)
 
 
 def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -134,19 +139,21 @@ def train_alone(overrides: list[str], folder: str, resume: str | None) -> dict[s
     out = [] if resume else [f"out={QuotedString(folder, Quote.double).with_quotes()}"]
     code = subprocess.run([sys.executable, __file__, *overrides, *out]).returncode
     if code:
-        raise ValueError(f"the job {' '.join(overrides)} ended with code {code}")
+        raise JobFailed  # which it has said
     path = home(resume or folder)
-    return json.loads((path if path.is_dir() else path.parent.parent).joinpath("metrics.json").read_text())
+    return json.loads(
+        (path if path.is_dir() else path.parent.parent).joinpath("metrics.json").read_text(encoding="utf-8")
+    )
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     state = HydraConfig.get()
     folder, overrides = state.runtime.output_dir, list(state.overrides.task)
     sweep = state.mode == RunMode.MULTIRUN
     from zoo.callbacks import Interrupted
     from zoo.memory import keep_freed_memory
-    from zoo.training import run
+    from zoo.training import Untested, run
 
     keep_freed_memory()
     try:
@@ -162,29 +169,40 @@ def main(cfg: DictConfig) -> float:
             trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
             metrics = run(config, trainer, config.pop("logger", {}))
     except MISTAKES as error:
-        try:
-            refuse(error)
-        except SystemExit:
-            if sweep:
-                raise JobFailed from None  # Hydra goes on with the next job
-            raise
+        refuse(error, 2, sweep)
+    except Untested as error:
+        refuse(error, error.code, sweep)
+    except JobFailed:
+        raise
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        console.say(f"\n{stop}", sys.stderr)
         sys.exit(stop.code)
+    except Exception as error:
+        if sweep:  # the next jobs are run before Hydra shows more of it
+            console.say(f"error: {console.describe(error)}", sys.stderr)
+        raise
     finally:
         if sweep:
             with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
                 os.rmdir(folder)
-    return metrics["test"][metrics["headline"]]
+    return metrics["test"].get(metrics["headline"])
+
+
+@console.command
+def start() -> int:
+    try:
+        sys.argv[1:] = checked(sys.argv[1:])
+        main()
+    except BrokenPipeError:
+        raise
+    except MISTAKES as error:
+        refuse(error)
+    except JobFailed:
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
     OmegaConf.register_new_resolver("fresh_folder", lambda path: str(fresh(path)), use_cache=True, replace=True)
     internal.run_and_report = lambda func: func()  # Hydra's own takes many lines and says 1
-    try:
-        sys.argv[1:] = checked(sys.argv[1:])
-        main()
-    except MISTAKES as error:
-        refuse(error)
-    except JobFailed:
-        sys.exit(1)
+    sys.exit(start())

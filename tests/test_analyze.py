@@ -154,15 +154,18 @@ def test_report(
     assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)
     assert not list(tmp_path.glob("*tmp*"))
     for row in content["numbers"]["moe"]:
-        assert row in printed
-        assert row in page
+        assert row.replace("|", "\\|") in page
+        assert row.replace("|", "\\|") in printed
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(FAMILIES) + 2}
+    assert content["figures"]["law-residuals"]["title"].endswith("in every family")
     for figure in content["figures"].values():
         assert figure["caveat"] in page
 
 
 def test_a_report_lies_in_the_run_folder(small: None, text: dict[str, Path]) -> None:
     assert analyze.main(["report", str(text["transformer"])]) == 0
-    assert (text["transformer"] / "report/report.md").exists()
+    assert "weight update, in transformer\n" in (text["transformer"] / "report/report.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["regression", "text"])

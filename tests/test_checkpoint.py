@@ -319,7 +319,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     moves = []
     monkeypatch.setattr(os, "replace", lambda source, target: moves.append((source, target)))
     Files().save_checkpoint({"step": 3}, path)
-    assert moves == [(f"{path}.tmp", path)]
+    assert [(source.parent, target) for source, target in moves] == [(tmp_path, path)]
 
 
 def test_differences_name_both_values() -> None:

@@ -44,6 +44,15 @@ def test_one_graph_without_breaks_for_all_batches(case: Case) -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
+def test_other_lengths_after_training_are_compiled_too() -> None:
+    """The test leaves contexts out: lengths become symbols, and what attention asks of them must be plain."""
+    model = build(next(case for case in CASES if case.name == "transformer-noise-gqa-tied")).float()
+    model.decoder.compile(fullgraph=True, backend="eager")
+    tokens = batch_of(model).tokens
+    with torch.no_grad():
+        assert [model(tokens[:, :T]).shape[1] for T in (12, 7, 5)] == [12, 7, 5]
+
+
 def test_activation_checkpointing_holds_in_compiled_code() -> None:
     model = build(next(case for case in CASES if case.name == "moe-token")).float().train()
     batch = model.task.batch("train", 0, 32)

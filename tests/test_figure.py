@@ -144,3 +144,17 @@ def test_data_that_do_not_fit_are_refused() -> None:
         Strip("s", {"a": ("x", "y")}, {"a": (0,)}, ("same",))
     with pytest.raises(ValueError, match="becomes a file name"):
         figure(LINES, name="../up")
+
+
+def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:
+    import matplotlib.image
+
+    wide = Figure("wide", "A title", (STRIP,), "WWW ΔW; " * 60, "MMM " * 60, columns=1)
+    picture = matplotlib.image.imread(draw.save(wide, tmp_path))[..., :3]
+    assert (picture[:, -4:] == 1).all()
+    assert (picture[-100:, :400] < 0.5).any()
+
+
+def test_marks_at_one_place_share_a_label() -> None:
+    lines = Lines(**{**vars(LINES), "marks": {"K = D": 3, "K = hidden units": 3, "else": 2}})
+    assert [text.get_text() for text in axes_of(lines).texts] == ["K = D, K = hidden units", "else"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
+from zoo.console import command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,14 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit code: 2, with one line on stderr, for what cannot be."""
     options = parse(argv)
-    try:
-        {"report": report, "figures": figures, "patch": patch, "apply": apply}[options.command](options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    {"report": report, "figures": figures, "patch": patch, "apply": apply}[options.command](options)
     return 0
 
 
@@ -169,7 +167,7 @@ def read_context(model: Model, path: Path) -> Tensor:
         return torch.tensor(_numbers(path, task.token_dim))
     if not hasattr(task, "encode"):
         raise ValueError(f"the model was trained on task.name={task.config.name}, whose tokens are no text")
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     if not text:
         raise ValueError(f"{path} is empty: a context has at least one byte")
     ids = task.encode_context(text) if task.n_context else task.encode(text)
@@ -186,16 +184,22 @@ def read_query(model: Model, path: Path) -> Tensor:
         return torch.tensor([[*row, 0.0] for row in rows])[None]
     if not hasattr(task, "encode"):
         raise ValueError(f"the model was trained on task.name={task.config.name}, whose tokens are no text")
-    ids = task.encode(path.read_text(encoding="utf-8"))
+    ids = task.encode(_text(path))
     if len(ids) < 2:
         raise ValueError(f"{path} is empty: a query has at least one byte")
     return torch.tensor([ids])
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
 def _numbers(path: Path, width: int) -> list[list[float]]:
     """The rows of a file of numbers, `width` in each."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
+    rows = [row for row in csv.reader(_text(path).splitlines()) if row]
     for line, row in enumerate(rows, 1):
         try:
             fits = len([float(cell) for cell in row]) == width

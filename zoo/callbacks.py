@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from zoo import __version__
 from zoo.checkpoint import SCHEMA
-from zoo.files import write
+from zoo.files import to_json, write
 
 
 class Interrupted(Exception):
@@ -123,13 +123,20 @@ class MetricsFile(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drops rows that a killed run wrote after its last checkpoint."""
         if trainer.is_global_zero and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _row_step(line) <= trainer.global_step]
+            lines = [
+                line
+                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _row_step(line) <= trainer.global_step
+            ]
             write(self.path, "".join(line + "\n" for line in lines))
 
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": trainer.global_step, **row}) + "\n")
+            self.path.parent.mkdir(
+                parents=True, exist_ok=True
+            )  # the folder was removed: the rest of the run is not lost
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(to_json({"step": trainer.global_step, **row}) + "\n")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self.lr = optimizer.param_groups[0]["lr"]  # after the step it is that of the next one
@@ -180,9 +187,11 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert trainer.val_check_batch is not None
+        due = (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.should_stop
         # a step that is validated next is complete after that: a resumed run would not make up for it
-        validated_next = (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.should_stop
-        if _step_done(trainer, batch_idx) and not validated_next and self._signalled(trainer):
+        if due and trainer.enable_validation:
+            return
+        if _step_done(trainer, batch_idx) and (due or self._signalled(trainer)):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

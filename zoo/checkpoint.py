@@ -6,8 +6,8 @@ is ever imported or instantiated, and no path that is written or removed comes o
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from zoo import __version__, fit, plain
 from zoo.config import show
-from zoo.files import home
+from zoo.files import home, whole
 from zoo.fit import differences as differences
 from zoo.models import Model
 
@@ -86,9 +86,12 @@ class Files(TorchCheckpointIO):
     """How the trainer writes and reads checkpoints: whole or not at all, and at today's schema."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # Lightning's own way moves a file from $TMPDIR, which is a copy where that is another file system
-        super().save_checkpoint(checkpoint, f"{path}.tmp", storage_options)
-        os.replace(f"{path}.tmp", path)
+        # Lightning's own way goes through $TMPDIR; torch's own file hides why it could not be written
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What a run goes on with; raises ValueError where it could not, see read."""
@@ -99,10 +102,13 @@ class Files(TorchCheckpointIO):
 
 
 def find(path: str | Path, name: str) -> Path:
-    """The checkpoint file `path`, or `name` (best, last) in the run folder `path`; raises ValueError if absent."""
+    """The checkpoint file `path`, or `name` (best, last) in the run folder `path`, last for best where nothing was
+    validated; raises ValueError if absent."""
     try:
         path = home(path)
         file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
+        if path.is_dir() and name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
+            file = file.with_name("last.ckpt")  # nothing was validated
         found = file.is_file()
     except (TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
         found, file = False, path  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import zoo
+from zoo.console import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,15 +35,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Prints prompt and continuation as it comes; the exit code: 2, with one line on stderr, for what cannot be."""
     options = parse(argv)
     try:
         for piece in pieces(options):
             print("".join(map(visible, piece)), end="", flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print()
         return 130
@@ -59,6 +58,11 @@ def pieces(options: argparse.Namespace) -> Iterator[str]:
     name = task.config.name
     if not hasattr(task, "encode"):
         raise ValueError(f"the model was trained on task.name={name}, which has no text")
+    for given in (options.prompt, options.context or ""):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{given!r:.80} is no UTF-8 text: {error.reason}") from None
     ids = task.encode(options.prompt)
     start, context = ids[0], []
     if task.n_context:

@@ -77,7 +77,8 @@ class Attention(nn.Module):
                 k_BGTd,
                 v_BGTd,
                 attn_mask=layout.mask,
-                is_causal=layout.mask is None and T > 1,  # a single token is the last one and sees all others
+                # a single token is the last one and sees all others; a compiled graph must decide it, T may be a symbol
+                is_causal=True if layout.mask is None and T > 1 else False,  # noqa: SIM210
                 enable_gqa=self.kv_heads < self.heads,
             )
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))

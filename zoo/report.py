@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,14 @@ def _number(value: float) -> str:
 
 def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> None:
     """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no backend, no display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    rows = _rows(folder / "metrics.jsonl")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
     styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
     for name, (label, colour, marker) in styles.items():
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
     for name, level in references.items():
@@ -91,4 +90,15 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     axes.legend()
     with whole(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that are whole; raises ValueError if there is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+    if not rows:
+        raise ValueError(f"{path} is gone or damaged")
+    return rows

@@ -26,13 +26,16 @@ from zoo.models import Model
 
 STORED = (
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "benchmark", "sync_batchnorm"),
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "detect_anomaly", "enable_progress_bar"),
+    *("limit_val_batches", "limit_test_batches", "detect_anomaly", "enable_progress_bar"),
 )
 """Arguments of lightning.Trainer that a run keeps when it is resumed: names and numbers, never paths or objects."""
 
 DECIDED_BY = {
     "max_steps": "optim.steps",
     "max_epochs": "optim.steps",
+    "limit_train_batches": "optim.steps",
+    "fast_dev_run": "optim.steps (debug=fast: a run of 4)",
+    "overfit_batches": "overfit",
     "accumulate_grad_batches": "optim.accumulate",
     "gradient_clip_val": "optim.clip",
     "val_check_interval": "validate_every",
@@ -108,6 +111,9 @@ def make(
         given["precision"] = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     fixed = {
         **fixed,
+        "limit_train_batches": None,
+        "fast_dev_run": False,
+        "overfit_batches": 0.0,
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,

@@ -6,32 +6,36 @@ result) and curve.png. Everything a run depends on is in its checkpoints.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo import checkpoint, flops, report
-from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
+from zoo.callbacks import Clock, FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
 from zoo.config import lookup, plain, positive, show, strict
+from zoo.console import describe, say, warn
 from zoo.data import Data
-from zoo.files import home, write
+from zoo.files import home, to_json, write
 from zoo.models import MODELS, Model
+from zoo.progress import Progress
 from zoo.run_folder import announced, default, taken
 from zoo.trainer import arguments, begun, changes, logger_of, placement, stored
 from zoo.trainer import make as make_trainer
@@ -140,7 +144,7 @@ def _run(
     rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
     callbacks = [clock, FiniteLoss(), rows, saver, LastCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
-        callbacks.append(TQDMProgressBar(leave=True))
+        callbacks.append(Progress())
     fixed = {
         "max_steps": model.optim.steps,
         "accumulate_grad_batches": model.optim.accumulate,
@@ -150,28 +154,94 @@ def _run(
         "default_root_dir": folder,
     }
     loggers = logger if isinstance(logger, list) else log.make(folder)
-    engine = make_trainer(model, trainer, fixed, loggers, callbacks)
+    engine = make_trainer(model, trainer, fixed, [*map(_guarded, loggers)], callbacks)
     clock.started_with = {"trainer": stored(trainer, engine), "logger": asdict(log), "placement": placement(engine)}
     if not isinstance(logger, list):
         held.enter_context(begun(loggers))
     if engine.world_size > 1 and not out:
         held.enter_context(announced(folder))
     if engine.is_global_zero:
-        print(report.opening(model, engine, folder), flush=True)
-        if said := changes(saved.get("placement"), placement(engine)):
-            print(said, flush=True)
+        say(report.opening(model, engine, folder))
+        if news := changes(saved.get("placement"), placement(engine)):
+            say(news)
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
     folder = Path(str(saver.dirpath)).parent  # that of the first process, in all of them
-    best = checkpoint.read(checkpoint.find(folder, "best"))
-    model.load_state_dict(best["state_dict"])
-    engine.test(model, data, verbose=False)
-    metrics = _metrics(model, options, engine, clock, folder)
-    if engine.is_global_zero:
-        write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
-        print(report.closing(metrics), flush=True)
+    with _trained(folder):
+        tested = checkpoint.find(folder, "best")
+        model.load_state_dict(checkpoint.read(tested)["state_dict"])
+        if engine.is_global_zero and tested.stem == "last":
+            say(f"nothing was validated: {tested} is what is tested")
+        engine.test(model, data, verbose=False)
+        metrics = _metrics(model, options, engine, clock, tested)
+        if engine.is_global_zero:
+            write(folder / "metrics.json", to_json(metrics, 2) + "\n")
+            with _optional("curve.png"):
+                report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
+            with _optional("the table"):
+                say(report.closing(metrics))
     return metrics
+
+
+class Untested(RuntimeError):
+    """Training is complete and saved, what comes after it failed; code: the exit code."""
+
+    code = 1
+
+
+@contextmanager
+def _trained(folder: Path) -> Iterator[None]:
+    """What fails or is stopped inside says that nothing is lost, and how to do it again: Untested, or Interrupted."""
+    safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", 128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other may do this
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        failed = Untested(f"the test failed, {describe(error)}; {safe}")
+        failed.code = 2 if isinstance(error, OSError) else 1
+        raise failed from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """A warning in place of an error: the run is worth more."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        warn(f"{what} failed: {describe(error)}")
+
+
+def _guarded(logger: Logger) -> Logger:
+    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
+
+    def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            try:
+                return method(*args, **options)
+            except Interrupted:
+                raise
+            except Exception as error:
+                setattr(logger, name, lambda *args, **options: None)
+                warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
+
+        return call
+
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
+        if method := getattr(logger, name, None):
+            setattr(logger, name, guard(name, method))
+    return logger
 
 
 def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -207,7 +277,7 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, folder: Path) -> dict[str, Any]:
+def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, tested: Path) -> dict[str, Any]:
     count = flops.parameters(model)
     tokens = engine.global_step * model.optim.batch_size * model.task.tokens
     return {
@@ -223,7 +293,7 @@ def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, 
         "params": count,
         "flops_per_token": flops.flops_per_token(model),
         **placement(engine),
-        "checkpoint": str(folder / "checkpoints" / "best.ckpt"),
+        "checkpoint": str(tested),
         "command": clock.command,
         "versions": {
             "python": platform.python_version(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -12,6 +11,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from zoo.console import command
 
 SECTIONS = {
     "seats": "one FFN with its seat against a dense FFN of equal active FLOPs, plain matrix products, and peers",
@@ -53,6 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     options = parser.parse_args(argv)
@@ -68,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in SECTIONS if name in (options.sections or SECTIONS)]
     if options.figure and "growth" not in names:
         parser.error("--figure draws the section growth: name it too")
-    if options.page and not (options.page.is_file() and all(mark in options.page.read_text() for mark in MARKS)):
+    if options.page and not (
+        options.page.is_file() and all(mark in options.page.read_text(encoding="utf-8") for mark in MARKS)
+    ):
         parser.error(f"--page {options.page} must be a file with the lines {' and '.join(MARKS)}")
     import torch
     from tqdm import tqdm
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(options.device)
     from zoo.bench import growth, seats
     from zoo.bench.timing import measure
-    from zoo.files import write
+    from zoo.files import to_json, write
     from zoo.memory import keep_freed_memory
 
     kept = keep_freed_memory()  # as train.py does
@@ -88,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Any] = list(seats.memory(sizes, device)) if "memory" in names else []
     about = {**machine(device, options.threads), "freed memory": "kept" if kept else "given back"}
     cases = list(chosen(names, sizes, device, options.quick, options.compile))
-    with tqdm(total=len(cases) * rounds, unit="round") as bar:
+    with tqdm(total=len(cases) * rounds, unit="round", disable=None) as bar:
         for case in cases:
             bar.set_description(case.name[:40])
             rows += measure(case, rounds, device, bar.update)
@@ -96,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if options.json:
         content = {"command": typed, "machine": about, "rows": [asdict(row) for row in rows]}
-        write(options.json, json.dumps(content, indent=2) + "\n")
+        write(options.json, to_json(content, 2) + "\n")
     if options.figure:
         print(growth.draw(rows, options.figure))
     if options.page:
-        before, _, rest = options.page.read_text().partition(MARKS[0])
+        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         write(options.page, f"{before}{MARKS[0]}\n`{typed}`\n\n{text}\n{MARKS[1]}{after}")
 
@@ -177,4 +181,4 @@ def table(rows: list[Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -59,7 +59,7 @@ def capacity_cliffs(
     sides = {"gate, up and down (input side)": input_side, "down alone (output side)": output_side}
     control = "control: no patch"
     errors: dict[str, list[list[float]]] = {name: [[] for _ in lengths] for name in (*sides, control)}
-    for seed in tqdm(seeds, desc="capacity", leave=False):
+    for seed in tqdm(seeds, desc="capacity", leave=False, disable=None):
         model = decoder(seed, layers)
         # different tokens: two equal ones at the start have equal states without the context, which no patch parts
         order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))

@@ -5,36 +5,34 @@ Colours are safe for the colour-blind; results are coloured, controls grey and d
 
 from __future__ import annotations
 
-import json
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zoo.files import to_json, whole, write
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
 MARKERS, DASHES = "os^Dvph", ("--", ":", "-.")
+DPI = 140
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
 
 
 def save(figure: Figure, folder: Path) -> Path:
-    """Writes folder/NAME.json and folder/NAME.png, each under a temporary name first; returns the PNG's path."""
+    """Writes folder/NAME.json and folder/NAME.png, each whole or not at all; returns the PNG's path."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / f"{figure.name}.json", folder / f"{figure.name}.png"
-    parts = {path: path.with_suffix(f".tmp{path.suffix}") for path in (numbers, picture)}
-    parts[numbers].write_text(json.dumps(figure.plain(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = min(figure.columns, len(figure.panels))
     grid = [figure.panels[i : i + columns] for i in range(0, len(figure.panels), columns)]
     heights = [max(map(_height, row)) for row in grid]
     width = 6.0 * columns if columns > 1 else 8.0
     words = (figure.caption, f"What it does not prove: {figure.caveat}")
-    text = "\n".join(textwrap.fill(part, int(width * 14.8)) for part in words)
+    text = "\n".join(_wrapped(part, 0.97 * width) for part in words)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas((width, sum(heights) + 0.6 + 0.17 * text.count("\n")), layout="constrained")
         axes = canvas.subplots(len(grid), columns, height_ratios=heights, squeeze=False)
@@ -45,10 +43,25 @@ def save(figure: Figure, folder: Path) -> Path:
             _DRAW[type(panel)](ax, panel)
         canvas.suptitle(figure.title, fontsize=12, fontweight="bold")
         canvas.supxlabel(text, x=0.01, ha="left", fontsize=9, color="0.25")
-        canvas.savefig(parts[picture], dpi=140)
-    for path, part in parts.items():
-        part.replace(path)
+        with whole(picture) as temporary:
+            canvas.savefig(temporary, dpi=DPI)
+    write(numbers, to_json(figure.plain(), 1) + "\n")
     return picture
+
+
+def _wrapped(text: str, width: float, size: float = 9) -> str:
+    """`text` in lines of at most `width` inches, as the font has it: a W takes three times the room of an i."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    measure, font, lines = RendererAgg(1, 1, DPI).get_text_width_height_descent, FontProperties(size=size), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if measure(longer, font, ismath=False)[0] <= width * DPI or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
 
 
 def _height(panel: Panel) -> float:
@@ -105,10 +118,12 @@ def _draw_lines(ax: Any, panel: Lines) -> None:
             ax.fill_between(one.x, *band, color=style["color"], alpha=0.18, linewidth=0)
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
-    for label, x in panel.marks.items():
+    for x in dict.fromkeys(panel.marks.values()):
+        label = ", ".join(name for name, place in panel.marks.items() if place == x)
         ax.axvline(x, color="0.2", linewidth=1, linestyle=":")
         where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (-3, 0)}
-        ax.annotate(label, (x, 0.5), **where, rotation=90, ha="right", va="center", fontsize=9)
+        look = {"rotation": 90, "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
+        ax.annotate(label, (x, 0.5), **where, **look, ha="right", va="center")
     _legend(ax, panel, ax.axhline)
 
 

@@ -5,11 +5,12 @@ A figure is one or more panels: Lines, Bars, Heat or Strip. zoo.lens.draw makes 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from zoo.files import finite
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,4 @@ class Figure:
     def plain(self) -> dict[str, Any]:
         """The figure as JSON data; panels name their kind, numbers that are not finite are null."""
         panels = [{"kind": type(panel).__name__, **asdict(panel)} for panel in self.panels]
-        return _finite({**asdict(self), "panels": panels})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite({**asdict(self), "panels": panels})

@@ -19,7 +19,7 @@ from zoo.lens.patches import exact
 from zoo.lens.queries import cut, sample_queries
 from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, updates
-from zoo.models import Model
+from zoo.models import MODELS, Model
 
 Models = Mapping[str, Model]
 
@@ -34,7 +34,7 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
 @torch.no_grad()
 def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     """Distance from the contextual output, relative to its largest entry, with the dense patched weights."""
-    names = list(models)
+    names, families = list(models), {model.config.name for model in models.values()}
     labels = ("float64", "float32", "control: another context", "control: no patch")
     rows: dict[str, list[float]] = {label: [] for label in labels}
     for model in models.values():
@@ -48,7 +48,7 @@ def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     panel = Bars("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
     return Figure(
         "law-residuals",
-        "A context equals a weight update, in every family",
+        "A context equals a weight update, in " + ("every family" if families == set(MODELS) else ", ".join(names)),
         (panel,),
         f"{size} contexts, {queries} query tokens each: output of the query alone, with dense patched weights W + ΔW "
         "in a plain forward pass, against the output with the context.",

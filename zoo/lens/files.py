@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from zoo import __version__, plain
 from zoo.config import show
 from zoo.delta import Delta, Patch, Sum
+from zoo.files import whole
 from zoo.lens.taken import KINDS, read_patches
 from zoo.models import Model
 
@@ -64,8 +64,8 @@ def save_patch(path: str | Path, patches: Sequence[Patch], model: Model, **about
     # a copy each: gate and up share factors, and a file holds no views
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _tensors(patches).items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{path}.tmp", header)
-    os.replace(f"{path}.tmp", path)
+    with whole(path) as temporary:
+        temporary.write_bytes(save(tensors, header))
 
 
 def describe(path: str | Path) -> dict[str, Any]:

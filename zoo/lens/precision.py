@@ -127,7 +127,7 @@ def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -
     """Relative error of one block's output, patched in low precision, for each kind of patch."""
     panels: list[list[Series]] = [[], []]
     for label, dtype in PRECISIONS.items():
-        rows = [_errors(seed, context, dtype) for seed in tqdm(seeds, desc=label, leave=False)]
+        rows = [_errors(seed, context, dtype) for seed in tqdm(seeds, desc=label, leave=False, disable=None)]
         for panel, trials in zip(panels, zip(*rows, strict=True), strict=True):
             values = [list(trial.values()) for trial in trials]
             low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
     """Makes all fitting figures of the models in `folder`, report.md and report.json; returns what the JSON holds."""
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Figure] = []
-    with tqdm(fitting(models), unit="figure", leave=False) as bar:
+    with tqdm(fitting(models), unit="figure", leave=False, disable=None) as bar:
         for name in bar:
             bar.set_description(name)
             made.append(TRAINED[name](models))
@@ -67,7 +66,7 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
         "numbers": numbers,
         "figures": {figure.name: figure.plain() for figure in made},
     }
-    files.write(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    files.write(folder / "report.json", files.to_json(content, 1) + "\n")
     files.write(folder / "report.md", markdown(models, numbers, made, sources))
     return content
 
@@ -125,7 +124,8 @@ def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
     lines = ["| | " + " | ".join(numbers) + " |", "|---" * (len(numbers) + 1) + "|"]
     for row in rows:
         cells = [_number(values[row]) if row in values else "" for values in numbers.values()]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        name = row.replace("|", "\\|")  # |ΔW|/|W| in a cell
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

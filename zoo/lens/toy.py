@@ -138,7 +138,7 @@ def train(
 ) -> Toy:
     """The model after `steps` steps of Adam, each on new functions; watch(step, training loss) comes before a step."""
     data, optimizer = task(seed, points), torch.optim.Adam(model.parameters(), lr)
-    for step in trange(steps, desc="training", leave=False):
+    for step in trange(steps, desc="training", leave=False, disable=None):
         context, query, target = parts(data.batch("train", step, BATCH_SIZE))
         value = loss(model(context, query), target).mean()
         if watch:

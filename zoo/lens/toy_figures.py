@@ -230,7 +230,7 @@ def delta_and_fine_tuning(
     everything = [name for name, _ in model.named_parameters()]
     for label, names in {"all parameters": everything, "W alone": ["inner.weight"]}.items():
         tuned[label] = []
-        for b in tqdm(range(functions), desc=f"fine-tuning {label}", leave=False):
+        for b in tqdm(range(functions), desc=f"fine-tuning {label}", leave=False, disable=None):
             row = []
             for i, stage in enumerate(fine_tuned(model, names, context[b], lr)):
                 if i in lengths:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.files import home
+from zoo.files import home, to_json, write
 from zoo.tasks.base import SPLITS
 
 START = 256
@@ -136,7 +136,7 @@ def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part])
         if empty:
             raise ValueError(f"{key.split()[1]} holds no text for {' and '.join(empty)}")
         manifest = {"key": key, "sha256": {name: value.hexdigest() for name, value in hashes.items()}}
-        Path(temporary, "manifest.json").write_text(json.dumps(manifest, indent=2))
+        write(Path(temporary, "manifest.json"), to_json(manifest, 2))
         folder.mkdir(exist_ok=True)
         for name in [*hashes, "manifest.json"]:
             Path(temporary, name).replace(folder / name)

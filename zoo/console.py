@@ -1,0 +1,81 @@
+"""What every command shares: output that nothing stops, and one line on stderr for what cannot be."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any, ParamSpec, TextIO
+
+P = ParamSpec("P")
+
+
+def tolerant() -> None:
+    """From here on no character stops the output of this process: what its encoding lacks becomes a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")  # stderr writes such characters as \\xNN anyway
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints `text` at once; a closed or full output is no reason to end what took hours."""
+    tolerant()
+    try:
+        print(text, file=file, flush=True)
+    except (OSError, ValueError):  # ValueError: the stream was closed in Python
+        _discard(file or sys.stdout)
+
+
+def warn(text: str) -> None:
+    say(f"warning: {text}", sys.stderr)
+
+
+def describe(error: BaseException) -> str:
+    """The message of a mistake in one line; that of any other error with its kind before it."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+
+
+def expected(error: BaseException) -> bool:
+    """Whether one line says it all: a user's mistake, or what the machine refuses. A character that could not be
+    written is neither, though Python makes it a ValueError."""
+    full = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+    return isinstance(error, ValueError | OSError) and not isinstance(error, UnicodeEncodeError) and not full
+
+
+def command(main: Callable[P, Any]) -> Callable[P, int]:
+    """`main` as a command: its result is the exit code, 2, with one line on stderr, for what is expected to go wrong,
+    141 if nobody reads its output any more."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        tolerant()
+        try:
+            code = main(*args, **kwargs)
+            if sys.stdout:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _discard(sys.stdout)
+            return 141
+        except (ValueError, OSError) as error:
+            if not expected(error):
+                raise
+            say(f"error: {describe(error)}", sys.stderr)
+            with suppress(OSError):
+                sys.stdout.flush()
+                return 2
+            _discard(sys.stdout)
+            return 2
+        return code if isinstance(code, int) else 0
+
+    return run
+
+
+def _discard(stream: Any) -> None:
+    """What is still to be written to `stream` goes nowhere; else Python would try again, and fail, at its exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
