@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def tiny_run(folder: Path) -> dict[str, Any]:
 def test_the_two_command_lines_stand_there_once_each() -> None:
     assert [line for line in README.splitlines() if "pip install -c constraints.txt" in line] == LINES
     assert set(LINES) <= {line for block in blocks(README, "") for line in block.splitlines()}
+
+
+def test_the_numeric_tests_run_as_another_machine_would() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    for name in ("ATEN_CPU_CAPABILITY=default", "MKL_ENABLE_INSTRUCTIONS=SSE4_2", "MKL_CBWR=COMPATIBLE"):
+        assert name in ci
+    assert "ZOO_TEST_THREADS=2" in ci
+    assert "-m 'numeric and not slow'" in ci
+    assert torch.get_num_threads() == int(os.environ.get("ZOO_TEST_THREADS", "1"))
 
 
 def test_versions_are_those_of_the_package() -> None:

@@ -55,6 +55,19 @@ every_pair = pytest.mark.parametrize(
 )
 
 
+def test_a_norm_is_never_the_root_of_a_rounding_error_below_zero() -> None:
+    """Hundreds of updates that cancel: whatever the CPU, the sums of many of their squares are below zero."""
+    a, c, b = (torch.randn(500, size, 1).double() for size in (OUT, OUT, IN))
+    nothing = torch.zeros(500, 1, 0).double()
+    factors = torch.cat([a, c, -a - c], -1), b.expand(-1, -1, 3)
+    cancelling = Matrix(W, nothing.expand(-1, OUT, -1), nothing.expand(-1, IN, -1), *factors)
+    assert (cancelling.inner(cancelling) < 0).any()
+    scale = torch.rand(500, 1).double() + 0.5
+    for norm in (cancelling.norm(), Scale(scale.expand(-1, OUT), 1 / scale.expand(-1, IN)).norm(W)):
+        assert norm.isfinite().all()
+        assert 0 <= norm.min() <= norm.max() < 1e-6
+
+
 @every_pair
 def test_operations_equal_those_of_dense_matrices(x: Any, y: Any) -> None:
     a, b = drawn(*x), drawn(*y, W=W.flip(0))
