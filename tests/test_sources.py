@@ -133,20 +133,24 @@ def test_one_source_is_one_group_without_metrics_of_domains() -> None:
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        (["none.txt"], {}, "task.files: none.txt matches no file (looked in HERE)"),
-        (["none/**/*.txt"], {}, "task.files: none/**/*.txt matches no file (looked in HERE)"),
-        (["."], {}, "task.files: . is a folder; name files in it, such as ./**/*.txt (looked in HERE)"),
-        (["a.bin"], {}, "task.files: HERE/a.bin has an unknown extension; known: .json, .jsonl, .parquet, .txt, "),
+        (["none.txt"], {}, "task.files: 'none.txt' matches no file (looked in HERE)"),
+        (["none/**/*.txt"], {}, "task.files: 'none/**/*.txt' matches no file (looked in HERE)"),
+        (["."], {}, "task.files: '.' is a folder; name the files in it, such as FOLDER/**/*.txt (looked in HERE)"),
+        (
+            ["a.bin"],
+            {},
+            "task.files: HERE/a.bin has an unknown extension; known: .json, .jsonl, .csv, .parquet, ",
+        ),
         (["a.jsonl"], {"column": "body"}, "HERE/a.jsonl: has no column body: choose one of number, text "),
         (
             ["a.parquet"],
             {"column": "body"},
             "HERE/a.parquet: has no column body: choose one of number, text ",
         ),
-        (["a.jsonl"], {"column": "number"}, "task.files: HERE/a.jsonl: column number holds int, not text"),
+        (["a.jsonl"], {"column": "number"}, "task.files: HERE/a.jsonl: line 1: column number holds int, not text"),
         (["broken.jsonl"], {}, "task.files: HERE/broken.jsonl"),
         (["broken.parquet"], {}, "task.files: HERE/broken.parquet"),
-        (["empty.jsonl"], {}, "files holds no text"),
+        (["empty.jsonl"], {}, "task.files: HERE/empty.jsonl holds no text"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(files: list[str], options: dict[str, Any], message: str) -> None:
@@ -181,14 +185,15 @@ def test_the_splits_of_a_set_are_its_own(documents: int | None) -> None:
 
 @pytest.mark.parametrize("documents", [None, 1000])
 @pytest.mark.parametrize("own", [[], ["validation"], ["test"]])
-def test_a_split_that_is_missing_is_every_twentieth_document_of_train(own: list[str], documents: int | None) -> None:
-    splits = found(hub=hub(train=STORIES, **{split: ["own"] for split in own}), documents=documents)
-    expected: dict[str, list[str]] = {split: ["own"] for split in own}
-    kept = list(range(100))
-    for turn, split in enumerate(split for split in ("validation", "test") if split not in own):
-        expected[split] = [STORIES[k] for k in range(turn, 100, 20)]
-        kept = [k for k in kept if k % 20 != turn]
-    assert splits == {"train": [STORIES[k] for k in kept], **expected}
+def test_a_split_that_is_missing_is_taken_from_train(own: list[str], documents: int | None) -> None:
+    repeated = [text for text in STORIES for _ in range(2)]
+    splits = found(hub=hub(train=repeated, **{split: ["own"] for split in own}), documents=documents)
+    missing = [split for split in ("validation", "test") if split not in own]
+    assert all(splits[split] == ["own"] for split in own)
+    assert everything({split: splits[split] for split in ("train", *missing)}) == sorted(repeated)
+    for split in missing:
+        assert 0.05 <= sum(map(len, splits[split])) / sum(map(len, repeated)) < 0.1
+        assert not set(splits[split]) & set(splits["train"])
 
 
 def test_only_the_first_documents_are_read() -> None:
@@ -233,7 +238,6 @@ def test_a_changed_folder_is_read_again() -> None:
     [
         ({"column": "body"}, "task.hub=set: has no column body: choose one of number, text with task.column="),
         ({"column": "number"}, "task.hub=set: column number holds int, not text"),
-        ({"documents": 2}, "hub holds no text for train"),
         ({"hub": "evaluated"}, "task.hub=evaluated: has the splits test, but none named train"),
         ({"hub": "empty"}, "task.hub=empty cannot be read"),
         ({"hub": "json"}, "task.hub=json is neither a folder nor OWNER/NAME"),

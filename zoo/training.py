@@ -33,6 +33,7 @@ from zoo.config import lookup, positive, strict
 from zoo.data import Data
 from zoo.files import write
 from zoo.models import MODELS, Model
+from zoo.tasks import Task, sources
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     arguments of lightning.Trainer. Raises ValueError before anything starts if options are wrong, Interrupted if a
     signal stopped the run after its checkpoint was written.
     """
+    if isinstance(config.get("task"), Mapping):
+        config = {**config, "task": sources.absolute(config["task"])}
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
     options = _resume(config, resumed) if resumed else strict(RunConfig, config, "")
     positive(
@@ -115,6 +118,8 @@ def run(config: Mapping[str, Any], trainer: Mapping[str, Any], loggers: list[Log
     L.seed_everything(options.seed, workers=True, verbose=False)
     build = lookup(options.model.get("name"), MODELS, "model")
     model = build(model=options.model, task=options.task, optim=options.optim, seed=options.seed)
+    if resumed:
+        _same_data(model.task, options, checkpoint.read(resumed))
     model.task.prepare()
     model.decoder.activation_checkpointing = options.activation_checkpointing
     if options.compile:
@@ -164,11 +169,23 @@ def _resume(config: Mapping[str, Any], file: Path) -> RunConfig:
         raise ValueError(f"{file} lies in no RUN_DIR/checkpoints, and resume= continues in RUN_DIR")
     saved = checkpoint.read(file)["zoo"]["config"]
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
+    for place in sources.PLACES:  # may change; what lies there may not, see _same_data
+        if saved["task"].get(place) and asked.get("task", {}).get(place):
+            saved["task"][place] = asked["task"][place]
     changed = checkpoint.differences(saved, asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
     options = strict(RunConfig, saved, "")
     return RunConfig(**{**asdict(options), "resume": str(file), "out": str(file.absolute().parent.parent)})
+
+
+def _same_data(task: Task, options: RunConfig, saved: dict[str, Any]) -> None:
+    """Raises ValueError where the data is not what the run was begun with."""
+    state = saved.get("task", {})
+    if options.task == saved["zoo"]["config"]["task"]:  # else what lies at the new place must be the same
+        task.restore(state)
+    task.prepare()
+    task.restore(state)
 
 
 def _trainer(
