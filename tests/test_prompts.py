@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -234,6 +235,30 @@ def test_rows_with_one_context_stay_together_and_are_no_wrong_context_of_each_ot
             assert wrong in contexts[-1]
     assert list(map(len, contexts)) == [4, 2, 2]
     assert len(set.union(*contexts)) == 8
+
+
+def test_a_context_of_most_rows_trains_and_equal_rows_stay_together(tmp_path: Path) -> None:
+    rows = [record("one of us", f"{k}", "t" * 5) for k in range(100)] + [record(f"c{k}", "", "t") for k in range(99)]
+    alone = [record("", f"{k}", "t" * 5) for k in range(40)]
+    made = prompts(files=[write(tmp_path / "a.jsonl", [*rows, *alone, *alone])])
+    found = [everything(made, split) for split in SPLITS]
+    assert len([row for row in found[0] if row[0] == b"one of us"]) == 100
+    sizes = [sum(len(part) for row in rows for part in row) for rows in found]
+    assert all(0.05 <= size / sum(sizes) < 0.1 for size in sizes[1:])
+    assert not any(set(a) & set(b) for a, b in itertools.combinations(found, 2))
+
+
+def test_globs_links_and_packed_files_are_read_as_those_of_text(file: str, tmp_path: Path) -> None:
+    expected = [set(everything(prompts(files=[file]), split)) for split in SPLITS]
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "blob").write_bytes(Path(write(tmp_path / "plain", ROWS[:30])).read_bytes())
+    (tmp_path / "parts/a.jsonl").symlink_to(tmp_path / "blob")
+    (tmp_path / "parts/b.jsonl.gz").write_bytes(gzip.compress(Path(write(tmp_path / "plain", ROWS[30:])).read_bytes()))
+    made = prompts(files=[str(tmp_path / "parts/*.jsonl*")])
+    assert [set(everything(made, split)) for split in SPLITS] == expected
+    again = prompts(files=[file])
+    again.prepare()
+    assert made.state() == again.state()
 
 
 def test_sequences_of_a_file_have_no_group_and_metrics_have_no_parts(file: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import re
@@ -163,6 +165,100 @@ def test_files_that_cannot_be_read_are_named(files: list[str], options: dict[str
     with pytest.raises(ValueError, match=re.escape(message.replace("HERE", str(Path.cwd())))) as error:
         made(files=files, **options).prepare()
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_link_is_read_by_its_own_name_and_once(folder: Path) -> None:
+    jsonl("blobs/0a1b", STORIES)
+    for name in ("train.jsonl", "again.jsonl"):
+        Path(name).symlink_to("blobs/0a1b")
+    assert everything(found(files=["train.jsonl", "*.jsonl"])) == sorted(STORIES)
+
+
+def packed(path: str, rows: list[Any], column: str = "text") -> str:
+    Path(path).write_bytes(gzip.compress(Path(jsonl("plain.jsonl", rows, column)).read_bytes()))
+    return path
+
+
+def comma_separated(path: str, rows: list[Any], column: str = "text") -> str:
+    with Path(path).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([["number", column], *enumerate(rows)])
+    return path
+
+
+@pytest.mark.parametrize(("write", "name"), [(packed, "a.jsonl.gz"), (comma_separated, "a.csv")])
+def test_packed_and_comma_separated_rows_are_documents(write: Callable[..., str], name: str) -> None:
+    rows = [*STORIES, "2020-01-01", "12", "x" * 200_000]
+    splits = found(files=[write(name, rows)])
+    pieces = [text for text in everything(splits) if set(text) != {"x"}]
+    assert pieces == sorted(rows[:-1])
+
+
+def test_other_columns_of_json_are_nobodys_business() -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "2020-01-01", "a": None},
+        {"text": "2020-01-01T00:00:00Z", "a": {"b": 1}},
+        {"a": "no text"},
+        {"text": "a", "new": [[1], "x"]},
+        {"text": None},
+    ]
+    Path("a.jsonl").write_text(
+        "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in rows) + '{"n": %s}' % ("9" * 5000)
+    )
+    assert everything(found(files=["a.jsonl"])) == ["2020-01-01", "2020-01-01T00:00:00Z", "a"]
+
+
+def unlike(kind: str, content: bytes) -> str:
+    path = f"unlike{kind}"
+    Path(path).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        (".txt", b"", "holds no text"),
+        (".txt", b"ab", "holds no text for validation and test"),
+        (".jsonl", b"", "holds no text"),
+        (".json", b"[]", "holds no text"),
+        (".csv", b"text\n", "holds no text"),
+        (".jsonl", b'{"text": "a"}\n\x00\xff\x00', "line 2: no JSON: "),
+        (".jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: 'utf-8' codec can't encode"),
+        (".jsonl", b'{"text": "\xff"}', "line 1: no JSON: 'utf-8' codec can't decode"),
+        (".jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line 2: no JSON: maximum recursion depth"),
+        (".json", b"3", "line 1: a row is an object, not int"),
+        (".json", b'[{"text": "a"}, 3]', "row 2: a row is an object, not int"),
+        (".jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read: EOFError"),
+        (".jsonl.gz", b"no archive", "cannot be read: BadGzipFile"),
+        (".csv", b"text\n\xff", "'utf-8' codec can't decode"),
+        (".csv", b'text\na\n"a', "line 3: no CSV: unexpected end of data"),
+        (".parquet.gz", b"", "has an unknown extension"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(kind: str, content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^task\.files: \S*unlike{re.escape(kind)}:? {re.escape(message)}"):
+        made(files=[unlike(kind, content)]).prepare()
+
+
+def test_a_table_without_rows_is_named() -> None:
+    with pytest.raises(ValueError, match=r"a\.parquet holds no text"):
+        made(files=[parquet("a.parquet", [])]).prepare()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\0b.txt", r"'a\\x00b.txt' matches no file"),
+        ("~nobody-here/a.txt", "'~nobody-here/a.txt' is in the home of a user who does not exist"),
+        ("x" * 5000, "x…? matches no file"),
+        ("pipe.txt", "'pipe.txt' matches no file"),
+    ],
+    ids=lambda value: value[:12].replace("\0", "0"),
+)
+def test_a_name_that_cannot_be_one_is_shown(name: str, message: str) -> None:
+    os.mkfifo("pipe.txt")
+    with pytest.raises(ValueError, match=message) as error:
+        made(files=[name]).prepare()
+    assert len(str(error.value)) < 900
 
 
 # sets laid out like those of the hub

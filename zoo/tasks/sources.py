@@ -48,7 +48,7 @@ def _path(name: str) -> Path:
     try:
         return Path(name).expanduser().absolute()
     except RuntimeError:
-        raise ValueError(f"{show(name, LINE)}: there is no user of that name, so no home folder") from None
+        raise ValueError(f"task: {show(name, LINE)} is in the home of a user who does not exist") from None
 
 
 def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
@@ -80,8 +80,9 @@ def _glob(path: Path) -> list[str]:
 
 
 def _kind(path: Path) -> str:
-    kind = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    return "" if kind.lower() == ".parquet" != path.suffix.lower() else kind.lower()
+    """The extension; the one before .gz where that can be unpacked."""
+    kind, last = Path(path.stem).suffix.lower(), path.suffix.lower()
+    return kind if last == ".gz" and kind != ".parquet" else last
 
 
 def listed(files: Sequence[Path]) -> str:
@@ -161,7 +162,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             for row in reader:
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
-            raise ValueError(f"line {reader.line_num}: no CSV: {error}") from error
+            raise ValueError(f"line {reader.reader.line_num}: no CSV: {error}") from error
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
