@@ -184,7 +184,8 @@ def _same_data(task: Task, options: RunConfig, saved: dict[str, Any]) -> None:
     state = saved.get("task", {})
     if options.task == saved["zoo"]["config"]["task"]:  # else what lies at the new place must be the same
         task.restore(state)
-    task.prepare()
+    with warnings.catch_warnings(action="ignore"):  # what prepare() warns of, restore() refuses
+        task.prepare()
     task.restore(state)
 
 

@@ -229,8 +229,8 @@ def hub_origin(hub: str, subset: str | None, column: str, documents: int | None)
 
 
 def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -> Iterator[Part]:
-    """Byte ids of each split, document by document; a set without validation or test gives every 20th document of its
-    training split to it. Raises ValueError if the set cannot be had, or lacks the subset, column or training split."""
+    """Byte ids of each split, document by document; what a set lacks of validation and test is taken from its training
+    split. Raises ValueError if the set cannot be had, or lacks the subset, column or training split."""
     import datasets
 
     name, _, revision = hub.partition("@")
@@ -250,13 +250,11 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
             raise ValueError(f"has the splits {', '.join(sets)}, but none named train")
         missing = [split for split in ("test", "validation") if split not in sets]
         for split in ("train", "validation", "test"):
-            if split in sets:
-                documents_of = islice(_rows(sets[split], column, documents), documents)
-                if split == "train" and missing:
-                    named_texts = ((hashlib.sha256(text).hexdigest(), text) for text in documents_of)
-                    yield from split_documents("hub", named_texts, missing)
-                else:
-                    yield from ((split, byte_ids(text)) for text in documents_of)
+            found = islice(_rows(sets[split], column, documents), documents) if split in sets else iter(())
+            if split == "train" and missing:
+                yield from split_documents("hub", ((hashlib.sha256(text).hexdigest(), text) for text in found), missing)
+            else:
+                yield from ((split, byte_ids(text)) for text in found)
 
 
 def _rows(rows: Any, column: str, wanted: int | None = None) -> Iterator[bytes]:
