@@ -324,6 +324,13 @@ def test_subsets() -> None:
         found(hub="set")
 
 
+def test_other_columns_of_a_json_set_are_nobodys_business_either() -> None:
+    Path("set").mkdir()
+    rows = [{"text": f"2020-01-{day:02}", "a": None if day < 20 else {"b": day}} for day in range(10, 30)]
+    Path("set/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "".join(everything(found(hub="set"))) == "".join(str(row["text"]) for row in rows)
+
+
 def test_a_changed_folder_is_read_again() -> None:
     found(hub=hub(train=STORIES))
     assert everything(found(hub=hub(train=STORIES[50:]))) == sorted(STORIES[50:])

@@ -220,8 +220,8 @@ def _at(place: str) -> Iterator[None]:
 def hub_origin(hub: str, subset: str | None, column: str, documents: int | None) -> str:
     """What the text of a set depends on; a set of the hub is not asked for its state again once it was read. Raises
     ValueError if `hub` is neither a folder nor OWNER/NAME."""
-    options, folder = f"{hub} {subset} {column} {documents}", Path(hub).expanduser()
-    if folder.is_dir():
+    options, folder = f"{hub} {subset} {column} {documents}", _path(hub)
+    if os.path.isdir(folder):
         return f"{options} {fingerprint(sorted(path.resolve() for path in folder.rglob('*') if path.is_file()))}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", hub):
         raise ValueError(f"task.hub={hub} is neither a folder nor OWNER/NAME, or OWNER/NAME@REVISION, on the hub")
@@ -235,17 +235,19 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
 
     name, _, revision = hub.partition("@")
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    if (folder := Path(hub).expanduser()).is_dir():
-        name, options = str(folder), {}
+    if os.path.isdir(_path(hub)):
+        name, options = str(_path(hub)), {}
     else:
         _reach(name, revision or None)
     with named(f"task.hub={hub}"):
         builder = datasets.load_dataset_builder(name, subset, **options)
         if builder.name == "text":  # by lines it would lose the newlines
             builder = datasets.load_dataset_builder(name, subset, sample_by="document", **options)
-        if documents is None:
-            builder.download_and_prepare()
-        sets: Any = builder.as_streaming_dataset() if documents else builder.as_dataset()
+        sets: Any = _tables(builder)
+        if not sets:
+            if documents is None:
+                builder.download_and_prepare()
+            sets = builder.as_streaming_dataset() if documents else builder.as_dataset()
         if "train" not in sets:
             raise ValueError(f"has the splits {', '.join(sets)}, but none named train")
         missing = [split for split in ("test", "validation") if split not in sets]
@@ -257,8 +259,21 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
                 yield from ((split, byte_ids(text)) for text in found)
 
 
+def _tables(builder: Any) -> dict[str, list[Path]]:
+    """The files of each split, where all are JSON or CSV on this machine: `datasets` would take dates for times, and
+    fail on columns that nobody asked for."""
+    files = {str(split): [Path(path) for path in paths] for split, paths in (builder.config.data_files or {}).items()}
+    known = all(os.path.isfile(path) and _kind(path) in TABLES for paths in files.values() for path in paths)
+    return files if known and builder.name in ("json", "csv") else {}
+
+
 def _rows(rows: Any, column: str, wanted: int | None = None) -> Iterator[bytes]:
     """The texts of a column of a set; rows without text are left out. A stream is read little beyond what is wanted."""
+    if isinstance(rows, list):
+        for path in rows:
+            with named(str(path)):
+                yield from _texts(TABLES[_kind(path)](path, [column]), column)
+        return
     for first in rows.iter(1):
         if column not in first:
             raise ValueError(f"has no column {column}: choose one of {', '.join(first)} with task.column=…")
