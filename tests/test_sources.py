@@ -343,9 +343,9 @@ def test_a_changed_folder_is_read_again() -> None:
         ({"column": "number"}, "task.hub=set: column number holds int, not text"),
         ({"hub": "evaluated"}, "task.hub=evaluated: has the splits test, but none named train"),
         ({"hub": "empty"}, "task.hub=empty cannot be read"),
-        ({"hub": "json"}, "task.hub=json is neither a folder nor OWNER/NAME"),
-        ({"hub": "none/of/these"}, "task.hub=none/of/these is neither a folder nor OWNER/NAME"),
-        ({"hub": "/none"}, "task.hub=/none is neither a folder nor OWNER/NAME"),
+        ({"hub": "json"}, "task.hub='json' is neither a folder nor OWNER/NAME"),
+        ({"hub": "none/of/these"}, "task.hub='none/of/these' is neither a folder nor OWNER/NAME"),
+        ({"hub": "/none"}, "task.hub='/none' is neither a folder nor OWNER/NAME"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -36,6 +36,7 @@ Row = tuple[str, Mapping[str, Any]]
 def absolute(task: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a task with absolute paths, so that a run is resumed from anywhere; links and globs stay."""
     paths, task = task.get("files"), dict(task)
+    paths = [paths] if isinstance(paths, str) else paths
     if isinstance(paths, list | tuple):
         task["files"] = [str(_path(path)) if isinstance(path, str) else path for path in paths]
     hub = task.get("hub")
@@ -224,7 +225,7 @@ def hub_origin(hub: str, subset: str | None, column: str, documents: int | None)
     if os.path.isdir(folder):
         return f"{options} {fingerprint(sorted(path.resolve() for path in folder.rglob('*') if path.is_file()))}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", hub):
-        raise ValueError(f"task.hub={hub} is neither a folder nor OWNER/NAME, or OWNER/NAME@REVISION, on the hub")
+        raise ValueError(f"task.hub={show(hub)} is neither a folder nor OWNER/NAME, or OWNER/NAME@REVISION, on the hub")
     return options
 
 
