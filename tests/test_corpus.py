@@ -71,8 +71,38 @@ def test_every_split_gets_a_document() -> None:
     splits = split("toy", [("a", b""), ("b", b"x" * 99), ("c", b"y")])
     assert all(ids[0] == START for ids in splits.values())
     assert sum(map(len, splits.values())) == 103
-    with pytest.raises(ValueError, match="toy holds no text"):
-        split("toy", [])
+    assert not list(split_documents("toy", [("a", b"")]))
+
+
+def share(splits: dict[str, np.ndarray], name: str) -> float:
+    return len(splits[name]) / sum(map(len, splits.values()))
+
+
+@pytest.mark.parametrize("book", [6_000, 1_000_000])
+@pytest.mark.parametrize("trial", range(4))
+def test_a_book_among_short_documents_goes_into_every_split_in_passages(book: int, trial: int) -> None:
+    texts_of = np.random.default_rng(trial).bytes(book).translate(bytes(range(255)) + b"z")
+    documents = [("a", b"a" * 360), ("b", b"b" * 361), (f"book {trial}", texts_of)]
+    splits = split("toy", documents)
+    assert all(0.05 <= share(splits, name) < 0.1 for name in ("validation", "test"))
+    passages = [text for ids in splits.values() for text in texts(ids) if len(set(text)) > 1]
+    # each byte of the book once, in passages that do not touch where they stand in one split
+    places = sorted((texts_of.index(text), len(text)) for text in passages)
+    assert [first for first, _ in places] == [sum(length for _, length in places[:k]) for k in range(len(places))]
+    assert sum(length for _, length in places) == book
+    assert len(list(texts(splits["train"]))) < 25
+
+
+def test_equal_documents_are_in_one_split_whatever_their_names_and_share() -> None:
+    rows = [f"row {k % 300}, which comes three times".encode() for k in range(900)] + [b"the same" * 9] * 900
+    splits = split("toy", [(str(k), row) for k, row in enumerate(rows)])
+    found = [set(texts(splits[name])) for name in SPLITS]
+    assert sum(map(len, found)) == 301
+    assert len(set.union(*found)) == 301
+    assert all(0.05 <= share(splits, name) < 0.1 for name in ("validation", "test"))
+    assert b"the same" * 9 in found[0]
+    few = split("toy", [(str(k), b"ab"[k % 2 : k % 2 + 1] * 100) for k in range(90)])  # no more than two to cut
+    assert [b"".join(texts(few[name])) for name in SPLITS] == [b"a" * 100 + b"b" * 80, b"b" * 10, b"b" * 10]
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1000, 0), (0, 1000), (893, 107), (960, 40), (1, 999)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import re
@@ -133,20 +135,24 @@ def test_one_source_is_one_group_without_metrics_of_domains() -> None:
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        (["none.txt"], {}, "task.files: none.txt matches no file (looked in HERE)"),
-        (["none/**/*.txt"], {}, "task.files: none/**/*.txt matches no file (looked in HERE)"),
-        (["."], {}, "task.files: . is a folder; name files in it, such as ./**/*.txt (looked in HERE)"),
-        (["a.bin"], {}, "task.files: HERE/a.bin has an unknown extension; known: .json, .jsonl, .parquet, .txt, "),
+        (["none.txt"], {}, "task.files: 'none.txt' matches no file (looked in HERE)"),
+        (["none/**/*.txt"], {}, "task.files: 'none/**/*.txt' matches no file (looked in HERE)"),
+        (["."], {}, "task.files: '.' is a folder; name the files in it, such as FOLDER/**/*.txt (looked in HERE)"),
+        (
+            ["a.bin"],
+            {},
+            "task.files: HERE/a.bin has an unknown extension; known: .json, .jsonl, .csv, .parquet, ",
+        ),
         (["a.jsonl"], {"column": "body"}, "HERE/a.jsonl: has no column body: choose one of number, text "),
         (
             ["a.parquet"],
             {"column": "body"},
             "HERE/a.parquet: has no column body: choose one of number, text ",
         ),
-        (["a.jsonl"], {"column": "number"}, "task.files: HERE/a.jsonl: column number holds int, not text"),
+        (["a.jsonl"], {"column": "number"}, "task.files: HERE/a.jsonl: line 1: column number holds int, not text"),
         (["broken.jsonl"], {}, "task.files: HERE/broken.jsonl"),
         (["broken.parquet"], {}, "task.files: HERE/broken.parquet"),
-        (["empty.jsonl"], {}, "files holds no text"),
+        (["empty.jsonl"], {}, "task.files: HERE/empty.jsonl holds no text"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(files: list[str], options: dict[str, Any], message: str) -> None:
@@ -159,6 +165,100 @@ def test_files_that_cannot_be_read_are_named(files: list[str], options: dict[str
     with pytest.raises(ValueError, match=re.escape(message.replace("HERE", str(Path.cwd())))) as error:
         made(files=files, **options).prepare()
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_link_is_read_by_its_own_name_and_once(folder: Path) -> None:
+    jsonl("blobs/0a1b", STORIES)
+    for name in ("train.jsonl", "again.jsonl"):
+        Path(name).symlink_to("blobs/0a1b")
+    assert everything(found(files=["train.jsonl", "*.jsonl"])) == sorted(STORIES)
+
+
+def packed(path: str, rows: list[Any], column: str = "text") -> str:
+    Path(path).write_bytes(gzip.compress(Path(jsonl("plain.jsonl", rows, column)).read_bytes()))
+    return path
+
+
+def comma_separated(path: str, rows: list[Any], column: str = "text") -> str:
+    with Path(path).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([["number", column], *enumerate(rows)])
+    return path
+
+
+@pytest.mark.parametrize(("write", "name"), [(packed, "a.jsonl.gz"), (comma_separated, "a.csv")])
+def test_packed_and_comma_separated_rows_are_documents(write: Callable[..., str], name: str) -> None:
+    rows = [*STORIES, "2020-01-01", "12", "x" * 200_000]
+    splits = found(files=[write(name, rows)])
+    pieces = [text for text in everything(splits) if set(text) != {"x"}]
+    assert pieces == sorted(rows[:-1])
+
+
+def test_other_columns_of_json_are_nobodys_business() -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "2020-01-01", "a": None},
+        {"text": "2020-01-01T00:00:00Z", "a": {"b": 1}},
+        {"a": "no text"},
+        {"text": "a", "new": [[1], "x"]},
+        {"text": None},
+    ]
+    Path("a.jsonl").write_text(
+        "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in rows) + '{"n": %s}' % ("9" * 5000)
+    )
+    assert everything(found(files=["a.jsonl"])) == ["2020-01-01", "2020-01-01T00:00:00Z", "a"]
+
+
+def unlike(kind: str, content: bytes) -> str:
+    path = f"unlike{kind}"
+    Path(path).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        (".txt", b"", "holds no text"),
+        (".txt", b"ab", "holds no text for validation and test"),
+        (".jsonl", b"", "holds no text"),
+        (".json", b"[]", "holds no text"),
+        (".csv", b"text\n", "holds no text"),
+        (".jsonl", b'{"text": "a"}\n\x00\xff\x00', "line 2: no JSON: "),
+        (".jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: 'utf-8' codec can't encode"),
+        (".jsonl", b'{"text": "\xff"}', "line 1: no JSON: 'utf-8' codec can't decode"),
+        (".jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line 2: no JSON: maximum recursion depth"),
+        (".json", b"3", "line 1: a row is an object, not int"),
+        (".json", b'[{"text": "a"}, 3]', "row 2: a row is an object, not int"),
+        (".jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cannot be read: EOFError"),
+        (".jsonl.gz", b"no archive", "cannot be read: BadGzipFile"),
+        (".csv", b"text\n\xff", "'utf-8' codec can't decode"),
+        (".csv", b'text\na\n"a', "line 3: no CSV: unexpected end of data"),
+        (".parquet.gz", b"", "has an unknown extension"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(kind: str, content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^task\.files: \S*unlike{re.escape(kind)}:? {re.escape(message)}"):
+        made(files=[unlike(kind, content)]).prepare()
+
+
+def test_a_table_without_rows_is_named() -> None:
+    with pytest.raises(ValueError, match=r"a\.parquet holds no text"):
+        made(files=[parquet("a.parquet", [])]).prepare()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\0b.txt", r"'a\\x00b.txt' matches no file"),
+        ("~nobody-here/a.txt", "'~nobody-here/a.txt' is in the home of a user who does not exist"),
+        ("x" * 5000, "x…? matches no file"),
+        ("pipe.txt", "'pipe.txt' matches no file"),
+    ],
+    ids=lambda value: value[:12].replace("\0", "0"),
+)
+def test_a_name_that_cannot_be_one_is_shown(name: str, message: str) -> None:
+    os.mkfifo("pipe.txt")
+    with pytest.raises(ValueError, match=message) as error:
+        made(files=[name]).prepare()
+    assert len(str(error.value)) < 900
 
 
 # sets laid out like those of the hub
@@ -181,14 +281,15 @@ def test_the_splits_of_a_set_are_its_own(documents: int | None) -> None:
 
 @pytest.mark.parametrize("documents", [None, 1000])
 @pytest.mark.parametrize("own", [[], ["validation"], ["test"]])
-def test_a_split_that_is_missing_is_every_twentieth_document_of_train(own: list[str], documents: int | None) -> None:
-    splits = found(hub=hub(train=STORIES, **{split: ["own"] for split in own}), documents=documents)
-    expected: dict[str, list[str]] = {split: ["own"] for split in own}
-    kept = list(range(100))
-    for turn, split in enumerate(split for split in ("validation", "test") if split not in own):
-        expected[split] = [STORIES[k] for k in range(turn, 100, 20)]
-        kept = [k for k in kept if k % 20 != turn]
-    assert splits == {"train": [STORIES[k] for k in kept], **expected}
+def test_a_split_that_is_missing_is_taken_from_train(own: list[str], documents: int | None) -> None:
+    repeated = [text for text in STORIES for _ in range(2)]
+    splits = found(hub=hub(train=repeated, **{split: ["own"] for split in own}), documents=documents)
+    missing = [split for split in ("validation", "test") if split not in own]
+    assert all(splits[split] == ["own"] for split in own)
+    assert everything({split: splits[split] for split in ("train", *missing)}) == sorted(repeated)
+    for split in missing:
+        assert 0.05 <= sum(map(len, splits[split])) / sum(map(len, repeated)) < 0.1
+        assert not set(splits[split]) & set(splits["train"])
 
 
 def test_only_the_first_documents_are_read() -> None:
@@ -223,6 +324,13 @@ def test_subsets() -> None:
         found(hub="set")
 
 
+def test_other_columns_of_a_json_set_are_nobodys_business_either() -> None:
+    Path("set").mkdir()
+    rows = [{"text": f"2020-01-{day:02}", "a": None if day < 20 else {"b": day}} for day in range(10, 30)]
+    Path("set/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "".join(everything(found(hub="set"))) == "".join(str(row["text"]) for row in rows)
+
+
 def test_a_changed_folder_is_read_again() -> None:
     found(hub=hub(train=STORIES))
     assert everything(found(hub=hub(train=STORIES[50:]))) == sorted(STORIES[50:])
@@ -233,12 +341,11 @@ def test_a_changed_folder_is_read_again() -> None:
     [
         ({"column": "body"}, "task.hub=set: has no column body: choose one of number, text with task.column="),
         ({"column": "number"}, "task.hub=set: column number holds int, not text"),
-        ({"documents": 2}, "hub holds no text for train"),
         ({"hub": "evaluated"}, "task.hub=evaluated: has the splits test, but none named train"),
         ({"hub": "empty"}, "task.hub=empty cannot be read"),
-        ({"hub": "json"}, "task.hub=json is neither a folder nor OWNER/NAME"),
-        ({"hub": "none/of/these"}, "task.hub=none/of/these is neither a folder nor OWNER/NAME"),
-        ({"hub": "/none"}, "task.hub=/none is neither a folder nor OWNER/NAME"),
+        ({"hub": "json"}, "task.hub='json' is neither a folder nor OWNER/NAME"),
+        ({"hub": "none/of/these"}, "task.hub='none/of/these' is neither a folder nor OWNER/NAME"),
+        ({"hub": "/none"}, "task.hub='/none' is neither a folder nor OWNER/NAME"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

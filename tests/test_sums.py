@@ -212,7 +212,7 @@ def test_short_contexts_decide_whatever_the_room_for_them(tmp_path: Path) -> Non
 
 def test_generation_ends_where_documents_do(tmp_path: Path) -> None:
     for k in range(40):
-        (tmp_path / f"{k}.txt").write_text("hello world" if k % 2 else "hello there")
+        (tmp_path / f"{k}.txt").write_text(f"{k:02} hello world")
     options = {"validation_batches": 1, "test_batches": 1, "validate_every": 60}
     zoo.train(
         {"name": "transformer", "dim": 32, "layers": 1, "heads": 2, "hidden": 32},
@@ -223,8 +223,7 @@ def test_generation_ends_where_documents_do(tmp_path: Path) -> None:
         **options,
     )
     model: Any = zoo.load(tmp_path / "run")
-    prompt = torch.tensor([model.task.encode("hello world")])
-    assert model(prompt).softmax(-1)[0, -1, START] > 0.9
-    ids = [int(token) for token in model.generate(torch.tensor([model.task.encode("hello ")]), 12)]
-    assert bytes(ids[:5]) in (b"world", b"there")
+    prompt = torch.tensor([model.task.encode("07 hello ")])
+    ids = [int(token) for token in model.generate(prompt, 12)]
+    assert bytes(ids[:5]) == b"world"
     assert ids[5] == START

@@ -162,3 +162,26 @@ def test_no_word_is_lost() -> None:
     assert WORDS
     for text in TEXTS:
         assert b"".join(map(bytes, words(text))) == text
+
+
+def test_merges_are_learned_from_pieces_of_long_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    pipeline = tokenizer._pipeline
+
+    class Spy:
+        def __init__(self, made: Any):
+            self.made = made
+
+        def train_from_iterator(self, texts: Any, trainer: Any) -> None:
+            given = list(texts)
+            seen.extend(len(word) for text in given for word, _ in self.made.pre_tokenizer.pre_tokenize_str(text))
+            self.made.train_from_iterator(given, trainer)
+
+        def to_str(self) -> str:
+            return self.made.to_str()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(tokenizer, "_pipeline", lambda *args: Spy(pipeline(*args)))
+    text = np.random.default_rng(0).choice(np.frombuffer(b"acgt", np.uint8), 100_000).tobytes()
+    assert len(train([text, b"a  " * 30_000], 300)) > 30
+    assert sum(seen) == 190_000
+    assert max(seen) == tokenizer.WORD  # the time grows with the square

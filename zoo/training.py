@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -37,6 +37,7 @@ from zoo.files import home, to_json, write
 from zoo.models import MODELS, Model
 from zoo.progress import Progress
 from zoo.run_folder import announced, default, taken
+from zoo.tasks import Task, sources
 from zoo.trainer import arguments, begun, changes, logger_of, placement, stored
 from zoo.trainer import make as make_trainer
 
@@ -108,10 +109,13 @@ def run(
 def _run(
     config: dict[str, Any], trainer: Mapping[str, Any], logger: Mapping[str, Any] | list[Logger], held: ExitStack
 ) -> dict[str, Any]:
+    if isinstance(config.get("task"), Mapping):
+        config = {**config, "task": sources.absolute(config["task"])}
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
     options, saved = _resume(config, resumed) if resumed else (strict(RunConfig, config, ""), {})
-    trainer = arguments(trainer, saved.get("trainer"))
-    log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), saved.get("logger"))
+    beside = saved.get("zoo", {})
+    trainer = arguments(trainer, beside.get("trainer"))
+    log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), beside.get("logger"))
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"seed={show(options.seed)} must lie between 0 and {2**32 - 1}")
     positive(
@@ -125,6 +129,8 @@ def _run(
     L.seed_everything(options.seed, workers=True, verbose=False)
     build = lookup(options.model.get("name"), MODELS, "model")
     model = build(model=options.model, task=options.task, optim=options.optim, seed=options.seed)
+    if resumed:
+        _same_data(model.task, options, saved)
     model.task.prepare()
     model.decoder.activation_checkpointing = options.activation_checkpointing
     if options.compile:
@@ -162,7 +168,7 @@ def _run(
         held.enter_context(announced(folder))
     if engine.is_global_zero:
         say(report.opening(model, engine, folder))
-        if news := changes(saved.get("placement"), placement(engine)):
+        if news := changes(beside.get("placement"), placement(engine)):
             say(news)
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
@@ -253,13 +259,29 @@ def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str,
         raise ValueError(
             f"resume={config['resume']} continues in its own folder, {folder}: leave out={config['out']} away"
         )
-    beside = checkpoint.read(file, resume=True)["zoo"]
+    saved = checkpoint.read(file, resume=True)
+    beside = saved["zoo"]
     options = strict(RunConfig, beside["config"], "")
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
+    task = dict(beside["config"]["task"])
+    for place in sources.PLACES:  # may change; what lies there may not, see _same_data
+        if task.get(place) and asked.get("task", {}).get(place):
+            task[place] = asked["task"][place]
+    options = replace(options, task=task)
     changed = checkpoint.differences(asdict(options), asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
-    return RunConfig(**{**asdict(options), "resume": str(file), "out": str(folder)}), beside
+    return RunConfig(**{**asdict(options), "resume": str(file), "out": str(folder)}), saved
+
+
+def _same_data(task: Task, options: RunConfig, saved: dict[str, Any]) -> None:
+    """Raises ValueError where the data is not what the run was begun with."""
+    state = saved.get("task", {})
+    if options.task == saved["zoo"]["config"]["task"]:  # else what lies at the new place must be the same
+        task.restore(state)
+    with warnings.catch_warnings(action="ignore"):  # what prepare() warns of, restore() refuses
+        task.prepare()
+    task.restore(state)
 
 
 def command() -> str:

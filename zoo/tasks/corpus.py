@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -24,8 +25,9 @@ from zoo.tasks.base import SPLITS
 
 START = 256
 HELD_OUT = 0.05
-FORMAT = 1  # part of every key: raise it when the files below would come out differently
+FORMAT = 2  # part of every key: raise it when the files below would come out differently
 STEP = 1 << 24  # ids that are handled at once
+PASSAGE = 256  # bytes, the shortest that a long document is cut into
 
 Part = tuple[str, np.ndarray | bytes]
 """The name of a file, a split for text, and what comes next in it."""
@@ -53,41 +55,105 @@ def texts(ids: np.ndarray) -> Iterator[bytes]:
         yield ids[first + 1 : last].astype(np.uint8).tobytes()
 
 
-def split_documents(source: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Part]:
-    """Byte ids of each split, document by document. Documents, ordered by the hash of SOURCE/NAME, fill test, then
-    validation, with 5 % of all ids each, at least one document; the rest trains. Fewer than three documents are cut:
-    the first 90 % of their bytes train, then 5 % validate, then 5 % test. Raises ValueError if there is no document."""
+def split_documents(
+    source: str, documents: Iterable[tuple[str, bytes]], held: Sequence[str] = ("test", "validation")
+) -> Iterator[Part]:
+    """Byte ids of each split, document by document. Documents, ordered by the hash of SOURCE/NAME, fill the `held`
+    splits with 5 % of all ids each; the rest trains. Equal ones stay together. One above 5 % is cut into passages, each
+    of which goes its own way. As few different ones as `held` are cut: the last 5 % of their bytes are held out, and so
+    on."""
     with tempfile.TemporaryFile(dir=cache()) as spool:
-        keys, ends = [], [0]
+        keys, hashes, ends = array("Q"), array("Q"), array("q", [0])
         for name, text in documents:
             spool.write(text)
-            keys.append(hashlib.sha256(f"{source}/{name}".encode()).digest())
+            keys.append(_number(f"{source}/{name}".encode()))
+            hashes.append(_number(text))
             ends.append(ends[-1] + len(text))
-
-        def read(first: int, last: int) -> Iterator[np.ndarray]:
-            yield np.array([START], np.uint16)
-            spool.seek(first)
-            for place in range(first, last, STEP):
-                yield np.frombuffer(spool.read(min(STEP, last - place)), np.uint8).astype(np.uint16)
-
-        if not keys:
-            raise ValueError(f"{source} holds no text")
-        if len(keys) < len(SPLITS):
-            held = int(ends[-1] * HELD_OUT)
-            cuts = [0, ends[-1] - 2 * held, ends[-1] - held, ends[-1]]
-            for split, (first, last) in zip(SPLITS, pairwise(cuts), strict=True):
-                for begin, end in pairwise(ends):  # in the order in which they came
-                    if max(first, begin) < min(last, end):
-                        yield from ((split, ids) for ids in read(max(first, begin), min(last, end)))
+        if not ends[-1]:
             return
-        order = deque(sorted(range(len(keys)), key=keys.__getitem__))
-        share = HELD_OUT * (ends[-1] + len(keys))
-        for split, kept in (("test", 2), ("validation", 1), ("train", 0)):
-            taken = 0
-            while len(order) > kept and (split == "train" or taken < share):
-                document = order.popleft()
-                taken += ends[document + 1] - ends[document] + 1
-                yield from ((split, ids) for ids in read(ends[document], ends[document + 1]))
+        first, places = np.unique(np.array(hashes), return_index=True)[1], np.array(ends)
+        if len(first) > len(held):
+            runs = _shared_out(spool, np.array(keys), np.array(hashes), places, held)
+        else:
+            first.sort()
+            runs = _cut(places[first], places[first + 1], held)
+        for split, begin, end in runs:
+            yield split, np.array([START], np.uint16)
+            spool.seek(begin)
+            for place in range(begin, end, STEP):
+                yield split, np.frombuffer(spool.read(min(STEP, end - place)), np.uint8).astype(np.uint16)
+
+
+Run = tuple[str, int, int]
+"""A split, and where in the spooled text a document of it, or consecutive passages of one, begin and end."""
+
+
+def _cut(begins: np.ndarray, ends: np.ndarray, held: Sequence[str]) -> Iterator[Run]:
+    """Documents one after the other, the last of their bytes held out."""
+    total = int((ends - begins).sum())
+    part = int(total * HELD_OUT)
+    cuts = [0, *(total - turn * part for turn in range(len(held), -1, -1))]
+    for split, (first, last) in zip(["train", *reversed(held)], pairwise(cuts), strict=True):
+        place = 0
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            if max(first, place) < min(last, place + end - begin):
+                yield split, begin + max(first - place, 0), min(end, begin + last - place)
+            place += end - begin
+
+
+def _shared_out(
+    spool: IO[bytes], keys: np.ndarray, hashes: np.ndarray, ends: np.ndarray, held: Sequence[str]
+) -> Iterator[Run]:
+    """Documents and passages of long ones, equal ones as one, in the order of their keys."""
+    share = HELD_OUT * (ends[-1] + len(keys))
+    size = int(min(max(share / 5, PASSAGE), STEP))
+    counts = np.where(np.diff(ends) > max(share, size), -(-np.diff(ends) // size), 1)
+    document = np.repeat(np.arange(len(keys)), counts)
+    within = np.arange(len(document)) - np.repeat(counts.cumsum() - counts, counts)
+    begins = ends[document] + within * size
+    ends = np.minimum(ends[document + 1], np.where(counts[document] > 1, begins + size, ends[-1]))
+    keys, hashes = keys[document], hashes[document]
+    for i in np.flatnonzero(counts[document] > 1):
+        spool.seek(begins[i])
+        hashes[i] = _number(spool.read(ends[i] - begins[i]))
+        keys[i] = _number(f"{keys[i]}/{within[i]}".encode())
+    _, group = np.unique(hashes, return_inverse=True)
+    key_of = np.full(group.max() + 1, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(key_of, group, keys)
+    order = np.argsort(key_of)
+    split_of = np.empty(len(order), np.int64)
+    split_of[order] = fill(np.bincount(group, ends - begins + 1)[order], held)
+    split = split_of[group]
+    # passages that follow each other in one split are one text
+    opens = np.append(True, (document[1:] != document[:-1]) | (split[1:] != split[:-1]))
+    first, last = np.flatnonzero(opens), np.append(np.flatnonzero(opens[1:]), len(opens) - 1)
+    for turn, name in enumerate([*held, "train"]):
+        runs = np.flatnonzero(split[first] == turn)
+        for run in runs[np.lexsort((keys[first[runs]], key_of[group[first[runs]]]))]:
+            yield name, int(begins[first[run]]), int(ends[last[run]])
+
+
+def fill(sizes: np.ndarray, held: Sequence[str], enough: int = 1) -> np.ndarray:
+    """Which split each of some things goes to, that come in a random order: number k of `held`, or len(held) to train.
+
+    Each held-out split gets 5 % of all, less than 10 %, and `enough` things at least; what is above 5 % by itself is
+    held out only where nothing else is left, the smallest first."""
+    share = HELD_OUT * sizes.sum()
+    order = np.argsort(np.where(sizes > share, sizes, 0), kind="stable")
+    splits, place = np.full(len(sizes), len(held)), 0
+    for turn in range(len(held)):
+        count = taken = 0
+        while place < len(order) - enough * (len(held) - turn):
+            size = sizes[order[place]]
+            if count >= enough and (taken >= share or size > share):
+                break
+            splits[order[place]] = turn
+            count, taken, place = count + 1, taken + size, place + 1
+    return splits
+
+
+def _number(text: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(text).digest()[:8])
 
 
 def prepare(
@@ -96,17 +162,18 @@ def prepare(
     parts: Callable[[], Iterable[Part]],
     files: Iterable[str] = tuple(SPLITS),
     suffix: str = ".bin",
+    label: str | None = None,
 ) -> Path:
     """The folder with `files`; made from `parts` at the first call with this `origin`, which must change whenever they
-    would, and found again afterwards. Raises ValueError if it cannot be written or a file has no part."""
+    would, and found again afterwards. Raises ValueError, with `label`, if it cannot be written or a file is empty."""
     key = f"{FORMAT} {name} {origin}"
     names = {file: file + suffix for file in files}
     try:
         folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not _whole(folder, set(names.values())):
-            _build(folder, key, names, parts())
+            _build(folder, key, names, parts(), label or name)
     except OSError as error:
-        raise ValueError(f"task=text cannot prepare {name}: {error}; ZOO_CACHE names another folder") from error
+        raise ValueError(f"cannot prepare {label or name}: {error}; ZOO_CACHE names another folder") from error
     return folder
 
 
@@ -122,7 +189,16 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part]) -> None:
+def find(digest_: str) -> Path | None:
+    """A whole folder that holds what a digest stands for, if the cache has one."""
+    for manifest in sorted(cache().glob("*/manifest.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            if digest(manifest.parent) == digest_ and _whole(manifest.parent):
+                return manifest.parent
+    return None
+
+
+def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part], label: str) -> None:
     """Each file is moved into place whole; processes that build at once replace equal files."""
     hashes = {name: hashlib.sha256() for name in names.values()}
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
@@ -134,7 +210,8 @@ def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part])
                 hashes[names[file]].update(data)
             empty = [file for file, name in names.items() if not opened[name].tell()]
         if empty:
-            raise ValueError(f"{key.split()[1]} holds no text for {' and '.join(empty)}")
+            some = f" for {' and '.join(empty)}" if len(empty) < len(names) else ""
+            raise ValueError(f"{label} holds no text{some}")
         manifest = {"key": key, "sha256": {name: value.hexdigest() for name, value in hashes.items()}}
         write(Path(temporary, "manifest.json"), to_json(manifest, 2))
         folder.mkdir(exist_ok=True)
@@ -142,10 +219,10 @@ def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part])
             Path(temporary, name).replace(folder / name)
 
 
-def _whole(folder: Path, names: set[str]) -> bool:
+def _whole(folder: Path, names: set[str] | None = None) -> bool:
     try:
         hashes = json.loads((folder / "manifest.json").read_bytes())["sha256"]
-        return set(hashes) == names and all(hashes[name] == _sha256(folder / name) for name in names)
+        return set(hashes) == (names or set(hashes)) and all(hashes[name] == _sha256(folder / name) for name in hashes)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

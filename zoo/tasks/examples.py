@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from zoo.tasks import sources
 from zoo.tasks.base import SPLITS
-from zoo.tasks.corpus import HELD_OUT, START
+from zoo.tasks.corpus import START, Part, fill
 
 PARTS = ("context", "query", "target")
 ENOUGH = 2  # documents of a split: the context of another one is the control of every test
@@ -47,27 +49,23 @@ def from_documents(ids: np.ndarray, context: int, query: int, target: int) -> Ex
     return Examples(ids, edges, document)
 
 
-def read(path: str) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Context, query and target (UTF-8) of each line of a JSON Lines file; raises ValueError with the line's number."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield _row(line)
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"task.files: {path}, line {number}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"task.files: cannot read {path}: {error.strerror}") from error
+Row = tuple[bytes, bytes, bytes]
+"""A context, a query and a target in UTF-8."""
 
 
-def _row(line: bytes) -> tuple[bytes, bytes, bytes]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"a row is an object with the keys {', '.join(PARTS)}, not {type(row).__name__}")
+def read(files: Iterable[Path]) -> Iterator[Row]:
+    """The rows of tables; raises ValueError with the file and the place of one that is none."""
+    for path in files:
+        with sources.named(f"task.files: {path}"):
+            for place, row in sources.rows(path, PARTS):
+                try:
+                    made = _row(row)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+                yield made
+
+
+def _row(row: Mapping[str, Any]) -> Row:
     for part in PARTS:
         if part not in row:
             raise ValueError(f"the key {part} is missing, there are: {', '.join(map(str, row)) or 'none'}")
@@ -79,13 +77,27 @@ def _row(line: bytes) -> tuple[bytes, bytes, bytes]:
     return context, query, target
 
 
-def from_rows(rows: Iterable[tuple[bytes, bytes, bytes]], context: int) -> dict[str, Examples]:
+def parts(files: Iterable[Path]) -> Iterator[Part]:
+    """The rows of tables as a file of a corpus, the same in whatever order and under whatever names they come."""
+    for row in sorted(read(files)):
+        yield "rows", json.dumps([part.decode() for part in row]).encode() + b"\n"
+
+
+def load(folder: Path) -> Iterator[Row]:
+    """The rows of such a corpus."""
+    with (folder / "rows.jsonl").open("rb") as file:
+        for line in file:
+            context, query, target = (part.encode() for part in json.loads(line))
+            yield context, query, target
+
+
+def from_rows(rows: Iterable[Row], context: int) -> dict[str, Examples]:
     """Rows by split: in the order of their contexts' hashes, they fill test, then validation, with 5 % of all bytes and
-    two contexts each at least; the rest trains.
+    two contexts each at least; the rest trains. A context with more than 5 % trains too, if others are left.
 
     Rows whose last `context` bytes agree stay together, so that no context of the test was trained on; a row without
-    one stands alone. Raises ValueError for too few contexts."""
-    documents: dict[bytes, list[tuple[bytes, bytes, bytes]]] = {}
+    one goes with its equals. Raises ValueError for too few contexts."""
+    documents: dict[bytes, list[Row]] = {}
     for row in rows:
         key = row[0][-context:] or b"\0".join(row)
         documents.setdefault(hashlib.sha256(key).digest(), []).append(row)
@@ -93,20 +105,16 @@ def from_rows(rows: Iterable[tuple[bytes, bytes, bytes]], context: int) -> dict[
         raise ValueError(
             f"task.files: {len(documents)} different contexts are too few, each of {', '.join(SPLITS)} needs {ENOUGH}"
         )
-    ordered = [documents[key] for key in sorted(documents, reverse=True)]
-    share = HELD_OUT * sum(len(part) for document in ordered for row in document for part in row)
-    splits = {}
-    for split, kept in (("test", 2 * ENOUGH), ("validation", ENOUGH), ("train", 0)):
-        taken: list[list[tuple[bytes, bytes, bytes]]] = []
-        size = 0
-        while len(ordered) > kept and (split == "train" or size < share or len(taken) < ENOUGH):
-            taken.append(ordered.pop())
-            size += sum(len(part) for row in taken[-1] for part in row)
-        splits[split] = _flat(taken)
-    return splits
+    ordered = [documents[key] for key in sorted(documents)]
+    sizes = np.array([sum(len(part) for row in document for part in row) for document in ordered])
+    names = ("test", "validation", "train")
+    chosen = fill(sizes, names[:2], ENOUGH)
+    return {
+        name: _flat([ordered[place] for place in np.flatnonzero(chosen == turn)]) for turn, name in enumerate(names)
+    }
 
 
-def _flat(documents: list[list[tuple[bytes, bytes, bytes]]]) -> Examples:
+def _flat(documents: list[list[Row]]) -> Examples:
     rows = [row for document in documents for row in document]
     edges = np.cumsum([[1, *map(len, row)] for row in rows]).reshape(-1, 4)  # 1: the START before a context
     ids = np.frombuffer(b"".join(b"\0" + b"".join(row) for row in rows), np.uint8).astype(np.uint16)

@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,13 +25,15 @@ from torch import Tensor
 
 from zoo.config import positive
 from zoo.layers import FILLING
+from zoo.tasks import corpus, examples, sources
 from zoo.tasks.base import SPLITS, Batch, Predict
 from zoo.tasks.corpus import START
 from zoo.tasks.domains import DOMAINS
-from zoo.tasks.examples import ENOUGH, Examples, from_documents, from_rows, read
-from zoo.tasks.finite import FiniteTask, Pick
+from zoo.tasks.examples import ENOUGH, Examples, from_documents, from_rows
+from zoo.tasks.finite import Pick
 from zoo.tasks.ngram import Trigram
-from zoo.tasks.text import domain_ids
+from zoo.tasks.prepared import CorpusTask
+from zoo.tasks.text import domain_folders
 
 IGNORE = -100  # torch's ignore_index: what is not predicted
 FILE = "files"
@@ -39,7 +42,7 @@ FILE = "files"
 @dataclass(frozen=True)
 class PromptsConfig:
     """Bytes of the context, the query and the target. They come from documents of `domains` (null: all four), or from
-    `files`, JSON Lines with the keys context, query and target, all strings, the target not empty."""
+    `files`, tables such as JSON Lines with the columns context, query and target, all text, the target not empty."""
 
     name: str = "prompts"
     context: int = 64
@@ -49,7 +52,7 @@ class PromptsConfig:
     files: tuple[str, ...] | None = None
 
 
-class Prompts(FiniteTask):
+class Prompts(CorpusTask):
     """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
 
     Config = PromptsConfig
@@ -72,19 +75,28 @@ class Prompts(FiniteTask):
         elif not config.files:
             raise ValueError("task.files=[] must name a file, null for domains")
 
+    def _prepared(self) -> dict[str, Path]:
+        if not self.config.files:
+            return domain_folders(self.config.domains)
+        files = sources.find(self.config.files, ())
+        key, label = sources.fingerprint(files), sources.listed(files)
+        parts = functools.partial(examples.parts, files)
+        return {label: corpus.prepare("prompts", key, parts, ["rows"], ".jsonl", label)}
+
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, Examples]]:
         """The examples of each domain, or of all files together, by split."""
         config = self.config
         if config.files:
-            return {FILE: from_rows((row for path in config.files for row in read(path)), config.context)}
+            return {FILE: from_rows(examples.load(self._folders[0]), config.context)}
         sources = {}
-        for domain, ids in zip(config.domains, domain_ids(config.domains), strict=True):
+        for domain, folder in zip(config.domains, self._folders, strict=True):
+            ids = corpus.read(folder)
             sources[domain] = {
                 split: from_documents(ids[split], config.context, config.query, config.target) for split in SPLITS
             }
-            for split, examples in sources[domain].items():
-                found = len(np.unique(examples.document))
+            for split, blocks in sources[domain].items():
+                found = len(np.unique(blocks.document))
                 if found < ENOUGH:
                     raise ValueError(
                         f"task.context={config.context}, task.query={config.query}, task.target={config.target}: "

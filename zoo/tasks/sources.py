@@ -1,120 +1,280 @@
 """Text from local files and from sets of the Hugging Face hub, read as data: nothing in a file or set is executed.
 
-Tables (JSON, Parquet) and hub sets are read with the library `datasets`, which is imported at the first use.
+Hub sets are read with the library `datasets`, Parquet with `pyarrow`; both are imported at the first use.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
+import gzip
 import hashlib
+import io
+import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from zoo.tasks.corpus import Part, byte_ids
+from zoo.config import show
+from zoo.tasks.corpus import Part, byte_ids, split_documents
 
-TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".xml", ".log")
-EVERY = 20  # one document in so many goes to each split that a set lacks
 BATCH = 1000  # rows that are read at once
 TIMEOUT = 5  # seconds for the hub to answer
+PLACES = ("files", "hub")  # the options of a task that may name paths
+LINE = 300  # characters of a path in a message
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row of a table stands, and its values by column."""
 
 
-def find(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and globs name, each once; raises ValueError for what is missing or of an unknown kind."""
-    found: dict[Path, None] = {}
+def absolute(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a task with absolute paths, so that a run is resumed from anywhere; links and globs stay."""
+    paths, task = task.get("files"), dict(task)
+    paths = [paths] if isinstance(paths, str) else paths
+    if isinstance(paths, list | tuple):
+        task["files"] = [str(_path(path)) if isinstance(path, str) else path for path in paths]
+    hub = task.get("hub")
+    if isinstance(hub, str) and os.path.isdir(_path(hub)):
+        task["hub"] = str(_path(hub))
+    return task
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"task: {show(name, LINE)} is in the home of a user who does not exist") from None
+
+
+def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
+    """The files that paths and globs name, each once; raises ValueError for what is missing or neither a table nor one
+    of `kinds`. The name that is given, not that of a file it links to, tells the kind."""
+    found: dict[str, Path] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        matches = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = [match.resolve() for match in matches if match.is_file()]
+        path = _path(pattern)
+        files = [path] if os.path.isfile(path) else [Path(match) for match in sorted(_glob(path))]
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
         if not files:
-            hint = f"is a folder; name files in it, such as {pattern}/**/*.txt" if path.is_dir() else "matches no file"
-            raise ValueError(f"task.files: {pattern} {hint} (looked in {Path.cwd()})")
-        found |= dict.fromkeys(files)
-    for path in found:
-        if path.suffix.lower() not in (*TABLES, *TEXTS):
-            known = ", ".join([*TABLES, *filter(None, TEXTS)])
-            raise ValueError(f"task.files: {path} has an unknown extension; known: {known}, or none for plain text")
-    return list(found)
+            hint = "matches no file"
+            if os.path.isdir(path):
+                hint = "is a folder; name the files in it, such as FOLDER/**/*.txt"
+            raise ValueError(f"task.files: {show(pattern, LINE)} {hint} (looked in {Path.cwd()})")
+    for path in found.values():
+        if _kind(path) not in (*TABLES, *kinds):
+            known = ", ".join([*TABLES, *filter(None, kinds)])
+            plain = ", or none for plain text" if "" in kinds else ""
+            raise ValueError(
+                f"task.files: {path} has an unknown extension; known: {known}{plain}; all but .parquet also with .gz"
+            )
+    return list(found.values())
 
 
-def files_origin(files: Sequence[Path], column: str) -> str:
-    """What the text of files depends on."""
-    return f"{column} {fingerprint(files)}"
+def _glob(path: Path) -> list[str]:
+    return [match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
+
+
+def _kind(path: Path) -> str:
+    """The extension; the one before .gz where that can be unpacked."""
+    kind, last = Path(path.stem).suffix.lower(), path.suffix.lower()
+    return kind if last == ".gz" and kind != ".parquet" else last
+
+
+def listed(files: Sequence[Path]) -> str:
+    """Files in a message."""
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"task.files: {files[0]}{more}"
 
 
 def fingerprint(files: Iterable[Path]) -> str:
     """A hash of names, sizes and times of change."""
-    lines = [f"{path} {status.st_size} {status.st_mtime_ns}" for path in files for status in [path.stat()]]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = []
+    for path in files:
+        with named(f"task.files: {path}"):
+            status = path.stat()
+            lines.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_files(files: Sequence[Path], column: str) -> Iterator[tuple[str, bytes]]:
     """A document per text file and per row of a table, named by the hash of its text: equal documents are neighbours
     in the order of names. Raises ValueError for a file that cannot be read and a column that is missing."""
     for path in files:
-        with _names(f"task.files: {path}"):
-            for text in _read_file(path, column):
+        with named(f"task.files: {path}"):
+            if _kind(path) in TABLES:
+                texts = _texts(rows(path, [column]), column)
+            else:
+                with _open(path) as file:
+                    texts = iter([file.read()])
+            for text in texts:
                 yield hashlib.sha256(text).hexdigest(), text
 
 
-def _read_file(path: Path, column: str) -> Iterator[bytes]:
-    kind = TABLES.get(path.suffix.lower())
-    if kind is None:
-        yield path.read_bytes()
-        return
-    import datasets
+def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table, with `columns` at least, where it has them."""
+    return TABLES[_kind(path)](path, columns)
 
-    escaped = glob.escape(str(path))  # the library takes names for globs
-    yield from _rows(datasets.load_dataset(kind, data_files=escaped, split="train", streaming=True), column)
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The objects of an array, or one a line."""
+    with _open(path) as file:
+        first = True
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if first and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                for place, row in enumerate(_object(line + file.read(), list), 1):
+                    if not isinstance(row, dict):
+                        raise ValueError(f"row {place}: a row is an object, not {type(row).__name__}")
+                    yield f"row {place}", row
+                return
+            first = False
+            with _at(f"line {number}"):
+                row = _object(line, dict)
+            yield f"line {number}", row
+
+
+def _object(text: bytes, kind: type) -> Any:
+    try:
+        # the digits of other columns, thousands maybe, are not needed
+        value = json.loads(text, parse_int=lambda digits: 0)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"a row is an object, not {type(value).__name__}")
+    return value
+
+
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # a field is a document
+    with _open(path) as file:
+        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+        try:
+            for row in reader:
+                yield f"line {reader.line_num}", row
+        except csv.Error as error:
+            raise ValueError(f"line {reader.reader.line_num}: no CSV: {error}") from error
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        here = [name for name in names if name in columns] or names
+        number = 0
+        for batch in file.iter_batches(BATCH, columns=here):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row if len(here) < len(names) else dict.fromkeys(names) | row
+
+
+TABLES: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
+    ".json": _json,
+    ".jsonl": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
+    """The texts of a column; rows without are left out. Raises ValueError if it is in none of the first rows."""
+    others: dict[str, None] | None = {}
+    for number, (place, row) in enumerate(rows, 1):
+        if others is not None:
+            others = None if column in row else others | dict.fromkeys(row)
+        if others and number == BATCH:
+            break
+        if (text := row.get(column)) is not None:
+            with _at(place):
+                document = _utf8(text, column)
+            if document:
+                yield document
+    if others:
+        raise ValueError(f"has no column {column}: choose one of {', '.join(map(str, others))} with task.column=…")
+
+
+def _utf8(text: Any, column: str) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError(f"column {column} holds {type(text).__name__}, not text")
+    return text.encode()
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def hub_origin(hub: str, subset: str | None, column: str, documents: int | None) -> str:
     """What the text of a set depends on; a set of the hub is not asked for its state again once it was read. Raises
     ValueError if `hub` is neither a folder nor OWNER/NAME."""
-    options, folder = f"{hub} {subset} {column} {documents}", Path(hub).expanduser()
-    if folder.is_dir():
+    options, folder = f"{hub} {subset} {column} {documents}", _path(hub)
+    if os.path.isdir(folder):
         return f"{options} {fingerprint(sorted(path.resolve() for path in folder.rglob('*') if path.is_file()))}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", hub):
-        raise ValueError(f"task.hub={hub} is neither a folder nor OWNER/NAME, or OWNER/NAME@REVISION, on the hub")
+        raise ValueError(f"task.hub={show(hub)} is neither a folder nor OWNER/NAME, or OWNER/NAME@REVISION, on the hub")
     return options
 
 
 def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -> Iterator[Part]:
-    """Byte ids of each split, document by document; a set without validation or test gives every 20th document of its
-    training split to it. Raises ValueError if the set cannot be had, or lacks the subset, column or training split."""
+    """Byte ids of each split, document by document; what a set lacks of validation and test is taken from its training
+    split. Raises ValueError if the set cannot be had, or lacks the subset, column or training split."""
     import datasets
 
     name, _, revision = hub.partition("@")
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    if (folder := Path(hub).expanduser()).is_dir():
-        name, options = str(folder), {}
+    if os.path.isdir(_path(hub)):
+        name, options = str(_path(hub)), {}
     else:
         _reach(name, revision or None)
-    with _names(f"task.hub={hub}"):
+    with named(f"task.hub={hub}"):
         builder = datasets.load_dataset_builder(name, subset, **options)
         if builder.name == "text":  # by lines it would lose the newlines
             builder = datasets.load_dataset_builder(name, subset, sample_by="document", **options)
-        if documents is None:
-            builder.download_and_prepare()
-        sets: Any = builder.as_streaming_dataset() if documents else builder.as_dataset()
+        sets: Any = _tables(builder)
+        if not sets:
+            if documents is None:
+                builder.download_and_prepare()
+            sets = builder.as_streaming_dataset() if documents else builder.as_dataset()
         if "train" not in sets:
             raise ValueError(f"has the splits {', '.join(sets)}, but none named train")
-        missing = [split for split in ("validation", "test") if split not in sets]
+        missing = [split for split in ("test", "validation") if split not in sets]
         for split in ("train", "validation", "test"):
-            if split not in sets:
-                continue
-            for place, text in enumerate(islice(_rows(sets[split], column, documents), documents)):
-                turn = place % EVERY
-                lent = split == "train" and turn < len(missing)
-                yield missing[turn] if lent else split, byte_ids(text)
+            found = islice(_rows(sets[split], column, documents), documents) if split in sets else iter(())
+            if split == "train" and missing:
+                yield from split_documents("hub", ((hashlib.sha256(text).hexdigest(), text) for text in found), missing)
+            else:
+                yield from ((split, byte_ids(text)) for text in found)
+
+
+def _tables(builder: Any) -> dict[str, list[Path]]:
+    """The files of each split, where all are JSON or CSV on this machine: `datasets` would take dates for times, and
+    fail on columns that nobody asked for."""
+    files = {str(split): [Path(path) for path in paths] for split, paths in (builder.config.data_files or {}).items()}
+    known = all(os.path.isfile(path) and _kind(path) in TABLES for paths in files.values() for path in paths)
+    return files if known and builder.name in ("json", "csv") else {}
 
 
 def _rows(rows: Any, column: str, wanted: int | None = None) -> Iterator[bytes]:
     """The texts of a column of a set; rows without text are left out. A stream is read little beyond what is wanted."""
+    if isinstance(rows, list):
+        for path in rows:
+            with named(str(path)):
+                yield from _texts(TABLES[_kind(path)](path, [column]), column)
+        return
     for first in rows.iter(1):
         if column not in first:
             raise ValueError(f"has no column {column}: choose one of {', '.join(first)} with task.column=…")
@@ -123,10 +283,8 @@ def _rows(rows: Any, column: str, wanted: int | None = None) -> Iterator[bytes]:
         return
     for batch in rows.select_columns([column]).iter(min(BATCH, wanted or BATCH)):
         for text in batch[column]:
-            if not isinstance(text, str | None):
-                raise ValueError(f"column {column} holds {type(text).__name__}, not text")
-            if text:
-                yield text.encode()
+            if text is not None and (document := _utf8(text, column)):
+                yield document
 
 
 def _reach(name: str, revision: str | None) -> None:
@@ -135,7 +293,7 @@ def _reach(name: str, revision: str | None) -> None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        with _names(f"task.hub={name}"):
+        with named(f"task.hub={name}"):
             HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT)
     except ValueError as error:
         if not isinstance(error.__cause__, OfflineModeIsEnabled):  # offline by will: a copy may lie in its cache
@@ -149,7 +307,7 @@ ADVICE = (
 
 
 @contextmanager
-def _names(what: str) -> Iterator[None]:
+def named(what: str) -> Iterator[None]:
     """Turns whatever goes wrong in foreign files, formats and networks into a ValueError of one line."""
     try:
         yield

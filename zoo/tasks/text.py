@@ -23,8 +23,9 @@ from zoo.tasks import corpus, sources, tokenizer
 from zoo.tasks.base import Batch, Predict
 from zoo.tasks.corpus import START, split_documents
 from zoo.tasks.domains import DOMAINS, origin
-from zoo.tasks.finite import FiniteTask, Pick
+from zoo.tasks.finite import Pick
 from zoo.tasks.ngram import Trigram
+from zoo.tasks.prepared import CorpusTask
 from zoo.tasks.tokenizer import Tokenizer
 
 TRAINED = 10_000_000  # bytes that merges are learned from, an equal share from each domain
@@ -55,18 +56,22 @@ class TextConfig:
 
 def domain_ids(domains: Sequence[str]) -> list[dict[str, np.ndarray]]:
     """Byte ids of each domain by split; raises ValueError where a domain's package is missing."""
-    return [corpus.read(folder) for folder in _domain_folders(domains)]
+    return [corpus.read(folder) for folder in domain_folders(domains).values()]
 
 
-def _domain_folders(domains: Sequence[str]) -> list[Path]:
-    return [corpus.prepare(domain, origin(domain), functools.partial(_domain_parts, domain)) for domain in domains]
+def domain_folders(domains: Sequence[str]) -> dict[str, Path]:
+    """Where the byte ids of domains lie, with what their text depends on."""
+    return {
+        f"{domain} ({origin(domain)})": corpus.prepare(domain, origin(domain), functools.partial(_domain_parts, domain))
+        for domain in domains
+    }
 
 
 def _domain_parts(domain: str) -> Iterable[corpus.Part]:
     return split_documents(domain, DOMAINS[domain]())
 
 
-class Text(FiniteTask):
+class Text(CorpusTask):
     """Next-token prediction in bits per byte, on average and by domain, beside one byte trigram for all domains.
 
     A domain gives blocks of T+1 ids that overlap by one. The start of the next document is learned as the end of the
@@ -113,18 +118,19 @@ class Text(FiniteTask):
                 raise ValueError(f"task.vocabulary={vocabulary} must lie between {START + 2} and {1 << 16}")
             object.__setattr__(config, "vocabulary", vocabulary)
 
-    @functools.cached_property
-    def _folders(self) -> list[Path]:
+    def _prepared(self) -> dict[str, Path]:
         """Where the byte ids of each domain, or of the only other source, lie."""
         config = self.config
         if config.files is not None:
             files = sources.find(config.files)
+            key, label = f"{config.column} {sources.fingerprint(files)}", sources.listed(files)
             parts = functools.partial(split_documents, "files", sources.read_files(files, config.column))
-            return [corpus.prepare("files", sources.files_origin(files, config.column), parts)]
+            return {label: corpus.prepare("files", key, parts, label=label)}
         if config.hub is not None:
             options = (config.hub, config.subset, config.column, config.documents)
-            return [corpus.prepare("hub", sources.hub_origin(*options), functools.partial(sources.read_hub, *options))]
-        return _domain_folders(self.domains)
+            key, label = sources.hub_origin(*options), f"task.hub={config.hub}"
+            return {label: corpus.prepare("hub", key, functools.partial(sources.read_hub, *options), label=label)}
+        return domain_folders(self.domains)
 
     @functools.cached_property
     def texts(self) -> list[dict[str, np.ndarray]]:
@@ -170,11 +176,14 @@ class Text(FiniteTask):
         _ = self.ids
 
     def state(self) -> dict[str, Any]:
-        return {"merges": self.tokenizer.merges} if self.config.tokenizer == "bpe" else {}
+        merges = {"merges": self.tokenizer.merges} if self.config.tokenizer == "bpe" else {}
+        return merges | super().state()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over a tokenizer; raises ValueError if it is broken, or not one for these options."""
         expected = {"merges"} if self.config.tokenizer == "bpe" else set()
+        state = dict(state)
+        super().restore({"corpus": state.pop("corpus")} if "corpus" in state else {})
         if set(state) != expected:
             names = [", ".join(map(str, keys)) or "nothing" for keys in (expected, state)]
             raise ValueError(f"task.tokenizer={self.config.tokenizer} restores {names[0]}, got {names[1]}")

@@ -21,6 +21,7 @@ from zoo.tasks.corpus import START, byte_ids
 LONGEST = 64  # bytes of a token
 PIECE = 1 << 15  # bytes that are encoded at once: a longer document is encoded piece by piece
 BATCH = 128  # pieces encoded side by side
+WORD = 1024  # bytes of a word that merges are learned from: the time grows with its square
 # no token reaches over the end of a word, a number, a run of signs or of white space; bytes from 128 on, parts of
 # letters in UTF-8, count as letters
 WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9\x80-\xff]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
@@ -83,7 +84,7 @@ class Tokenizer:
         if not self.merges:
             yield from map(byte_ids, texts)
             return
-        pieces = ((not at, text[at : at + PIECE]) for text in texts for at in range(0, len(text) or 1, PIECE))
+        pieces = ((not number, piece) for text in texts for number, piece in enumerate(_pieces(text)))
         while batch := list(islice(pieces, BATCH)):
             encoded = self._bpe.encode_batch_fast([piece.decode("latin-1") for _, piece in batch])
             for (first, _), part in zip(batch, encoded, strict=True):
@@ -94,10 +95,14 @@ class Tokenizer:
         return b"".join(self.spelled[i] for i in ids if i < len(self.spelled))
 
 
-def _pipeline(model: Any) -> Any:
+def _pieces(text: bytes) -> Iterator[bytes]:
+    return (text[at : at + PIECE] for at in range(0, len(text) or 1, PIECE))
+
+
+def _pipeline(model: Any, words: str = WORDS) -> Any:
     package = _package()
     pipeline = package.Tokenizer(model)
-    pipeline.pre_tokenizer = package.pre_tokenizers.Split(package.Regex(WORDS), "isolated")
+    pipeline.pre_tokenizer = package.pre_tokenizers.Split(package.Regex(words), "isolated")
     return pipeline
 
 
@@ -105,9 +110,9 @@ def train(texts: Iterable[bytes], vocabulary: int) -> list[list[int]]:
     """The merges that give at most `vocabulary` ids, START among them: each joins the most frequent pair of `texts`,
     of those that come twice at least. Raises ValueError if the package `tokenizers` is missing."""
     package = _package()
-    pipeline = _pipeline(package.models.BPE())
+    pipeline = _pipeline(package.models.BPE(), WORDS.replace("+", f"{{1,{WORD}}}"))
     pipeline.train_from_iterator(
-        (text.decode("latin-1") for text in texts),
+        (piece.decode("latin-1") for text in texts for piece in _pieces(text)),
         package.trainers.BpeTrainer(
             vocab_size=vocabulary - 1,
             min_frequency=2,
