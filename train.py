@@ -151,7 +151,7 @@ def start() -> int:
             console.say(str(error.__cause__), sys.stderr)
         return 1
     except Reported:
-        return 2
+        return 1
     return 0
 
 
