@@ -128,13 +128,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     model, patches = model_and_patch()
     save_patch(tmp_path / "p", patches, model, form="old")
 
-    def cut(tensors: Any, path: Any, metadata: Any) -> None:
-        Path(path).write_bytes(b"half")
+    def cut(path: Path, content: bytes) -> None:
+        path.touch()
         raise OSError("disk full")
 
-    monkeypatch.setattr("zoo.lens.files.save_file", cut)
+    monkeypatch.setattr(Path, "write_bytes", cut)
     with pytest.raises(OSError, match="disk full"):
         save_patch(tmp_path / "p", patches, model, form="new")
+    assert [file.name for file in tmp_path.iterdir()] == ["p"]
     assert describe(tmp_path / "p")["about"] == {"form": "old"}
     load_patch(tmp_path / "p", model)
 
