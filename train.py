@@ -198,7 +198,7 @@ def start() -> int:
     except MISTAKES as error:
         refuse(error)
     except JobFailed:
-        return 2
+        return 1
     return 0
 
 

@@ -204,6 +204,53 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
     assert zoo.load("run").config.rank == 4
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, reason in (("file", "File exists"), ("file/below", "Not a directory"), ("x" * 300, "File name too long")):
+        answer = command(*TINY, *SHORT, "debug=fast", f"out={out}")
+        assert answer.code == 2
+        assert answer.err.startswith("error: [Errno ")
+        assert reason in answer.err
+        assert len(answer.err.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *args: Any) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    answer = command(*TINY, *SHORT, "debug=fast", "out=run", "trainer.enable_progress_bar=false")
+    assert answer.code == 2
+    best = tmp_path / "run/checkpoints/best.ckpt"
+    assert answer.err == f"error: [Errno 28] No space left on device: '{best}'\n"
+    assert not list(best.parent.iterdir())
+
+
+def test_a_job_of_a_sweep_that_fails_is_one_line(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.models import Model
+
+    original = Model.test_step
+
+    def step(self: Model, *args: Any) -> None:
+        if self.optim.lr == 0.5:
+            raise TypeError("a symbol")
+        original(self, *args)
+
+    monkeypatch.setattr(Model, "test_step", step)
+    few = [*TINY, *SHORT, "debug=fast", "trainer.enable_progress_bar=false"]
+    answer = command("-m", *few, "optim.lr=-1,0.5,0.1", "hydra.sweep.dir=sweep")
+    assert answer.code == 1
+    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: optim.lr=-1.0 must be above 0"
+    assert errors[1].startswith("error: the test failed, TypeError: a symbol; training is complete and saved in ")
+    assert len(errors) == 2
+    assert "Traceback" not in answer.err
+    assert [path.parent.name for path in tmp_path.rglob("metrics.json")] == ["2"]
+
+
 DOMAINS = ("", "_code", "_medicine", "_law", "_speeches")
 BITS = [f"bits_per_byte{model}{domain}" for domain in DOMAINS for model in ("", "_trigram")]
 

@@ -63,10 +63,10 @@ def command(main: Callable[P, Any]) -> Callable[P, int]:
             if not expected(error):
                 raise
             say(f"error: {describe(error)}", sys.stderr)
-            with suppress(OSError):
+            try:
                 sys.stdout.flush()
-                return 2
-            _discard(sys.stdout)
+            except OSError:  # it was the output that is full
+                _discard(sys.stdout)
             return 2
         return code if isinstance(code, int) else 0
 
