@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +127,17 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
             return checkpoint
         return {**fit.progress(checkpoint, model, path), "callbacks": _callbacks(checkpoint, path)}
     except ValueError as error:
-        best = path.with_name("best.ckpt")
-        if path.name == best.name or not best.is_file():
-            raise
-        with suppress(ValueError):
-            read(best)
-            raise ValueError(f"{error}; what can still be loaded: {best}") from None
-        raise
+        raise ValueError(f"{error}{_instead(path)}") from None
+
+
+def _instead(path: Path) -> str:
+    best = path.with_name("best.ckpt")
+    try:
+        if path.name == "last.ckpt" and best.is_file() and read(best):
+            return f"; what can still be loaded: {best}"
+    except ValueError:
+        pass
+    return ""
 
 
 def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
