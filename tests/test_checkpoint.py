@@ -385,6 +385,8 @@ def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: dict[str, Any]
     torch.save(old, tmp_path / "old.ckpt")
     upgraded = read(tmp_path / "old.ckpt")
     assert upgraded["zoo"] == today["zoo"]
+    (tmp_path / "run/checkpoints/last.ckpt").write_bytes((tmp_path / "old.ckpt").read_bytes())
+    training.train(resume=tmp_path / "run", trainer=QUIET)
     for key in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(upgraded[key], today[key], rtol=0, atol=0)
     torch.save({**old, "hyper_parameters": {}}, tmp_path / "damaged.ckpt")

@@ -70,7 +70,6 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "zoo.seconds": (int, float),
     "zoo.zoo": (str,),
     "zoo.torch": (str,),
-    "task": (dict,),
     "callbacks": (dict,),
     "loops": (dict,),
     "optimizer_states": (list,),
@@ -79,6 +78,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "pytorch-lightning_version": (str,),
 }
 """What a run that goes on needs; zoo.load does without, but takes none of another type."""
+
+NOT_NEEDED: dict[str, tuple[type, ...]] = {"zoo.trainer": (dict, type(None)), "zoo.logger": (dict, type(None))}
 
 
 class Files(TorchCheckpointIO):
@@ -152,14 +153,16 @@ def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
             checkpoint = UPGRADES[schema](checkpoint)
         except Exception:  # damaged files fail in many ways, as in zoo.plain
             raise ValueError(f"{path} is damaged: its contents are not those of schema {schema}") from None
+    if not isinstance(checkpoint.get("task", {}), dict):
+        raise ValueError(f"{path} must hold the state of its task as a dict, got {show(checkpoint['task'], 40)}")
     return checkpoint
 
 
 def _check_fields(checkpoint: dict[str, Any], path: Path, resume: bool) -> None:
-    for name, types in FIELDS.items():
+    for name, types in (FIELDS | NOT_NEEDED).items():
         group, _, key = name.rpartition(".")
         holder = checkpoint[group] if group else checkpoint
-        if key not in holder and not resume:
+        if key not in holder and not (resume and name in FIELDS):
             continue
         if type(value := holder.get(key)) not in types:
             kinds = " or ".join(kind.__name__ for kind in types)
