@@ -162,6 +162,9 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
         (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
         (lambda c: c["zoo"].update(schema=[1]), r"has schema \[1\]"),
         (lambda c: c["zoo"].update(schema="1"), r"has schema '1'"),
+        (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"has schema tensor\(3\)"),
+        (lambda c: c["zoo"].update(schema=torch.tensor([3, 3])), r"has schema Tensor of shape \(2\)"),
+        (lambda c: c["zoo"].update(trainer=[1]), r"must hold zoo.trainer as dict or NoneType, got \[1\]"),
         (lambda c: c["state_dict"].pop("decoder.head.weight"), r"Missing key.*decoder.head.weight"),
         (lambda c: c["state_dict"].update(bogus=torch.zeros(1)), r"Unexpected key.*bogus"),
         (lambda c: c["state_dict"].update({"decoder.head.weight": torch.zeros(2, 8)}), r"size mismatch"),
@@ -385,6 +388,8 @@ def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: dict[str, Any]
     torch.save(old, tmp_path / "old.ckpt")
     upgraded = read(tmp_path / "old.ckpt")
     assert upgraded["zoo"] == today["zoo"]
+    (tmp_path / "run/checkpoints/last.ckpt").write_bytes((tmp_path / "old.ckpt").read_bytes())
+    training.train(resume=tmp_path / "run", trainer=QUIET)
     for key in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(upgraded[key], today[key], rtol=0, atol=0)
     torch.save({**old, "hyper_parameters": {}}, tmp_path / "damaged.ckpt")

@@ -124,7 +124,7 @@ def test_patch_files(tmp_path: Path) -> None:
         hostile.patches(tmp_path / "genuine", tmp_path / "hostile"),
         lambda path: answer(model.decoder, query, load_patch(path, model)),
     )
-    assert len(no) >= 300
+    assert len(no) >= 150
     # one bias for all sequences or several, fewer of them, other chunks of one update for all: as good as the genuine
     assert [what for what in read if "biases" not in what and "chunks" not in what and "version" not in what] == []
 

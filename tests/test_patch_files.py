@@ -216,6 +216,46 @@ def test_files_with_other_contents_are_refused(what: str, tmp_path: Path) -> Non
         load_patch(rewritten(tmp_path / "p", CONTENTS[what]), model)
 
 
+NAN = torch.full((1, 24), float("nan")).double()
+MANY = {
+    f"0.weights.up.{i}.LowRank.{f}": torch.ones(1, n, 1).double() for i in range(20) for f, n in (("u", 24), ("v", 16))
+}
+ROUTING = {f"0.routing.{field}": torch.zeros(1, 4, 1).double() for field in ("index", "weight", "logits")}
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "nan": ({"0.biases.up": NAN}, r"0\.biases\.up holds numbers that are not finite"),
+    "dtype": ({"0.biases.up": NAN.float()}, r"0\.biases\.up must be of torch\.float64, got torch\.float32"),
+    "input": ({"0.input.0.LowRank.u": ONE, "0.input.0.LowRank.v": ONE[:, :16]}, r"0\.input is a LowRank; only a Shear"),
+    "leading dims": ({"0.weights.up.0.LowRank.u": ONE.expand(7, 24, 6)}, r"0\.weights\.up\.0\.LowRank .* leading dims"),
+    "two batches": ({f"{i}.biases.up": ONE[..., 0].expand(3 - i, 24) for i in (0, 1)}, r"batches of \[2, 3\]"),
+    "terms": (MANY, r"0\.weights\.up must hold the terms .* at most 16"),
+    "scalar": ({"0.weights.up.0.LowRank.u": ONE[0, 0, 0]}, r"0\.weights\.up\.0\.LowRank\.u of shape \(\)"),
+    "routing": (
+        {**ROUTING, "0.routing.index": torch.zeros(1, 4, 2).long()},
+        r"0\.routing\.weight of shape \(1, 4, 1\)",
+    ),
+    "zero": ({"0.input.0.Shear.a": NAN[:, :16] * 0, "0.input.0.Shear.shift": ONE[:, :16, 0]}, r"Shear\.a"),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_what_would_not_work_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    model, patches = model_and_patch()
+    save_patch(tmp_path / "p", patches, model)
+    with pytest.raises(ValueError, match=rf"changed does not hold patches of this zoo: .*{NAMED[what][1]}"):
+        load_patch(rewritten(tmp_path / "p", NAMED[what][0]), model)
+
+
+@torch.no_grad()
+def test_emitted_patches_come_back_with_their_cores(tmp_path: Path) -> None:
+    for case in CASES:
+        model = build(case)
+        patches = model.decoder(batch_of(model).tokens, 7 if model.task.n_context else 0)[1]
+        save_patch(tmp_path / "p", patches, model)
+        stored, loaded = _tensors(patches), _tensors(load_patch(tmp_path / "p", model))
+        assert loaded.keys() == stored.keys(), case.name
+        assert all(torch.equal(loaded[name], stored[name]) for name in stored), case.name
+
+
 def test_files_of_other_schemas_are_refused(tmp_path: Path) -> None:
     model, patches = model_and_patch()
     save_patch(tmp_path / "p", patches, model)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.image
@@ -131,3 +132,13 @@ def test_a_curve_is_drawn_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="no space"):
         report.curve(tmp_path, "a run", "nats", {})
     assert (tmp_path / "curve.png").read_bytes() == before
+
+
+def test_the_files_that_a_run_reads_are_printed(run: tuple[Path, dict[str, Any], str]) -> None:
+    """Their names may come out of somebody else's checkpoint."""
+    model: Any = zoo.load(run[0])
+    model.task.config = SimpleNamespace(name="prompts", files=("a.jsonl", "b/c.jsonl"))
+    trainer: Any = SimpleNamespace(
+        world_size=1, precision="32-true", strategy=SimpleNamespace(root_device=model.device)
+    )
+    assert "\nreads a.jsonl, b/c.jsonl\n" in report.opening(model, trainer, run[0])

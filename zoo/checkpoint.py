@@ -71,7 +71,6 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "zoo.seconds": (int, float),
     "zoo.zoo": (str,),
     "zoo.torch": (str,),
-    "task": (dict,),
     "callbacks": (dict,),
     "loops": (dict,),
     "optimizer_states": (list,),
@@ -80,6 +79,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "pytorch-lightning_version": (str,),
 }
 """What a run that goes on needs; zoo.load does without, but takes none of another type."""
+
+NOT_NEEDED: dict[str, tuple[type, ...]] = {"zoo.trainer": (dict, type(None)), "zoo.logger": (dict, type(None))}
 
 
 class Files(TorchCheckpointIO):
@@ -134,14 +135,17 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
             return checkpoint
         return {**fit.progress(checkpoint, model, path), "callbacks": _callbacks(checkpoint, path)}
     except ValueError as error:
-        best = path.with_name("best.ckpt")
-        if path.name == best.name or not best.is_file():
-            raise
-        try:
-            read(best)
-        except ValueError:
-            raise error from None
-        raise ValueError(f"{error}; what can still be loaded: {best}") from None
+        raise ValueError(f"{error}{_instead(path)}") from None
+
+
+def _instead(path: Path) -> str:
+    best = path.with_name("best.ckpt")
+    try:
+        if path.name == "last.ckpt" and best.is_file() and read(best):
+            return f"; what can still be loaded: {best}"
+    except ValueError:
+        pass
+    return ""
 
 
 def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
@@ -156,14 +160,16 @@ def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
             checkpoint = UPGRADES[schema](checkpoint)
         except Exception:  # damaged files fail in many ways, as in zoo.plain
             raise ValueError(f"{path} is damaged: its contents are not those of schema {schema}") from None
+    if not isinstance(checkpoint.get("task", {}), dict):
+        raise ValueError(f"{path} must hold the state of its task as a dict, got {show(checkpoint['task'], 40)}")
     return checkpoint
 
 
 def _check_fields(checkpoint: dict[str, Any], path: Path, resume: bool) -> None:
-    for name, types in FIELDS.items():
+    for name, types in (FIELDS | NOT_NEEDED).items():
         group, _, key = name.rpartition(".")
         holder = checkpoint[group] if group else checkpoint
-        if key not in holder and not resume:
+        if key not in holder and not (resume and name in FIELDS):
             continue
         if type(value := holder.get(key)) not in types:
             kinds = " or ".join(kind.__name__ for kind in types)

@@ -42,9 +42,11 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
     count = flops.parameters(model)
     parts = ", ".join(f"{name} {n:,}" for name, n in count.items() if n and name not in ("total", "active"))
     device = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}"
+    files = getattr(task.config, "files", None)
+    read = f"reads {', '.join(files)}\n" if files else ""  # a checkpoint may be somebody else's
     return (
         f"{config.name} on {task.config.name}: {count['total']:,} parameters ({parts})\n"
-        f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n"
+        f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n{read}"
         f"run folder: {folder}"
     )
 

@@ -119,9 +119,10 @@ class Layer:
         sizes, leads = dict(sizes), set()
         for field, tensor in values.items():
             axes, dims = AXES[field], 1 if self.chunk is None else 2
+            where = name if field == "bias" else f"{name}.{field}"
             if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes[field]:
                 found = tensor.dtype if isinstance(tensor, Tensor) else "no tensor"
-                raise ValueError(f"{name}.{field} must be of {' or '.join(map(str, dtypes[field]))}, got {found}")
+                raise ValueError(f"{where} must be of {' or '.join(map(str, dtypes[field]))}, got {found}")
             if field == "core" and tensor.shape[-1:] == (1,):
                 axes = "t1"  # one number for all ranks
             at = tensor.dim() - len(axes)
@@ -135,10 +136,10 @@ class Layer:
             ):
                 wanted = f"({', '.join(str(sizes.get(axis, axis)) for axis in axes)})"
                 raise ValueError(
-                    f"{name}.{field} of shape {tuple(tensor.shape)} must have {dims} leading dims and end in {wanted}"
+                    f"{where} of shape {tuple(tensor.shape)} must have {dims} leading dims and end in {wanted}"
                 )
             if not finite(tensor):
-                raise ValueError(f"{name}.{field} holds numbers that are not finite")
+                raise ValueError(f"{where} holds numbers that are not finite")
             leads.add(lead)
         if len(leads) > 1:
             raise ValueError(f"{name} has fields of different leading dims: {show(sorted(leads))}")
