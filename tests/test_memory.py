@@ -183,5 +183,6 @@ def test_the_program_asks_for_it_and_the_library_does_not(monkeypatch: pytest.Mo
     monkeypatch.setattr(training_module, "run", lambda *args: {"test": {"loss": 0.0}, "headline": "loss"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "out=other"])
-    runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
     assert calls == [True]
