@@ -55,7 +55,8 @@ def taken(out: Path | None, family: str, resumed: bool) -> Iterator[Path]:
             if out or run_id():
                 folder.mkdir(parents=True, exist_ok=True)
             else:
-                folder = made[0] = fresh(folder)
+                folder = fresh(folder)
+                made = [folder, *made[1:]]
             lock = _lock(folder)
         except OSError as error:
             raise ValueError(f"cannot use {folder} as run folder: {error.strerror}; choose another out=") from None

@@ -1,0 +1,170 @@
+"""The trainer and the logger are part of a run: stored as plain options, and used when it is resumed."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import QUIET, small
+
+import zoo
+from zoo import trainer
+from zoo.trainer import arguments, changes, logger_of
+
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STEP = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
+
+
+class Started(Exception):
+    """The trainer is made; nothing has run yet."""
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """How many processes a run with `devices` would have under the environment of a cluster."""
+    for name in (*STEP, "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def placed(engine: Any) -> dict[str, Any]:
+        raise Started(engine.world_size)
+
+    monkeypatch.setattr("zoo.training.placement", placed)
+
+    def run(environment: dict[str, str], **options: Any) -> int:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Started) as started:
+            small(tmp_path / "run", trainer=options)
+        return started.value.args[0]
+
+    return run
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["zoo"]
+
+
+def test_a_resumed_run_keeps_its_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small(tmp_path / "run", trainer={"precision": "bf16-mixed"})
+    capsys.readouterr()
+    again = zoo.train(resume=tmp_path / "run")  # the accelerator and the silence are stored as well
+    assert again["precision"] == "bf16-mixed"
+    assert "goes on with" not in capsys.readouterr().out
+    assert saved(tmp_path / "run")["trainer"] == {**QUIET, "precision": "bf16-mixed"}
+
+
+def test_what_changes_is_said_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = small(tmp_path / "run", trainer={"precision": "bf16-mixed"})
+    assert (first["precision"], first["devices"], first["strategy"]) == ("bf16-mixed", 1, "single_device")
+    zoo.train(resume=tmp_path / "run", trainer={"precision": "32-true"})
+    assert "this run goes on with precision 32-true (was 'bf16-mixed')\n" in capsys.readouterr().out
+    written = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (written["precision"], written["devices"], written["accelerator"]) == ("32-true", 1, "cpu")
+
+
+def test_changes_of_placement_are_one_line() -> None:
+    before = {"devices": 2, "strategy": "ddp", "precision": "32-true"}
+    now = {"devices": 1, "strategy": "single_device", "precision": "32-true"}
+    line = "this run goes on with devices 1 (was 2), strategy single_device (was 'ddp')"
+    assert (changes(before, now), changes(now, now), changes(None, now)) == (line, "", "")
+    assert "give trainer= again" in changes({"strategy": "fsdp"}, now)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({"default_root_dir": "/tmp/x"}, {"callbacks": []}, {"plugins": None}, {"logger": True}, {"max_steps": 9}),
+        *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 10**9}, {"devices": [0] * 2000}),
+        *({"strategy": "x" * 41}, {"devices": "9" * 9}, {3: 1}, ["devices"], "devices", 5),
+    ],
+    ids=str,
+)
+def test_the_trainer_of_a_file_is_names_and_numbers(entry: Any) -> None:
+    with pytest.raises(ValueError, match="the checkpoint holds arguments of a trainer that no run has"):
+        arguments({}, entry)
+
+
+def test_nothing_of_a_checkpoint_is_instantiated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["zoo"]["trainer"] = {"strategy": {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "made")}}
+    torch.save(checkpoint, path, pickle_module=pickle)
+    monkeypatch.setattr("lightning.Trainer.__init__", lambda *_, **__: pytest.fail("a trainer was made"))
+    with pytest.raises(ValueError, match="arguments of a trainer"):
+        zoo.train(resume=tmp_path / "run")
+    assert not (tmp_path / "made").exists()
+
+
+def test_objects_are_given_to_lightning_and_not_stored(tmp_path: Path) -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    small(tmp_path / "run", trainer={"strategy": SingleDeviceStrategy("cpu"), "accelerator": "auto"})
+    assert "strategy" not in saved(tmp_path / "run")["trainer"]
+
+
+def test_a_shell_of_slurm_starts_what_is_asked(processes: Any) -> None:
+    assert processes(SLURM, devices=2) == 2
+
+
+def test_processes_that_srun_started_must_be_those_asked_for(processes: Any) -> None:
+    assert processes(STEP, devices=2) == 2
+    with pytest.raises(
+        ValueError, match=r"srun started 2 processes, but trainer\.devices times .* is 1: start as many"
+    ):
+        processes(STEP, devices=1)
+
+
+def test_processes_that_torchrun_started_must_be_those_asked_for(processes: Any) -> None:
+    ranks = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+    ranks |= {"LOCAL_WORLD_SIZE": "2"}
+    with pytest.raises(ValueError, match=r"torchrun started 2 processes, but .* is 1"):
+        processes(ranks, devices=1)
+
+
+def test_a_logger_keeps_its_id() -> None:
+    first = logger_of({"name": "wandb", "project": "mine"})
+    kept = {"name": "wandb", "project": "mine", "offline": True, "id": first.id}  # type: ignore[union-attr]
+    assert first.id  # type: ignore[union-attr]
+    assert logger_of({}, kept) == logger_of({"name": "wandb"}, kept) == first
+    assert logger_of({"name": "files"}, kept).name == "files"
+    assert logger_of({"name": "wandb"}, {"name": "files"}).id != first.id  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "wandbb"}, r"logger 'wandbb' does not exist; did you mean wandb\?"),
+        ({"name": "wandb", "projct": "a"}, r"logger\.projct is not an option of WandbConfig; did you mean project\?"),
+        ({"name": "wandb", "id": "../../a"}, r"logger\.id='\.\./\.\./a' must be letters"),
+        ({"name": "wandb", "project": ""}, r"logger\.project='' must be letters"),
+    ],
+)
+def test_wrong_options_of_a_logger(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        logger_of(options).make(tmp_path)
+
+
+def test_a_resumed_run_goes_on_in_its_own_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def make(self: trainer.WandbConfig, folder: Path) -> list[Any]:
+        made.append(self)
+        return []
+
+    monkeypatch.setattr(trainer.WandbConfig, "make", make)
+    small(tmp_path / "run", logger={"name": "wandb", "project": "mine"})
+    zoo.train(resume=tmp_path / "run")
+    assert made[0] == made[1]
+    assert made[0].id
+    assert saved(tmp_path / "run")["logger"] == {"name": "wandb", "project": "mine", "offline": True, "id": made[0].id}
+
+
+@pytest.mark.slow
+def test_one_id_of_wandb_on_disk(tmp_path: Path) -> None:
+    small(tmp_path / "run", logger="wandb")
+    zoo.train(resume=tmp_path / "run")
+    ids = {path.stem for path in tmp_path.rglob("run-*.wandb")}
+    assert ids == {f"run-{saved(tmp_path / 'run')['logger']['id']}"}
