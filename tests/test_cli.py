@@ -312,6 +312,73 @@ def test_a_preset_of_text_is_more_than_its_name(command: Any, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("steps", [1, 40])
+def test_steps_alone_are_enough(command: Any, tmp_path: Path, steps: int) -> None:
+    few = [*TINY, *SHORT, "trainer.enable_progress_bar=false", "validation_batches=1", "test_batches=1"]
+    assert command(*few, f"optim.steps={steps}", "out=run").code == 0
+    metrics = metrics_of(tmp_path / "run")
+    assert (metrics["steps"], metrics["config"]["optim"]["warmup"]) == (steps, steps // 20)
+
+
+def test_tab_completion(command: Any) -> None:
+    for option in ("-sc", "--shell-completion"):
+        answer = command(option, "install=bash")
+        assert answer.code == 0
+        assert "complete" in answer.out
+        assert "compgen" in answer.out or "COMPREPLY" in answer.out
+
+
+def test_what_would_be_ignored_is_refused(command: Any, tmp_path: Path) -> None:
+    assert command(*TINY, *SHORT, "debug=fast", "out=run").code == 0
+    for arguments, message in (
+        (["resume=run", "out=other"], f"resume=run continues in its own folder, {tmp_path}/run: leave out=other away"),
+        (["-m", "out=mine", "seed=0,1"], "out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that"),
+        (["hydra.run.dir=mine"], "hydra.run.dir is decided by the option out"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate; options are written name=value"),
+    ):
+        answer = command(*arguments)
+        assert answer.code == 2
+        assert answer.err.startswith(f"error: {message}")
+        assert len(answer.err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert command("resume=run", "out=run").code == 0
+
+
+def test_folders_and_files_of_any_name(command: Any, tmp_path: Path) -> None:
+    for name in ("ü.txt", "a=b c.txt"):
+        (tmp_path / name).write_text("To be, or not to be. " * 100)
+    few = [*TINY, "debug=fast", "optim.batch_size=8", "trainer.accelerator=cpu", "task=text", "task.tokens=16"]
+    answer = command(*few, "task.files=[ü.txt,a=b c.txt]", "out=runs/lr=0.1")
+    assert answer.code == 0, answer.err
+    files = metrics_of(tmp_path / "runs/lr=0.1")["config"]["task"]["files"]
+    assert files == [str(tmp_path / "ü.txt"), str(tmp_path / "a=b c.txt")]
+    assert command("resume=runs/lr=0.1").code == 0
+
+
+@pytest.mark.parametrize("argument", ["model", "=3", "model.dim=[1", "seed={a:", "task.files=[a,'b]", "model=moe,moe"])
+def test_what_hydra_cannot_read_is_one_line(command: Any, argument: str) -> None:
+    answer = command(argument)
+    assert answer.code == 2
+    assert answer.err.startswith("error: ")
+    assert len(answer.err.splitlines()) == 1
+
+
+def test_jobs_of_sweeps_that_start_in_one_second_have_folders_of_their_own(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.run_folder import fresh
+
+    few = [*TINY, *SHORT, "debug=fast", "trainer.enable_progress_bar=false"]
+    sweep = f"hydra.sweep.dir=${{fresh_folder:{tmp_path}/now}}"  # that of conf/, without its time
+    fresh(tmp_path / "now")
+    assert command("-m", *few, "seed=0,1", sweep).code == 0
+    assert sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("metrics.json")) == [
+        "now-2/0",
+        "now-2/1",
+    ]
+    assert "${fresh_folder:" in (ROOT / "conf/config.yaml").read_text()
+
+
 def test_the_default_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_RUN_ID", "job9")
     assert command(*TINY, *SHORT, "debug=fast", "task=regression").code == 0

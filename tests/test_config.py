@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Optional
 
+import numpy as np
 import pytest
 import torch
+from test_training import small
 
-from zoo.config import did_you_mean, lookup, positive, show, strict
+import zoo
+from zoo.config import did_you_mean, lookup, plain, positive, show, strict
 
 
 @dataclass(frozen=True)
@@ -136,3 +141,76 @@ def test_messages_show_any_value_in_a_few_characters() -> None:
         assert len(str(error.value)) < 300
     assert show(10**10**5) == "an integer of 332193 bits"
     assert show([1, "a", {"b": (2.5, None)}]) == "[1, 'a', {'b': (2.5, None)}]"
+
+
+class Colour(Enum):
+    RED = np.str_("red")
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        *(
+            (np.float64(0.5), 0.5),
+            (np.float32(0.5), 0.5),
+            (np.int64(3), 3),
+            (np.bool_(True), True),
+            (np.str_("a"), "a"),
+        ),
+        *((np.array([1, 2]), [1, 2]), ([np.int8(1)], [1]), ((1, (2.5,)), [1, [2.5]]), (range(2), [0, 1])),
+        *((Path("a/b"), "a/b"), (Colour.RED, "red"), (torch.tensor(2), 2), (torch.ones(2), [1.0, 1.0]), (None, None)),
+        *((OrderedDict(a=np.float64(1)), {"a": 1.0}), (True, True), (1e3, 1e3)),
+    ],
+    ids=str,
+)
+def test_values_become_plain(value: Any, meant: Any) -> None:
+    made = plain(value)
+    assert repr(made) == repr(meant)  # the types, too
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"a", {1, 2}, 1j, object(), np.complex128(1), np.datetime64("2020-01-01"), print],
+    ids=repr,
+)
+def test_what_has_no_plain_meaning_is_refused_before_anything_starts(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^(optim\.lr|model\.hidden)=.* cannot be stored: give a number"):
+        small(tmp_path / "run", optim={"lr": value})
+    with pytest.raises(ValueError, match=r"^model\.hidden=.* cannot be stored"):
+        small(tmp_path / "run", model_options={"hidden": [[value]]})
+    assert not (tmp_path / "run").exists()
+
+
+def test_endless_values_are_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match=r"a=.* cannot be stored"):
+        plain({"a": endless})
+
+
+def test_a_run_takes_what_users_have_at_hand_and_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ZOO_CACHE", "~/cache")
+    (tmp_path / "a.txt").write_text("To be, or not to be. " * 99)
+    zoo.train(
+        model={"name": np.str_("transformer"), "dim": np.int64(16), "layers": 1.0, "heads": torch.tensor(2)},
+        task={"name": "text", "files": "~/a.txt", "tokens": 3e1},
+        optim={"lr": np.logspace(-3, -2, 3)[1], "steps": np.int32(2), "batch_size": 4, "betas": np.array([0.9, 0.95])},
+        trainer={"accelerator": np.str_("cpu"), "devices": np.int64(1), "enable_progress_bar": np.bool_(False)},
+        validation_batches=1,
+        test_batches=1,
+        out=Path("~/run"),
+    )
+    model = zoo.load("~/run")
+    assert model.optim.lr == pytest.approx(10**-2.5)
+    assert (model.optim.betas, model.task.config.tokens) == ((0.9, 0.95), 30)
+    assert zoo.train(resume="~/run")["steps"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "run", "cache"}
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 0), (40, 2), (1000, 50), (10**6, 50)])
+def test_warmup_fits_the_steps(steps: int, warmup: int) -> None:
+    optim = zoo.models.Transformer({"name": "transformer"}, {"name": "noise"}, {"steps": steps}, 0).optim
+    assert (optim.steps, optim.warmup) == (steps, warmup)

@@ -111,9 +111,7 @@ def test_a_shell_of_slurm_starts_what_is_asked(processes: Any) -> None:
 
 def test_processes_that_srun_started_must_be_those_asked_for(processes: Any) -> None:
     assert processes(STEP, devices=2) == 2
-    with pytest.raises(
-        ValueError, match=r"srun started 2 processes, but trainer\.devices times .* is 1: start as many"
-    ):
+    with pytest.raises(ValueError, match=r"srun started 2 processes, but trainer\.devices times .* is 1: "):
         processes(STEP, devices=1)
 
 
