@@ -202,16 +202,17 @@ def test_option_tables_are_complete() -> None:
             documented(model.Config.__name__, model.Config, same)
 
 
-def test_trainer_table_is_that_of_conf() -> None:
+@pytest.mark.parametrize("group", ["trainer", "logger"])
+def test_tables_of_files_are_those_of_conf(group: str) -> None:
     file, described = "", {}
-    for name, option, value, _ in table(PAGES["docs/configuration.md"], "table: trainer"):
-        file = name.strip("`").removeprefix("trainer=") or file
+    for name, option, value, _ in table(PAGES["docs/configuration.md"], f"table: {group}"):
+        file = name.strip("`").removeprefix(f"{group}=") or file
         described[file, option.strip("`")] = value
-    read = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / "trainer").glob("*.yaml")}
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / group).glob("*.yaml")}
     assert set(described) == {(file, option) for file, options in read.items() for option in options}
     for (file, option), value in described.items():
         if not isinstance(read[file][option], dict):
-            assert value.strip("`") == str(read[file][option])
+            assert yaml.safe_load(value.strip("`")) == read[file][option]
 
 
 @pytest.mark.slow
