@@ -105,6 +105,12 @@ def test_equal_documents_are_in_one_split_whatever_their_names_and_share() -> No
     assert [b"".join(texts(few[name])) for name in SPLITS] == [b"a" * 100 + b"b" * 80, b"b" * 10, b"b" * 10]
 
 
+def test_a_few_small_things_among_large_ones_are_shared_by_the_held_out_splits() -> None:
+    """What is above 5 % by itself is not held out as long as each split can have something smaller."""
+    splits = corpus.fill(np.array([1000, 3, 900, 4, 950, 5]), ("test", "validation"))
+    assert splits.tolist() == [2, 0, 2, 0, 2, 1]
+
+
 @pytest.mark.parametrize("sizes", [(100,), (1000, 0), (0, 1000), (893, 107), (960, 40), (1, 999)])
 def test_fewer_than_three_documents_are_cut(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "STEP", 7)

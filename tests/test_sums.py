@@ -149,6 +149,13 @@ def test_half_precision_weights_leave_data_and_metrics_alone(model: str, tmp_pat
     assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", ["transformer-noise-tied", "transformer-prompts"])
+def test_losses_of_double_outputs_are_double(name: str) -> None:
+    model = build(BY_NAME[name])
+    batch = model.task.batch("train", 0, 3)
+    assert model.training_step(batch, 0).dtype == torch.float64
+
+
 # filling
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +221,26 @@ def test_a_stream_continues_where_it_stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "accumulate", "step"),
+    ("model", "accumulate", "step", "precision"),
     # steps 2 and 4 are validated; 3 is not; 1 comes before the first checkpoint
-    [("transformer", 1, 3), ("hypernet", 1, 4), ("moe", 1, 1), ("moe", 2, 3), ("moe", 2, 2), ("transformer", 1, 6)],
+    [
+        ("transformer", 1, 3, "32-true"),
+        ("hypernet", 1, 4, "64-true"),
+        ("moe", 1, 1, "32-true"),
+        ("moe", 2, 3, "64-true"),
+        ("moe", 2, 2, "bf16-true"),
+        ("transformer", 1, 6, "32-true"),
+    ],
 )
 def test_a_signal_then_resume_is_as_if_nothing_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, accumulate: int, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, accumulate: int, step: int, precision: str
 ) -> None:
-    whole = small(tmp_path / "whole", model, optim={"accumulate": accumulate})
+    options: Any = {"optim": {"accumulate": accumulate}, "trainer": {"precision": precision}}
+    whole = small(tmp_path / "whole", model, **deepcopy(options))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signalled(monkeypatch, step)
     with pytest.raises(Interrupted, match=rf"SIGTERM at step {step}; .*resume=.*/cut") as stop:
-        small(tmp_path / "cut", model, optim={"accumulate": accumulate})
+        small(tmp_path / "cut", model, **options)
     assert stop.value.code == 128 + signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
@@ -344,6 +353,7 @@ def test_a_finished_run_is_not_overwritten(runs: dict[str, Path]) -> None:
         ({"trainer": {"bogus": 3}}, r"^trainer: .*'bogus'"),
         ({"trainer": {"accelerator": "gpu"}}, r"^trainer: No supported gpu"),
         ({"trainer": {"precision": "8-maybe"}}, r"8-maybe"),
+        ({"trainer": {"precision": "16-true"}}, r"16-true trains nothing: .*; take 16-mixed or bf16-true"),
     ],
 )
 def test_wrong_options_leave_no_trace(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -171,6 +171,8 @@ def _run(
         if news := changes(beside.get("placement"), placement(engine)):
             say(news)
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
+    # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
+    engine.precision_plugin.convert_module(model)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
     folder = Path(str(saver.dirpath)).parent  # that of the first process, in all of them
     with _trained(folder):

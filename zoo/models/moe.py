@@ -206,7 +206,7 @@ class RoutedDelta(ContextToDelta):
         numbers = [x for row in shares for x in row] if set(rows) <= {config.experts} else [None]
         if len(rows) not in (0, config.layers) or not all(isinstance(x, float) and 0 <= x <= 1 for x in numbers):
             raise ValueError(f"the shares of experts must be {config.layers} × {config.experts} numbers from 0 to 1")
-        self.shares = [torch.tensor(row) for row in shares]
+        self.shares = [torch.tensor(row, dtype=torch.float64) for row in shares]
 
     def flops_per_token(self, tokens: int) -> float:
         return 2.0 * self.config.layers * self.config.dim * self.config.experts

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import strict
@@ -43,6 +44,12 @@ class Batch(NamedTuple):
 
 Predict = Callable[[Tensor, int], Tensor]
 """From tokens and n_context to the model's output (B,T,V)."""
+
+
+def nats(output_BQV: Tensor, targets_BQ: Tensor) -> Tensor:
+    """Cross-entropy of each target (B,Q) in at least float32, 0 where it is torch's ignore_index."""
+    logits = output_BQV.flatten(0, 1).to(torch.promote_types(output_BQV.dtype, torch.float32))
+    return F.cross_entropy(logits, targets_BQ.flatten(), reduction="none").view(targets_BQ.shape)
 
 
 class Task(ABC):

@@ -140,12 +140,13 @@ def fill(sizes: np.ndarray, held: Sequence[str], enough: int = 1) -> np.ndarray:
     held out only where nothing else is left, the smallest first."""
     share = HELD_OUT * sizes.sum()
     order = np.argsort(np.where(sizes > share, sizes, 0), kind="stable")
-    splits, place = np.full(len(sizes), len(held)), 0
+    splits, place, small = np.full(len(sizes), len(held)), 0, int((sizes <= share).sum())
     for turn in range(len(held)):
         count = taken = 0
+        kept = enough * (len(held) - 1 - turn)  # small ones for those that follow
         while place < len(order) - enough * (len(held) - turn):
             size = sizes[order[place]]
-            if count >= enough and (taken >= share or size > share):
+            if count >= enough and (taken >= share or place >= small - kept):
                 break
             splits[order[place]] = turn
             count, taken, place = count + 1, taken + size, place + 1

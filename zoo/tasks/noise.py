@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import positive
-from zoo.tasks.base import Batch, Predict, Task
+from zoo.tasks.base import Batch, Predict, Task, nats
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,11 @@ class Noise(Task):
         return Batch(ids[:, :-1], ids[:, 1:], 0)
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
-        targets = batch.targets
-        return F.cross_entropy(output.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+        return nats(output, batch.targets)
 
     def references(self) -> dict[str, float]:
         return {"floor, ln V": math.log(self.config.vocabulary)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        nats = self.errors(predict(batch.tokens, 0), batch)
-        return {"nats": nats, "nats_floor": torch.full_like(nats, math.log(self.config.vocabulary))}
+        errors = self.errors(predict(batch.tokens, 0), batch)
+        return {"nats": errors, "nats_floor": torch.full_like(errors, math.log(self.config.vocabulary))}

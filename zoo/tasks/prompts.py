@@ -20,13 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import positive
 from zoo.layers import FILLING
 from zoo.tasks import corpus, examples, sources
-from zoo.tasks.base import SPLITS, Batch, Predict
+from zoo.tasks.base import SPLITS, Batch, Predict, nats
 from zoo.tasks.corpus import START
 from zoo.tasks.domains import DOMAINS
 from zoo.tasks.examples import ENOUGH, Examples, from_documents, from_rows
@@ -153,10 +152,7 @@ class Prompts(CorpusTask):
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each byte of the targets, and of their ends."""
-        targets = batch.targets
-        output = output[:, -targets.shape[1] :].flatten(0, 1).float()
-        nats = F.cross_entropy(output, targets.flatten(), reduction="none", ignore_index=IGNORE)
-        return nats.view(targets.shape)
+        return nats(output[:, -batch.targets.shape[1] :], batch.targets)
 
     def scored(self, batch: Batch) -> Tensor:
         return batch.targets != IGNORE

@@ -15,12 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import positive
 from zoo.tasks import corpus, sources, tokenizer
-from zoo.tasks.base import Batch, Predict
+from zoo.tasks.base import Batch, Predict, nats
 from zoo.tasks.corpus import START, split_documents
 from zoo.tasks.domains import DOMAINS, origin
 from zoo.tasks.finite import Pick
@@ -217,8 +216,7 @@ class Text(CorpusTask):
 
     def errors(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each token, ends of documents among them."""
-        targets = batch.targets
-        return F.cross_entropy(output.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+        return nats(output, batch.targets)
 
     def references(self) -> dict[str, float]:
         counts = np.stack([np.bincount(s["train"][:COUNTED], minlength=self.output_dim) for s in self.ids])
@@ -243,11 +241,10 @@ class Text(CorpusTask):
         spread evenly over its bytes, so that means over bytes are bits per byte whatever the tokens are."""
         assert batch.group is not None
         lengths = self._lengths.to(batch.targets.device)[batch.targets].flatten()  # 0 of a start
-        nats = self.errors(predict(batch.tokens, 0), batch).flatten() / lengths
-        nats = nats.repeat_interleave(lengths)
+        each = (self.errors(predict(batch.tokens, 0), batch).flatten() / lengths).repeat_interleave(lengths)
         bits = {
-            "bits_per_byte": nats / math.log(2),
-            "bits_per_byte_trigram": self._trigram_bits(batch).to(nats.device),
+            "bits_per_byte": each / math.log(2),
+            "bits_per_byte_trigram": self._trigram_bits(batch).to(each.device),
         }
         group = batch.group[:, None].expand_as(batch.targets).flatten().repeat_interleave(lengths)
         parts = {
