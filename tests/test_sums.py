@@ -83,6 +83,16 @@ def test_accumulation_trains_the_same(model: str, tmp_path: Path) -> None:
     assert [row["lr"] for row in rows if "lr" in row] == pytest.approx(used)
 
 
+def test_the_validation_loss_is_the_mean_over_what_is_scored(tmp_path: Path) -> None:
+    model, rows = run(tmp_path / "run")
+    batches = list(Stream(model.task, "validation", 16, 1))
+    model.task.prepare()
+    total = sum(float(model.task.errors(model(b.tokens, b.n_context), b).sum()) for b in batches)
+    scored = sum(int(model.task.scored(b).sum()) for b in batches)
+    assert 0 < scored < sum(b.targets.numel() for b in batches)
+    assert rows[-1]["validation_loss"] == pytest.approx(total / scored, rel=1e-5)
+
+
 def test_a_part_without_targets_is_zero(tmp_path: Path) -> None:
     model = on_file(BY_NAME["moe-prompts-context"], tmp_path)
     batch = next(iter(Stream(model.task, "train", 4, 1)))

@@ -196,7 +196,8 @@ class Model(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output, patches = self.decoder(batch.tokens, batch.n_context)
-        self.validation_loss.update(self.task.errors(output, batch), self.task.scored(batch))
+        # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
+        self.validation_loss.update(self.task.errors(output, batch)[self.task.scored(batch)])
         for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
             for metric in metrics.values():
                 metric.update(patch, block.ffn)
