@@ -433,6 +433,7 @@ def test_sample_queries_of_text_are_windows() -> None:
     tokens = sample_queries(task, context, 5, length=4)
     assert torch.equal(tokens[:, :3], context.expand(5, 3))
     assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens[:, :4])
+    assert sample_queries(task, context, 5).shape == (5, 12)  # sequences shorter than the default
     with pytest.raises(ValueError, match="length=10 must lie between 1 and 9, the tokens of a query"):
         sample_queries(task, context, 5, length=10)
 

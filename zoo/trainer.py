@@ -127,7 +127,7 @@ def make(
         option = DECIDED_BY.get(clash[0])
         raise ValueError(f"trainer.{clash[0]} is {f'decided by the option {option}' if option else 'fixed here'}")
     given["plugins"] = [checkpoint.Files(), *_alone(), *(given.get("plugins") or [])]
-    if given["precision"] in ("16-true", "fp16-true"):
+    if given["precision"] == "16-true":
         raise ValueError(
             "trainer.precision=16-true trains nothing: the squares of gradients that AdamW keeps are zero in float16; "
             "take 16-mixed or bf16-true"

@@ -20,19 +20,20 @@ def cut(tokens: Tensor, n_context: int) -> Tensor:
 
 
 def sample_queries(
-    task: Task, context: Tensor, count: int, split: str = "train", k: int = 0, length: int = 16
+    task: Task, context: Tensor, count: int, split: str = "train", k: int = 0, length: int | None = None
 ) -> Tensor:
     """The tokens of `context` (n) or (n,token_dim), each followed by queries of the task's batch k of `split`.
 
     Queries blind to each other share one row (1,n+count,token_dim): fresh inputs (x, 0). Text has one row per query
-    (count,n+length): the first `length` tokens of a sequence, or of what follows its separate context, fewer where one
-    of them is shorter. Raises ValueError for queries that are longer than that.
+    (count,n+length): the first `length` tokens (None: 16, or all) of a sequence, or of what follows its separate
+    context, fewer where one of them is shorter. Raises ValueError for queries that are longer than that.
     """
     if task.independent_queries:
         inputs_Kd = task.batch(split, k, -(-count // task.tokens)).tokens.flatten(0, 1)[:count].clone()
         inputs_Kd[:, -1] = 0
         return torch.cat([context, inputs_Kd.to(context)])[None]
     longest = task.tokens - task.n_context
+    length = min(16, longest) if length is None else length
     if not 0 < length <= longest:
         raise ValueError(f"length={length} must lie between 1 and {longest}, the tokens of a query in this task")
     windows_KT = cut(task.batch(split, k, count).tokens, task.n_context)[:, task.n_context :][:, :length].to(context)
