@@ -87,7 +87,7 @@ def test_the_validation_loss_is_the_mean_over_what_is_scored(tmp_path: Path) -> 
     model, rows = run(tmp_path / "run")
     batches = list(Stream(model.task, "validation", 16, 1))
     model.task.prepare()
-    total = sum(float(model.task.errors(model(b.tokens, b.n_context), b).sum()) for b in batches)
+    total = sum(float(model.task.errors(model(b.tokens, b.n_context), b).sum().detach()) for b in batches)
     scored = sum(int(model.task.scored(b).sum()) for b in batches)
     assert 0 < scored < sum(b.targets.numel() for b in batches)
     assert rows[-1]["validation_loss"] == pytest.approx(total / scored, rel=1e-5)

@@ -88,7 +88,10 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
     for name, level in references.items():
         axes.axhline(level, color="0.4", linestyle="--", label=name)
-    axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", yscale="log", title=head)
+    axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", title=head)
+    low, high = axes.get_ylim()
+    if low <= 0 or high > 10 * low:  # within one decade, logarithmic ticks are hard to read
+        axes.set_yscale("log")
     axes.legend()
     with whole(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=120)

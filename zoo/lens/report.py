@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from zoo import files, flops
+from zoo.console import say
 from zoo.lens import capacity, draw, figures, precision, structure, toy_figures
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
@@ -59,7 +60,9 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
         for name in bar:
             bar.set_description(name)
             made.append(TRAINED[name](models))
-            draw.save(made[-1], folder)
+            path = draw.save(made[-1], folder)
+            if bar.disable:  # no terminal: a line for each figure
+                say(str(path))
     numbers = {name: summary(model) for name, model in models.items()}
     content = {
         "checkpoints": {name: str(path) for name, path in sources.items()},
