@@ -112,7 +112,7 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[tuple[str, bytes]
             else:
                 with _open(path) as file:
                     texts = iter([file.read()])
-            for text in texts:
+            for text in filter(None, texts):  # an empty document would teach that texts end at once
                 yield hashlib.sha256(text).hexdigest(), text
 
 
