@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zoo.config import show
+from zoo.files import home
 from zoo.tasks.corpus import Part, byte_ids, split_documents
 
 TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".xml", ".log")
@@ -46,10 +47,7 @@ def absolute(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser().absolute()
-    except RuntimeError:
-        raise ValueError(f"task: {show(name, LINE)} is in the home of a user who does not exist") from None
+    return home(name).absolute()
 
 
 def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
