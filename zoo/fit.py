@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks
 
-from zoo.config import lookup, show
+from zoo.config import lookup, one_line, show
 from zoo.models import MODELS, Model
 from zoo.plain import finite
 
@@ -76,7 +76,7 @@ def model(checkpoint: dict[str, Any], path: Path) -> Model:
             checkpoint["zoo"]["config"].update(ours)
         meta.on_load_checkpoint(checkpoint)
     except Exception as error:  # sizes beyond any tensor, and what a family of somebody else makes of its options
-        raise ValueError(f"{path} does not fit this zoo: {' '.join(str(error).split())[:400]}") from None
+        raise ValueError(f"{path} does not fit this zoo: {one_line(error, 400)}") from None
     return meta
 
 
