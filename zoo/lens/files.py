@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from zoo import __version__, plain
+from zoo import __version__, untrusted
 from zoo.config import one_line, show
 from zoo.delta import Delta, Patch, Sum
 from zoo.files import whole
-from zoo.lens.taken import KINDS, read_patches
+from zoo.lens.parse import KINDS, read_patches
 from zoo.models import Model
 
 SCHEMA = 1
@@ -99,7 +99,7 @@ def load_patch(path: str | Path, model: Model) -> list[Patch]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = plain.regular(path, "no patch file")
+    file = untrusted.regular(path, "no patch file")
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -111,7 +111,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path} is damaged or no patch file: {one_line(error, 200)}") from None
     try:
-        description = plain.plain(json.loads(header or ""), 0)
+        description = untrusted.copied(json.loads(header or ""), 0)
         schema = description["schema"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
