@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo import console
-from zoo.config import did_you_mean, show
+from zoo.config import did_you_mean, one_line, show
 from zoo.files import home
 from zoo.run_folder import fresh
 
@@ -86,7 +86,7 @@ def reason(error: Exception) -> str:
         return f"{group} {show(name)} does not exist{did_you_mean(name, error.options)}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return str(error) if isinstance(error, RuntimeError) else console.describe(error)
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    text = one_line(f"{error} {error.__cause__ or ''}")
     if isinstance(error, OverrideParseException):
         signs = '; a text with signs beyond letters, digits and /.-_ is quoted: \'option="text"\', \'option=["a","b"]\''
         return f"{error.override.lstrip('+')} cannot be read: {text.partition(' See http')[0]}{signs}"
@@ -95,7 +95,7 @@ def reason(error: Exception) -> str:
 
 def refuse(error: Exception, code: int = 2, sweep: bool = False) -> NoReturn:
     """One line, and the end of this process, or of this job of a sweep."""
-    if os.environ.get("HYDRA_FULL_ERROR") or isinstance(error, UnicodeEncodeError):
+    if not console.expected(error):
         raise error
     console.say(f"error: {reason(error)}", sys.stderr)
     if sweep:

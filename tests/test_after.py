@@ -97,16 +97,18 @@ def test_a_figure_or_table_that_fails_is_a_warning(
     assert capsys.readouterr().err == f"warning: {said}: RuntimeError: no font\n"
 
 
-@pytest.mark.parametrize("content", [None, b'\xff\xfe{"step', b'[1]\n{"step": 2, "loss": null}\n7\n'])
-def test_damaged_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
+def test_damaged_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small(tmp_path / "run")
     rows = tmp_path / "run/metrics.jsonl"
-    rows.unlink() if content is None else rows.write_bytes(content)
-    zoo.train(resume=tmp_path / "run", trainer=CPU)
-    warned = capsys.readouterr().err
-    assert warned == (
-        "" if content and b"loss" in content else f"warning: curve.png failed: {rows} is gone or damaged\n"
-    )
+    gone = f"warning: curve.png failed: {rows} is gone or damaged\n"
+    for content, warned in (
+        (None, gone),
+        (b'\xff\xfe{"step', gone),
+        (b'[1]\n{"step": 2, "loss": null}\n7\n', ""),
+    ):
+        rows.unlink() if content is None else rows.write_bytes(content)
+        zoo.train(resume=tmp_path / "run", trainer=CPU)
+        assert capsys.readouterr().err == warned
 
 
 class Broken(DummyLogger):

@@ -16,8 +16,9 @@ import torch
 
 import zoo
 from zoo import checkpoint, training
-from zoo.checkpoint import SCHEMA, UPGRADES, Files, differences, find, read
+from zoo.checkpoint import SCHEMA, UPGRADES, Files, find, read
 from zoo.models import MODELS
+from zoo.validate import differences
 
 OPTIONS: dict[str, Any] = {
     "task": {"name": "regression", "points": 5, "queries": 3},

@@ -56,13 +56,13 @@ def refused(files: Iterable[hostile.File], read: Callable[[Path], Any]) -> tuple
     for what, path in files:
         if os.access("/proc/self/clear_refs", os.W_OK):
             Path("/proc/self/clear_refs").write_text("5")
-        before, start = memory("VmRSS"), time.perf_counter()
+        before, start = memory("VmRSS"), time.process_time()  # what else runs here does not count
         error = None
         try:
             read(path)
         except Exception as raised:
             error = raised
-        seconds, grown = time.perf_counter() - start, memory("VmHWM") - before
+        seconds, grown = time.process_time() - start, memory("VmHWM") - before
         assert error is None or type(error) is ValueError, f"{what}: {error!r:.200}"
         assert len(str(error).splitlines()) == 1, what
         assert len(str(error)) < 1000, what
@@ -138,14 +138,14 @@ def victim(run: Path, last: Path) -> tuple[Any, Path]:
     return content, folder
 
 
-@pytest.mark.parametrize("name", ["kth_best_model_path", "best_model_path", "best_k_models", "last_model_path"])
+@pytest.mark.parametrize("name", ["kth_best_model_path", "best_model_path", "last_model_path"])
 def test_no_path_that_is_removed_or_written_comes_out_of_a_file(run: Path, last: Path, name: str) -> None:
     """The best of one so far is the victim, of a score that every step beats: Lightning would remove it."""
     content, folder = victim(run, last)
     (state,) = content["callbacks"].values()
     evil = f"{last.parent}/../../{folder.name}"
     paths = dict.fromkeys(("kth_best_model_path", "best_model_path", "last_model_path"), str(last.parent / "best.ckpt"))
-    paths[name if name in paths else "kth_best_model_path"] = evil
+    paths[name] = evil
     score = torch.tensor(9e9)
     state.update(paths, dirpath=str(last.parent), best_k_models={paths["kth_best_model_path"]: score})
     state.update(best_model_score=score, kth_value=score)

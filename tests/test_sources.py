@@ -248,7 +248,7 @@ def test_a_table_without_rows_is_named() -> None:
     ("name", "message"),
     [
         ("a\0b.txt", r"'a\\x00b.txt' matches no file"),
-        ("~nobody-here/a.txt", "'~nobody-here/a.txt' is in the home of a user who does not exist"),
+        ("~nobody-here/a.txt", "'~nobody-here/a.txt': nobody of that name has a home folder here"),
         ("x" * 5000, "x…? matches no file"),
         ("pipe.txt", "'pipe.txt' matches no file"),
     ],

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from zoo import __version__, fit, plain
+from zoo import __version__, untrusted, validate
 from zoo.config import show
 from zoo.files import home, whole
-from zoo.fit import differences as differences
 from zoo.models import Model
 
 SCHEMA = 3
@@ -128,17 +127,17 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
     ours or damaged, or that hold options, names, weights or states unknown here.
     """
     try:
-        checkpoint = _at_schema(plain.contents(path), path)
+        checkpoint = _at_schema(untrusted.contents(path), path)
         _check_fields(checkpoint, path, resume)
-        model = fit.model(checkpoint, path)
+        model = validate.model(checkpoint, path)
         if not resume:
             return checkpoint
-        return {**fit.progress(checkpoint, model, path), "callbacks": _callbacks(checkpoint, path)}
+        return {**validate.progress(checkpoint, model, path), "callbacks": _callbacks(checkpoint, path)}
     except ValueError as error:
-        raise ValueError(f"{error}{_instead(path)}") from None
+        raise ValueError(f"{error}{_still_loadable(path)}") from None
 
 
-def _instead(path: Path) -> str:
+def _still_loadable(path: Path) -> str:
     best = path.with_name("best.ckpt")
     try:
         if path.name == "last.ckpt" and best.is_file() and read(best):
@@ -158,7 +157,7 @@ def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({__version__}) reads {known}")
         try:
             checkpoint = UPGRADES[schema](checkpoint)
-        except Exception:  # damaged files fail in many ways, as in zoo.plain
+        except Exception:  # damaged files fail in many ways, as in zoo.untrusted
             raise ValueError(f"{path} is damaged: its contents are not those of schema {schema}") from None
     if not isinstance(checkpoint.get("task", {}), dict):
         raise ValueError(f"{path} must hold the state of its task as a dict, got {show(checkpoint['task'], 40)}")
@@ -192,7 +191,7 @@ def _saver(state: dict[str, Any], checkpoint: dict[str, Any], path: Path) -> dic
     folder = path.absolute().parent.resolve()
     best, score = folder / "best.ckpt", state.get("best_model_score")
     if score is not None:
-        score = fit.like(score, torch.zeros(()), f"{path}: best_model_score")
+        score = validate.like(score, torch.zeros(()), f"{path}: best_model_score")
     if score is None or not best.is_file():  # the next validation writes one
         return {"dirpath": str(folder), "best_model_score": None, "best_model_path": ""}
     if not path.samefile(best) and read(best)["hyper_parameters"] != checkpoint["hyper_parameters"]:
@@ -209,7 +208,7 @@ def load(path: str | Path) -> Model:
     """
     file = find(path, "best")
     checkpoint = read(file)
-    model = fit.build(checkpoint["hyper_parameters"])
+    model = validate.build(checkpoint["hyper_parameters"])
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()

@@ -42,6 +42,11 @@ def _show(value: Any, depth: int, limit: int) -> str:
     return repr(value)[: limit + 1]
 
 
+def one_line(message: object, limit: int | None = None) -> str:
+    """The words of a message, which may have been of many lines."""
+    return " ".join(str(message).split())[:limit]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' where a close name exists, else the list of all known names."""
     known = list(known)

@@ -10,6 +10,8 @@ from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, TextIO
 
+from zoo.config import one_line
+
 P = ParamSpec("P")
 
 
@@ -34,15 +36,14 @@ def warn(text: str) -> None:
 
 def describe(error: BaseException) -> str:
     """The message of a mistake in one line; that of any other error with its kind before it."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def expected(error: BaseException) -> bool:
-    """Whether one line says it all: a user's mistake, or what the machine refuses. A character that could not be
-    written is neither, though Python makes it a ValueError."""
-    full = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-    return isinstance(error, ValueError | OSError) and not isinstance(error, UnicodeEncodeError) and not full
+    """Whether one line says it all of a mistake. A character that could not be written is none, though Python makes it
+    a ValueError."""
+    return os.environ.get("HYDRA_FULL_ERROR", "0") == "0" and not isinstance(error, UnicodeEncodeError)
 
 
 def command(main: Callable[P, Any]) -> Callable[P, int]:

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo import checkpoint
-from zoo.config import lookup, plain, show, strict
+from zoo.config import lookup, one_line, plain, show, strict
 from zoo.models import Model
 
 STORED = (
@@ -140,7 +140,7 @@ def make(
     try:
         engine = L.Trainer(**given, **fixed)
     except (TypeError, RuntimeError, MisconfigurationException) as error:
-        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
+        raise ValueError(f"trainer: {one_line(error)}") from error
     _started(engine.num_devices * engine.num_nodes)
     share = model.optim.accumulate * engine.world_size
     if model.optim.batch_size % share:
@@ -237,8 +237,9 @@ def begun(loggers: list[Logger]) -> Iterator[None]:
             for logger in loggers:
                 _ = logger.experiment  # type: ignore[attr-defined]
         except Exception as error:  # wandb's errors have no common kind
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"logger=wandb cannot start: {reason}; logger.offline=true needs no network") from error
+            raise ValueError(
+                f"logger=wandb cannot start: {one_line(error, 200)}; logger.offline=true needs no network"
+            ) from error
         yield
     finally:
         if loggers and "wandb" in sys.modules:  # else the next run of this process would go on with this one

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from zoo import checkpoint, flops, report
+from zoo import checkpoint, flops, report, validate
 from zoo.callbacks import Clock, FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
 from zoo.config import lookup, plain, positive, show, strict
 from zoo.console import describe, say, warn
@@ -102,20 +102,20 @@ def run(
     ValueError before anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint
     was written.
     """
-    with ExitStack() as held:  # the folder and the logger, given back however the run ends
-        return _run(plain(config), trainer, logger or {}, held)
+    with ExitStack() as stack:  # the folder and the logger, given back however the run ends
+        return _run(plain(config), trainer, logger or {}, stack)
 
 
 def _run(
-    config: dict[str, Any], trainer: Mapping[str, Any], logger: Mapping[str, Any] | list[Logger], held: ExitStack
+    config: dict[str, Any], trainer: Mapping[str, Any], logger: Mapping[str, Any] | list[Logger], stack: ExitStack
 ) -> dict[str, Any]:
     if isinstance(config.get("task"), Mapping):
         config = {**config, "task": sources.absolute(config["task"])}
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
     options, saved = _resume(config, resumed) if resumed else (strict(RunConfig, config, ""), {})
-    beside = saved.get("zoo", {})
-    trainer = arguments(trainer, beside.get("trainer"))
-    log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), beside.get("logger"))
+    begun_with = saved.get("zoo", {})
+    trainer = arguments(trainer, begun_with.get("trainer"))
+    log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), begun_with.get("logger"))
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"seed={show(options.seed)} must lie between 0 and {2**32 - 1}")
     positive(
@@ -138,7 +138,7 @@ def _run(
         model.decoder.compile(fullgraph=True)  # in place: the names of the weights stay
     out, family = home(options.out) if options.out else None, f"{model.config.name}-{model.task.config.name}"
     writes = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    folder = held.enter_context(taken(out, family, bool(resumed))) if writes else (out or default(family)).absolute()
+    folder = stack.enter_context(taken(out, family, bool(resumed))) if writes else (out or default(family)).absolute()
     saver = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
@@ -163,12 +163,12 @@ def _run(
     engine = make_trainer(model, trainer, fixed, [*map(_guarded, loggers)], callbacks)
     clock.started_with = {"trainer": stored(trainer, engine), "logger": asdict(log), "placement": placement(engine)}
     if not isinstance(logger, list):
-        held.enter_context(begun(loggers))
+        stack.enter_context(begun(loggers))
     if engine.world_size > 1 and not out:
-        held.enter_context(announced(folder))
+        stack.enter_context(announced(folder))
     if engine.is_global_zero:
         say(report.opening(model, engine, folder))
-        if news := changes(beside.get("placement"), placement(engine)):
+        if news := changes(begun_with.get("placement"), placement(engine)):
             say(news)
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
     # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
@@ -262,15 +262,14 @@ def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str,
             f"resume={config['resume']} continues in its own folder, {folder}: leave out={config['out']} away"
         )
     saved = checkpoint.read(file, resume=True)
-    beside = saved["zoo"]
-    options = strict(RunConfig, beside["config"], "")
+    options = strict(RunConfig, saved["zoo"]["config"], "")
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
-    task = dict(beside["config"]["task"])
+    task = dict(saved["zoo"]["config"]["task"])
     for place in sources.PLACES:  # may change; what lies there may not, see _same_data
         if task.get(place) and asked.get("task", {}).get(place):
             task[place] = asked["task"][place]
     options = replace(options, task=task)
-    changed = checkpoint.differences(asdict(options), asked)
+    changed = validate.differences(asdict(options), asked)
     if changed:
         raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
     return RunConfig(**{**asdict(options), "resume": str(file), "out": str(folder)}), saved

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from zoo import __version__, plain
-from zoo.config import show
+from zoo import __version__, untrusted
+from zoo.config import one_line, show
 from zoo.delta import Delta, Patch, Sum
 from zoo.files import whole
-from zoo.lens.taken import KINDS, read_patches
+from zoo.lens.parse import KINDS, read_patches
 from zoo.models import Model
 
 SCHEMA = 1
@@ -94,12 +94,12 @@ def load_patch(path: str | Path, model: Model) -> list[Patch]:
         if unknown:
             raise ValueError(f"unknown tensors {show(unknown, 200)}")
     except Exception as error:  # no file ends in a traceback, whatever the checks let through
-        raise ValueError(f"{path} does not hold patches of this zoo: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"{path} does not hold patches of this zoo: {one_line(error, 300)}") from None
     return patches
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = plain.regular(path, "no patch file")
+    file = untrusted.regular(path, "no patch file")
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -109,9 +109,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = (opened.metadata() or {}).get("zoo")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path} is damaged or no patch file: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path} is damaged or no patch file: {one_line(error, 200)}") from None
     try:
-        description = plain.plain(json.loads(header or ""), 0)
+        description = untrusted.copied(json.loads(header or ""), 0)
         schema = description["schema"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(

@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from zoo.config import show
+from zoo.config import one_line, show
+from zoo.files import home
 from zoo.tasks.corpus import Part, byte_ids, split_documents
 
 TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".xml", ".log")
@@ -46,10 +47,7 @@ def absolute(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser().absolute()
-    except RuntimeError:
-        raise ValueError(f"task: {show(name, LINE)} is in the home of a user who does not exist") from None
+    return home(name).absolute()
 
 
 def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
@@ -312,9 +310,9 @@ def named(what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{what}: {one_line(error)}") from error
     except Exception as error:  # readers of tables and the network fail in many ways
         cause = error.__cause__ or error
-        line = f"{what} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        line = f"{what} cannot be read: {type(cause).__name__}: {one_line(cause, 300)}"
         network = isinstance(error, ConnectionError) or "httpx" in type(error).__module__
         raise ValueError(f"{line}; {ADVICE}" if network else line) from error

@@ -51,7 +51,7 @@ def contents(path: Path) -> Any:
             f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it"
         ) from None
     try:
-        return plain(content, size)
+        return copied(content, size)
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint: {error}") from None
 
@@ -106,7 +106,7 @@ def _scan(pickle: bytes, codes: int) -> None:
         stack += [weight] * len(code.stack_after)
 
 
-def plain(value: Any, size: int) -> Any:
+def copied(value: Any, size: int) -> Any:
     """A copy of `value`, read from a file of `size` bytes, in plain dicts, lists and tuples.
 
     Raises ValueError, with the place, for other types, for more than DEPTH levels or ITEMS values, for integers beyond

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks
 
-from zoo.config import lookup, show
+from zoo.config import lookup, one_line, show
 from zoo.models import MODELS, Model
-from zoo.plain import finite
+from zoo.untrusted import finite
 
 OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -76,7 +76,7 @@ def model(checkpoint: dict[str, Any], path: Path) -> Model:
             checkpoint["zoo"]["config"].update(ours)
         meta.on_load_checkpoint(checkpoint)
     except Exception as error:  # sizes beyond any tensor, and what a family of somebody else makes of its options
-        raise ValueError(f"{path} does not fit this zoo: {' '.join(str(error).split())[:400]}") from None
+        raise ValueError(f"{path} does not fit this zoo: {one_line(error, 400)}") from None
     return meta
 
 
@@ -162,12 +162,11 @@ def progress(checkpoint: dict[str, Any], meta: Model, path: Path) -> dict[str, A
         raise ValueError(f"{path} must stand at one step of {meta.optim.steps}, not at {show(sorted(steps))}")
     if not checkpoint["pytorch-lightning_version"].startswith("2."):
         raise ValueError(f"{path} is of Lightning {show(checkpoint['pytorch-lightning_version'])}, not of 2.x")
-    scaler = torch.amp.GradScaler("cpu").state_dict()  # of 16-mixed alone
-    mixed = {
-        name: like(checkpoint[name], scaler, f"{path}: {name}") for name in ("MixedPrecision",) if name in checkpoint
-    }
+    if "MixedPrecision" in (checkpoint := dict(checkpoint)):  # 16-mixed
+        scaler = torch.amp.GradScaler("cpu").state_dict()
+        checkpoint["MixedPrecision"] = like(checkpoint["MixedPrecision"], scaler, f"{path}: MixedPrecision")
     optimizers = [_optimizer(saved, optimizer.state_dict(), f"{path}: optimizer_states.0")]
-    return {**checkpoint, **mixed, "loops": loops, "lr_schedulers": schedules, "optimizer_states": optimizers}
+    return {**checkpoint, "loops": loops, "lr_schedulers": schedules, "optimizer_states": optimizers}
 
 
 def _one(states: list[Any], name: str, path: Path) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from zoo.config import lookup, show
 from zoo.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
 from zoo.layers import Block, FeedForward
-from zoo.plain import finite
+from zoo.untrusted import finite
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (LowRank, Scale, Full, Shear)}
 AXES = {"u": "or", "v": "ir", "rows": "o", "columns": "i", "matrix": "oi", "a": "i", "shift": "i", "bias": "o"}
