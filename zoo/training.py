@@ -264,6 +264,8 @@ def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str,
     saved = checkpoint.read(file, resume=True)
     options = strict(RunConfig, saved["zoo"]["config"], "")
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
+    for group in ("model", "task", "optim"):  # null leaves an option open: it is what the run made of it
+        asked[group] = {name: value for name, value in (asked.get(group) or {}).items() if value is not None}
     task = dict(saved["zoo"]["config"]["task"])
     for place in sources.PLACES:  # may change; what lies there may not, see _same_data
         if task.get(place) and asked.get("task", {}).get(place):
