@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ import zoo.models.hypernet
 import zoo.models.moe
 from zoo.context import Summary, summarise
 from zoo.models import Model
-from zoo.past import Past
 
 pytestmark = pytest.mark.numeric
 
@@ -78,16 +78,9 @@ def loss_on_noise(case: Case) -> float:
         return model.eval().task.errors(model(batch.tokens), batch).mean().item()
 
 
-def leaky(
-    z: Tensor,
-    source: str,
-    n_context: int,
-    chunk: int | None = None,
-    past: Past | None = None,
-    real: Tensor | None = None,
-) -> Summary:
+def leaky(z: Tensor, source: str, *args: Any, **options: Any) -> Summary:
     """The mean of the whole sequence, future included."""
-    shape = summarise(z, source, n_context, chunk)
+    shape = summarise(z, source, *args, **options)
     mean = z.mean(1) if source == "segment" else z.mean(1, keepdim=True)
     return Summary(mean.expand_as(shape.mean), torch.ones_like(shape.filled))
 

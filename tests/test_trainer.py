@@ -75,7 +75,7 @@ def test_changes_of_placement_are_one_line() -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        *({"default_root_dir": "/tmp/x"}, {"callbacks": []}, {"plugins": None}, {"logger": True}, {"max_steps": 9}),
+        *({"default_root_dir": "elsewhere"}, {"callbacks": []}, {"plugins": None}, {"logger": True}, {"max_steps": 9}),
         *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 10**9}, {"devices": [0] * 2000}),
         *({"strategy": "x" * 41}, {"devices": "9" * 9}, {3: 1}, ["devices"], "devices", 5),
     ],

@@ -132,9 +132,8 @@ class MetricsFile(Callback):
 
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
-            self.path.parent.mkdir(
-                parents=True, exist_ok=True
-            )  # the folder was removed: the rest of the run is not lost
+            # where the folder was removed, the rest of the run is not lost
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(to_json({"step": trainer.global_step, **row}) + "\n")
 
