@@ -153,7 +153,8 @@ def main(cfg: DictConfig) -> float | None:
     sweep = state.mode == RunMode.MULTIRUN
     from zoo.callbacks import Interrupted
     from zoo.memory import keep_freed_memory
-    from zoo.training import Untested, run
+    from zoo.safeguards import Untested
+    from zoo.training import run
 
     keep_freed_memory()
     try:

@@ -21,7 +21,7 @@ from zoo.callbacks import Interrupted
 from zoo.checkpoint import Files
 from zoo.models import Model
 from zoo.progress import Progress
-from zoo.training import Untested
+from zoo.safeguards import Untested
 
 TINY = {"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8}
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}

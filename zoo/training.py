@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import platform
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -29,14 +26,15 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo import checkpoint, flops, report, validate
-from zoo.callbacks import Clock, FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
+from zoo.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
 from zoo.config import lookup, plain, positive, show, strict
-from zoo.console import describe, say, warn
+from zoo.console import say
 from zoo.data import Data
 from zoo.files import home, to_json, write
 from zoo.models import MODELS, Model
 from zoo.progress import Progress
 from zoo.run_folder import announced, default, taken
+from zoo.safeguards import guarded, optional, trained
 from zoo.tasks import Task, sources
 from zoo.trainer import arguments, begun, changes, logger_of, placement, stored
 from zoo.trainer import make as make_trainer
@@ -160,7 +158,7 @@ def _run(
         "default_root_dir": folder,
     }
     loggers = logger if isinstance(logger, list) else log.make(folder)
-    engine = make_trainer(model, trainer, fixed, [*map(_guarded, loggers)], callbacks)
+    engine = make_trainer(model, trainer, fixed, [*map(guarded, loggers)], callbacks)
     clock.started_with = {"trainer": stored(trainer, engine), "logger": asdict(log), "placement": placement(engine)}
     if not isinstance(logger, list):
         stack.enter_context(begun(loggers))
@@ -175,7 +173,7 @@ def _run(
     engine.precision_plugin.convert_module(model)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
     folder = Path(str(saver.dirpath)).parent  # that of the first process, in all of them
-    with _trained(folder):
+    with trained(folder):
         tested = checkpoint.find(folder, "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         if engine.is_global_zero and tested.stem == "last":
@@ -184,72 +182,11 @@ def _run(
         metrics = _metrics(model, options, engine, clock, tested)
         if engine.is_global_zero:
             write(folder / "metrics.json", to_json(metrics, 2) + "\n")
-            with _optional("curve.png"):
+            with optional("curve.png"):
                 report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
-            with _optional("the table"):
+            with optional("the table"):
                 say(report.closing(metrics))
     return metrics
-
-
-class Untested(RuntimeError):
-    """Training is complete and saved, what comes after it failed; code: the exit code."""
-
-    code = 1
-
-
-@contextmanager
-def _trained(folder: Path) -> Iterator[None]:
-    """What fails or is stopped inside says that nothing is lost, and how to do it again: Untested, or Interrupted."""
-    safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", 128 + number)
-
-    main = threading.current_thread() is threading.main_thread()  # no other may do this
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    except Interrupted:
-        raise
-    except Exception as error:
-        failed = Untested(f"the test failed, {describe(error)}; {safe}")
-        failed.code = 2 if isinstance(error, OSError) else 1
-        raise failed from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _optional(what: str) -> Iterator[None]:
-    """A warning in place of an error: the run is worth more."""
-    try:
-        yield
-    except Interrupted:
-        raise
-    except Exception as error:
-        warn(f"{what} failed: {describe(error)}")
-
-
-def _guarded(logger: Logger) -> Logger:
-    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
-
-    def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            try:
-                return method(*args, **options)
-            except Interrupted:
-                raise
-            except Exception as error:
-                setattr(logger, name, lambda *args, **options: None)
-                warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
-
-        return call
-
-    for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
-        if method := getattr(logger, name, None):
-            setattr(logger, name, guard(name, method))
-    return logger
 
 
 def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str, Any]]:
