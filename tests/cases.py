@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +65,12 @@ TASK_OPTIONS: dict[str, dict[str, Any]] = {
     "text": {"tokens": 12, "domains": ["code"]},
     "prompts": {"context": 7, "query": 1, "target": 4, "domains": ["code"]},
 }
+
+
+def taking_turns(names: str, first: Sequence[Any], *others: Sequence[Any]) -> pytest.MarkDecorator:
+    """Each of `first` beside one of each of the others, which take turns: not the whole product."""
+    rows = zip(first, *map(itertools.cycle, others), strict=False)
+    return pytest.mark.parametrize(names, list(rows), ids=lambda value: value.name if isinstance(value, Case) else None)
 
 
 def options_of(case: Case) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build, options_of
+from cases import CASES, Case, batch_of, build, options_of, taking_turns
 from torch import Tensor
 
 from zoo.decoder import Decoder, shear_and_down
@@ -157,8 +157,7 @@ def test_builds_on_the_meta_device(case: Case) -> None:
     }
 
 
-@every_case
-@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@taking_turns("case, autocast", CASES, [True, False])
 @torch.no_grad()
 def test_low_precision_is_near_float32(case: Case, autocast: bool) -> None:
     model = build(case).float()

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, batch_of, build, shared
+from cases import BY_NAME, CASES, Case, batch_of, build, shared, taking_turns
 from torch import Tensor
 
 from zoo.delta import Shear
@@ -52,8 +52,7 @@ def dense_prefixes(model: Model, tokens: Tensor, part: Part) -> Tensor:
     return torch.stack(prefixes)
 
 
-@every_case
-@pytest.mark.parametrize("part", PARTS)
+@taking_turns("case, part", CASES, PARTS)
 @torch.no_grad()
 def test_growth_equals_that_of_dense_matrices(case: Case, part: Part) -> None:
     model = shared(case.name)

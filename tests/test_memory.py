@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, build, options_of
+from cases import CASES, Case, build, options_of, taking_turns
 
 import zoo
 from zoo import memory
@@ -46,8 +46,7 @@ def after_two_parts(model: Model, precision: torch.dtype) -> dict[str, Any]:
     return gradients | dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@taking_turns("case, precision", CASES, [torch.float32, torch.bfloat16])
 def test_gradients_and_router_biases_are_bit_equal(case: Case, precision: torch.dtype) -> None:
     plain, again = (after_two_parts(training(case, choice), precision) for choice in (False, True))
     assert list(plain) == list(again)

@@ -122,6 +122,12 @@ def differ(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {key for key in before if not same(before[key], after[key])}
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, dict[str, Any]]:
+    """What models give before an option is changed: each is trained twice, once and for all tests."""
+    return {}
+
+
 def trained(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a model gives after three steps, and what these cost."""
     monkeypatch.setattr(Model, "log", lambda *args, **kwargs: None)  # there is no trainer
@@ -153,11 +159,15 @@ def trained(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("name", "option"), rows(MODEL_CHANGES))
-def test_model_option_matters(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_option_matters(
+    name: str, option: str, before: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     value, needs = split(MODEL_CHANGES[name][option])
-    before = trained(name, needs, monkeypatch)
-    assert not differ(before, trained(name, needs, monkeypatch))
-    changed = differ(before, trained(name, {**needs, option: value}, monkeypatch))
+    key = f"{name} {needs}"
+    if key not in before:
+        before[key] = trained(name, needs, monkeypatch)
+        assert not differ(before[key], trained(name, needs, monkeypatch))
+    changed = differ(before[key], trained(name, {**needs, option: value}, monkeypatch))
     # the way in which experts are computed is the one option that must not change the result
     assert changed == {"work"} if option == "backend" else changed - {"work"}, changed
 

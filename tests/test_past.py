@@ -15,7 +15,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import AUTOREGRESSIVE, Case
+from cases import AUTOREGRESSIVE, Case, taking_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -161,10 +161,7 @@ def test_contexts_of_any_length(case: Case, n_context: int) -> None:
     assert error(shared(case.name), n_context + 2, n_context, n_context + 8) <= EXACT
 
 
-@every_case
-@pytest.mark.parametrize(
-    ("dtype", "temperature"), [(torch.float64, 1.0), (torch.float32, 0.0)], ids=["drawn", "greedy"]
-)
+@taking_turns("case, dtype, temperature", ALL, [torch.float64, torch.float32], [1.0, 0.0])
 @torch.no_grad()
 def test_tokens_are_those_of_a_loop_over_full_forwards(case: Case, dtype: torch.dtype, temperature: float) -> None:
     model = build(case).to(dtype)

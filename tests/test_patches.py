@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, batch_of, build, plain_forward, shared, train
+from cases import CASES, Case, batch_of, build, plain_forward, shared, taking_turns, train
 from test_delta import at_most
 from torch import Tensor
 
@@ -56,18 +56,19 @@ def distances(model: Model, tokens: Tensor, removed: Tensor, patches: list[Patch
     return {name: ((output - contextual).abs().max() / largest).item() for name, output in outputs.items()}
 
 
-# what is removed, precision, options of exact(): each of them meets each form and each case
-WAYS: dict[str, tuple[Tensor, torch.dtype, dict[str, Any]]] = {
-    "part": (SCATTERED, torch.float64, {}),
+# what is removed, precision, options of exact()
+Way = tuple[Tensor, torch.dtype, dict[str, Any]]
+PART: Way = (SCATTERED, torch.float64, {})
+WAYS: dict[str, Way] = {
     "float32": (PREFIX, torch.float32, {"formed": True}),
     "parallel": (PREFIX, torch.float64, {"parallel": True}),
 }
 
 
-@every_case
-@pytest.mark.parametrize(("removed", "dtype", "options"), WAYS.values(), ids=WAYS)
+@taking_turns("case, way", [*CASES, *CASES], [*[PART] * len(CASES), *WAYS.values()])
 @torch.no_grad()
-def test_exact(case: Case, removed: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_exact(case: Case, way: Way) -> None:
+    removed, dtype, options = way
     model = shared(case.name, dtype)
     tokens = tokens_of(model)
     for form in FORMS:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case, build, trained
+from cases import CASES, Case, build, taking_turns, trained
 from test_delta import at_most
 from torch import Tensor
 
@@ -186,8 +186,7 @@ def queries(model: Model, context: Tensor, count: int, k: int = 0) -> tuple[Tens
     return sample_queries(model.task, context, rows, "validation", k, length=4), len(context)
 
 
-@every_case
-@pytest.mark.parametrize("form", ["matrix", "affine", "output"])
+@taking_turns("case, form", CASES, ["matrix", "affine", "output"])
 @torch.no_grad()
 def test_few_queries_are_met_exactly(case: Case, form: str) -> None:
     """Up to D queries, gate, up and down, or down alone, can stand for the context without any error."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build, options_of
+from cases import CASES, Case, batch_of, build, options_of, taking_turns
 from test_delta import at_most
 from torch import Tensor
 
@@ -19,8 +19,7 @@ from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_part = pytest.mark.parametrize("part", PARTS)
+every_case_and_a_part = taking_turns("case, part", CASES, PARTS)
 BY_NAME = {case.name: case for case in CASES}
 B, T, OUT, IN = 2, 3, 6, 5
 W = torch.randn(OUT, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -106,8 +105,7 @@ def test_a_small_difference_keeps_its_digits() -> None:
     assert not (a - a).norm().any()
 
 
-@every_case
-@every_part
+@every_case_and_a_part
 @torch.no_grad()
 def test_a_patched_matrix_is_that_of_the_network(case: Case, part: Part) -> None:
     model = build(case)
@@ -127,8 +125,7 @@ def test_a_patched_matrix_is_that_of_the_network(case: Case, part: Part) -> None
             assert bool(changed) == (dense - layer.ffn.weight(name)).abs().max().gt(1e-12)
 
 
-@every_case
-@every_part
+@every_case_and_a_part
 @torch.no_grad()
 def test_updates_are_relative_to_the_query_alone(case: Case, part: Part) -> None:
     model = build(case)
