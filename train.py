@@ -27,8 +27,8 @@ from zoo.files import home
 from zoo.run_folder import fresh
 
 CONF = Path(__file__).parent / "conf"
-MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 PRESETS = ("experiment", "debug")
+HYDRAS = (HydraException, OmegaConfBaseException)
 
 
 class JobFailed(Exception):
@@ -84,8 +84,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group} {show(name)} does not exist{did_you_mean(name, error.options)}"
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        return str(error) if isinstance(error, RuntimeError) else console.describe(error)
+    if not isinstance(error, HYDRAS):
+        return one_line(error) if isinstance(error, RuntimeError) else console.describe(error)
     text = one_line(f"{error} {error.__cause__ or ''}")
     if isinstance(error, OverrideParseException):
         signs = '; a text with signs beyond letters, digits and /.-_ is quoted: \'option="text"\', \'option=["a","b"]\''
@@ -93,9 +93,9 @@ def reason(error: Exception) -> str:
     return text.replace("'++", "'")
 
 
-def refuse(error: Exception, code: int = 2, sweep: bool = False) -> NoReturn:
-    """One line, and the end of this process, or of this job of a sweep."""
-    if not console.expected(error):
+def refuse(error: Exception, *kinds: type[Exception], code: int = 2, sweep: bool = False) -> NoReturn:
+    """One line, and the end of this process, or of this job of a sweep; the error itself where that is not enough."""
+    if not console.expected(error, *HYDRAS, *kinds):
         raise error
     console.say(f"error: {reason(error)}", sys.stderr)
     if sweep:
@@ -169,19 +169,17 @@ def main(cfg: DictConfig) -> float | None:
             # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
             trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
             metrics = run(config, trainer, config.pop("logger", {}))
-    except MISTAKES as error:
-        refuse(error, 2, sweep)
-    except Untested as error:
-        refuse(error, error.code, sweep)
-    except JobFailed:
+    except (JobFailed, BrokenPipeError):
         raise
     except Interrupted as stop:
         console.say(f"\n{stop}", sys.stderr)
         sys.exit(stop.code)
+    except Untested as error:
+        refuse(error, Untested, code=error.code, sweep=sweep)
     except Exception as error:
-        if sweep:  # the next jobs are run before Hydra shows more of it
+        if sweep and not console.expected(error, *HYDRAS):  # the next jobs are run before Hydra shows more of it
             console.say(f"error: {console.describe(error)}", sys.stderr)
-        raise
+        refuse(error, sweep=sweep)
     finally:
         if sweep:
             with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
@@ -196,10 +194,10 @@ def start() -> int:
         main()
     except BrokenPipeError:
         raise
-    except MISTAKES as error:
-        refuse(error)
     except JobFailed:
         return 1
+    except Exception as error:
+        refuse(error)
     return 0
 
 

@@ -60,10 +60,16 @@ def test_a_test_that_fails_says_what_is_safe_and_is_made_up_for(
     assert (tmp_path / "run/metrics.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [(signal.SIGINT, "zoo.models.Model.test_step"), (signal.SIGTERM, "zoo.validate._check_weights")],
+    ids=["tested", "read"],
+)
+def test_a_signal_after_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, where: str
+) -> None:
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(Model, "test_step", lambda *args: signal.raise_signal(number))
+    monkeypatch.setattr(where, lambda *args: signal.raise_signal(number))
     with pytest.raises(Interrupted, match=f"stopped by {number.name}; training is complete .*resume=") as stop:
         small(tmp_path / "run")
     assert stop.value.code == 128 + number

@@ -182,6 +182,15 @@ def test_a_tampered_checkpoint_is_refused(
         zoo.load(path)
 
 
+def test_one_matrix_of_two_names_is_one_matrix(tmp_path: Path) -> None:
+    model = {"name": "transformer", **SIZES, "tied": True}
+    zoo.train(model, "noise", {"steps": 1, "batch_size": 2, "warmup": 0}, QUIET, out=tmp_path / "run", test_batches=1)
+    content = torch.load(path := tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    content["state_dict"]["decoder.head.weight"] = content["state_dict"]["decoder.head.weight"] + 1
+    torch.save(content, path)
+    assert "decoder.head.weight and decoder.embedding.weight are one matrix" in one_line(lambda: zoo.load(path))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.9, 0.999])
 def test_a_truncated_checkpoint_is_refused(best: Path, tmp_path: Path, share: float) -> None:
     content = best.read_bytes()

@@ -121,13 +121,26 @@ WRONG = [
     (["trainer.max_steps=3"], "trainer.max_steps is decided by the option optim.steps"),
     (["trainer.bogus=3"], "unexpected keyword argument 'bogus'"),
     (["trainer.accelerator=gpu"], "trainer: No supported gpu backend found!"),
+    (["trainer.accelerator=tpu"], "trainer: Requirement 'torch_xla"),
+    (
+        ["trainer.strategy=ddp_spawn", "trainer.accelerator=cpu"],
+        "ddp_spawn' loses what its processes trained; take ddp",
+    ),
+    (["trainer.min_steps=abc"], "trainer.min_steps is decided by the option optim.steps"),
+    (["trainer.limit_test_batches=0.01"], "trainer.limit_test_batches=0.01 of 20 batches is none"),
+    (["trainer.max_time=00:00:00:00", "trainer.accelerator=cpu"], "='00:00:00:00' was over before the first step"),
     (["validate_every=0"], "validate_every=0 must be above 0"),
+    ([f"log_every={10**20}"], f"log_every={10**20} must be a number of 64 bits"),
+    (["model.dim=1000000000000"], "can't allocate memory"),
+    (["resume="], "resume= names no run"),
+    (["~task"], "task must be given"),
+    (["out=a::b/here"], "a::b/here as run folder: Lightning takes :: and :// for other places"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_wrong_options(command: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
-    answer = command(*arguments, "out=made/here")
+    answer = command("out=made/here", *arguments)
     assert answer.code == 2
     assert answer.err.splitlines()[-1].startswith("error: ")
     assert message in answer.err
@@ -199,6 +212,12 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
         assert message in answer.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert zoo.load("run").config.rank == 4
+
+
+def test_ctrl_c_before_the_training_is_one_line(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.training._run", lambda *args: signal.raise_signal(signal.SIGINT))
+    answer = command("out=run")
+    assert (answer.code, answer.err) == (130, "\nstopped by SIGINT\n")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(command: Any, tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ def test_no_path_that_is_removed_or_written_comes_out_of_a_file(run: Path, last:
     assert folder.exists()
 
 
+def moment(content: Any, name: str) -> torch.Tensor:
+    return content["optimizer_states"][0]["state"][0][name]
+
+
 RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no options": (lambda c: c["zoo"].pop("config"), "must hold zoo.config as dict, got None"),
     "no time": (lambda c: c["zoo"].pop("seconds"), "zoo.seconds"),
@@ -173,6 +177,9 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no schedule": (lambda c: c.update(lr_schedulers=[]), "must hold one of lr_schedulers, got 0"),
     "a moment": (lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3)), "state.0.exp_avg is"),
     "no moment": (lambda c: c["optimizer_states"][0]["state"].pop(0), "optimizer_states.0.state lacks 0"),
+    "a square below 0": (lambda c: moment(c, "exp_avg_sq").sub_(9), "exp_avg_sq holds numbers below 0"),
+    "no steps of a moment": (lambda c: moment(c, "step").zero_(), "state.0.step is 0.0, the run stands at another"),
+    "a family": (lambda c: c.update(family=[1]), "must hold family as dict"),
     "other loops": (lambda c: c["loops"]["fit_loop"].clear(), "loops.fit_loop lacks 'epoch_progress'"),
     "another step": (lambda c: c.update(global_step=2), r"must stand at one step of 3, not at \[1, 2\]"),
     "an option": (lambda c: c["zoo"]["config"].update(validate_every=torch.ones(2)), "validate_every=.* of type int"),
@@ -190,11 +197,17 @@ def test_damaged_runs_do_not_go_on(run: Path, last: Path, what: str) -> None:
         zoo.train(resume=last.parent.parent, trainer=QUIET)
 
 
-def test_flags_of_the_optimizer_are_those_of_the_options(run: Path, last: Path) -> None:
+def test_only_moments_and_the_step_are_taken_from_a_file(run: Path, last: Path) -> None:
+    """All else is as the options say, and no two moments share memory."""
     content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     for group in content["optimizer_states"][0]["param_groups"]:
-        group.update(fused=True, capturable=True, maximize=True, betas="x", weight_decay=None, junk=1)
-    content["lr_schedulers"][0].update(base_lrs="x", optimizer=5, lr_lambdas=[{"__code__": 5}] * 2)
+        group.update(fused=True, capturable=True, maximize=True, betas="x", weight_decay=None, junk=1, lr=-1.0)
+    content["lr_schedulers"][0].update(base_lrs="x", optimizer=5, lr_lambdas=[{"__code__": 5}] * 2, _last_lr=[9.0, 9.0])
+    content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(completed=5, ready=9)
+    content["pytorch-lightning_version"] = "2.1"
+    steps = [state["step"] for state in content["optimizer_states"][0]["state"].values()]
+    for state in content["optimizer_states"][0]["state"].values():
+        state["step"] = steps[0]
     torch.save(content, last)
     zoo.train(resume=last.parent.parent, trainer=QUIET)
     whole = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
@@ -219,6 +232,8 @@ def test_a_best_checkpoint_of_another_run_is_not_gone_on_with(run: Path, last: P
     content["hyper_parameters"]["seed"] = content["zoo"]["config"]["seed"] = 4
     torch.save(content, last.with_name("best.ckpt"))
     assert "best.ckpt is of another run: move it away" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
+    last.with_name("best.ckpt").write_bytes(b"junk")
+    assert f"; move it away to go on with {last}" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
 
 
 @pytest.mark.parametrize("path", [5, None, "x" * 5000, "a\0b", "~nobody-of-that-name/x", b"x", ["x"], "/dev/zero", "."])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.tasks import TASKS
+from zoo.tasks import TASKS, corpus
 from zoo.tasks.domains import DOMAINS
 
 SENTENCES = [f"Sentence {k} has no more than a few words, and one is {k * k}.\n" for k in range(60)]
@@ -116,8 +116,27 @@ def test_the_text_of_another_python_is_refused(cache: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("state", ["x", [3], ["../" * 21 + "x"], {"a": 1}, ["a" * 63 + "\n"]])
 def test_a_corpus_of_a_checkpoint_is_a_list_of_hashes(state: Any) -> None:
-    with pytest.raises(ValueError, match="the corpus of a task is a list of hashes, got "):
+    with pytest.raises(ValueError, match="the corpus of this task is a list of hashes of "):
         TASKS["text"](TEXT, 0).restore({"corpus": state})
+
+
+def test_a_folder_of_another_kind_is_no_corpus(cache: Path) -> None:
+    """The digest of what was encoded, of a tokenizer or of rows, twice the own one, and ever so many."""
+    here = {"files": [str(stories(Path("a.jsonl")))]}
+    made = {kind: TASKS[task["name"]](task | here, 0) for kind, task in (("bpe", PAIRS), ("rows", PROMPTS))}
+    for task in made.values():
+        task.prepare()
+    digests = {folder.name.partition("-")[0]: corpus.digest(folder) for folder in cache.iterdir()}
+    assert set(digests) == {"files", "bpe", "ids", "prompts"}
+    expected = TASKS["text"](TEXT | here, 0).batch("train", 0, 2)
+    for kind in ("bpe", "ids", "prompts"):
+        task = TASKS["text"](TEXT | here, 0)
+        task.restore({"corpus": [digests[kind]]})
+        with pytest.warns(match="the checkpoint was trained on other text"):
+            assert torch.equal(task.batch("train", 0, 2).tokens, expected.tokens)
+    for several in ([digests["files"]] * 2, [digests["files"]] * 10**5):
+        with pytest.raises(ValueError, match="is a list of hashes of"):
+            TASKS["text"](TEXT | here, 0).restore({"corpus": several})
 
 
 def test_a_model_needs_no_text_and_an_older_checkpoint_no_digest(cache: Path) -> None:

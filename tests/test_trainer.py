@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from test_training import QUIET, small
@@ -76,14 +77,28 @@ def test_changes_of_placement_are_one_line() -> None:
     "entry",
     [
         *({"default_root_dir": "elsewhere"}, {"callbacks": []}, {"plugins": None}, {"logger": True}, {"max_steps": 9}),
-        *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 10**9}, {"devices": [0] * 2000}),
-        *({"strategy": "x" * 41}, {"devices": "9" * 9}, {3: 1}, ["devices"], "devices", 5),
+        *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 1e9}, {"devices": [0] * 2000}),
+        *({"strategy": "x" * 41}, {"devices": "9" * 9}, {3: 1}, ["devices"], "devices", 5, {"num_nodes": 2}),
+        *({"strategy": "ddp_spawn"}, {"strategy": "xla"}, {"detect_anomaly": "x"}, {"limit_val_batches": -1}),
     ],
     ids=str,
 )
 def test_the_trainer_of_a_file_is_names_and_numbers(entry: Any) -> None:
     with pytest.raises(ValueError, match="the checkpoint holds arguments of a trainer that no run has"):
         arguments({}, entry)
+
+
+def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
+    with pytest.raises(ValueError, match=r"the run had 100000 devices, here are at most \d+: give trainer.devices="):
+        arguments({}, {"devices": 100_000})
+    assert arguments({"devices": 1}, {"devices": 100_000}) == {"devices": 1}
+
+
+def test_the_precision_that_was_chosen_is_stored() -> None:
+    assert trainer.stored({"accelerator": "cpu"}, lightning.Trainer(logger=False)) == {
+        "accelerator": "cpu",
+        "precision": "32-true",
+    }
 
 
 def test_nothing_of_a_checkpoint_is_instantiated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,7 @@ def test_a_crash_between_checkpoints_is_made_up_for(tmp_path: Path, monkeypatch:
             small(tmp_path / "cut", "moe", validate_every=2, log_every=1)
     assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+        file.write('{"step": 5, "loss": 1.0}\n{"step": "a"}\n' + "[" * 10**5 + '\n{"step": 6, "lo')
     zoo.train(resume=str(tmp_path / "cut"), trainer=QUIET)
     same_weights(tmp_path / "whole", tmp_path / "cut")
     assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()

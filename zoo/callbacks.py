@@ -20,8 +20,10 @@ from zoo.checkpoint import SCHEMA
 from zoo.files import to_json, write
 
 
-class Interrupted(Exception):
-    """A signal stopped the run; its last checkpoint is complete. code: the exit code that shells expect."""
+class Interrupted(BaseException):
+    """A signal stopped the run; its last checkpoint is complete. code: the exit code that shells expect.
+
+    As KeyboardInterrupt it is no Exception: it may come at any line, also where every Exception is a broken file."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -122,13 +124,10 @@ class MetricsFile(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drops rows that a killed run wrote after its last checkpoint."""
-        if trainer.is_global_zero and self.path.exists():
-            lines = [
-                line
-                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if _row_step(line) <= trainer.global_step
-            ]
-            write(self.path, "".join(line + "\n" for line in lines))
+        if trainer.is_global_zero:
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+            lines = [line for line in text.splitlines() if _row_step(line) <= trainer.global_step]
+            write(self.path, "".join(line + "\n" for line in lines))  # a file of its own, never one of a link
 
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
@@ -156,9 +155,9 @@ class MetricsFile(Callback):
 
 def _row_step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a row cut short by a kill
-        return float("inf")
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # a row cut short by a kill
+        return math.inf
 
 
 class LastCheckpoint(Checkpoint):

@@ -79,7 +79,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 """What a run that goes on needs; zoo.load does without, but takes none of another type."""
 
-NOT_NEEDED: dict[str, tuple[type, ...]] = {"zoo.trainer": (dict, type(None)), "zoo.logger": (dict, type(None))}
+NOT_NEEDED: dict[str, tuple[type, ...]] = {
+    "zoo.trainer": (dict, type(None)),
+    "zoo.logger": (dict, type(None)),
+    "family": (dict,),
+}
 
 
 class Files(TorchCheckpointIO):
@@ -194,7 +198,11 @@ def _saver(state: dict[str, Any], checkpoint: dict[str, Any], path: Path) -> dic
         score = validate.like(score, torch.zeros(()), f"{path}: best_model_score")
     if score is None or not best.is_file():  # the next validation writes one
         return {"dirpath": str(folder), "best_model_score": None, "best_model_path": ""}
-    if not path.samefile(best) and read(best)["hyper_parameters"] != checkpoint["hyper_parameters"]:
+    try:
+        same = path.samefile(best) or read(best)["hyper_parameters"] == checkpoint["hyper_parameters"]
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away to go on with {path}") from None
+    if not same:
         raise ValueError(f"{best} is of another run: move it away to go on with {path}")
     paths = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(best))
     scores = dict.fromkeys(("best_model_score", "current_score", "kth_value"), score)

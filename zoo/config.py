@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from itertools import islice
 from pathlib import PurePath
@@ -96,6 +96,9 @@ def strict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             raise ValueError(
                 f"{_path(where, key)} is not an option of {cls.__name__}{did_you_mean(_short(key), names)}"
             )
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{_path(where, field.name)} must be given")
     return cls(**{key: _coerce(value, hints[key], _path(where, key)) for key, value in values.items()})
 
 
@@ -127,10 +130,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}={show(value)} must be a list")
         return tuple(_coerce(item, args[0], where) for item in value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}={show(value)} must be a number of 64 bits")  # a checkpoint holds no other
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e3
+        return _coerce(int(value), hint, where)  # 1e3
     if isinstance(value, float) and hint is float and not math.isfinite(value):
         raise ValueError(f"{where}={value} must be a finite number")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

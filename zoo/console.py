@@ -40,15 +40,18 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
-def expected(error: BaseException) -> bool:
-    """Whether one line says it all of a mistake. A character that could not be written is none, though Python makes it
-    a ValueError."""
-    return os.environ.get("HYDRA_FULL_ERROR", "0") == "0" and not isinstance(error, UnicodeEncodeError)
+def expected(error: BaseException, *kinds: type[BaseException]) -> bool:
+    """Whether one line says it all: of a user's mistake, of what the machine refuses, and of these `kinds`. A character
+    that could not be written is none, though Python makes it a ValueError."""
+    known = isinstance(error, (ValueError, OSError, MemoryError, OverflowError, *kinds)) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+    )
+    return known and not isinstance(error, UnicodeEncodeError) and os.environ.get("HYDRA_FULL_ERROR", "0") == "0"
 
 
 def command(main: Callable[P, Any]) -> Callable[P, int]:
     """`main` as a command: its result is the exit code, 2, with one line on stderr, for what is expected to go wrong,
-    141 if nobody reads its output any more."""
+    130 after Ctrl-C, 141 if nobody reads its output any more."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -60,7 +63,10 @@ def command(main: Callable[P, Any]) -> Callable[P, int]:
         except BrokenPipeError:
             _discard(sys.stdout)
             return 141
-        except (ValueError, OSError) as error:
+        except KeyboardInterrupt:  # during training it is Interrupted, of zoo.callbacks
+            say("\nstopped by SIGINT", sys.stderr)
+            return 130
+        except Exception as error:
             if not expected(error):
                 raise
             say(f"error: {describe(error)}", sys.stderr)

@@ -49,6 +49,8 @@ def taken(out: Path | None, family: str, resumed: bool) -> Iterator[Path]:
     holds it, or if it holds a run and is not `resumed`.
     """
     folder = (out or default(family)).absolute()
+    if "::" in str(folder) or "://" in str(folder):
+        raise ValueError(f"cannot use {folder} as run folder: Lightning takes :: and :// for other places")
     made = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     try:
         try:
@@ -96,7 +98,7 @@ def _lock(folder: Path) -> int:
     """The open file folder/.lock, which the system gives back when this process ends, however it ends."""
     path = folder / LOCK
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,8 +34,6 @@ def trained(folder: Path) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield
-    except Interrupted:
-        raise
     except Exception as error:
         failed = Untested(f"the test failed, {describe(error)}; {safe}")
         failed.code = 2 if isinstance(error, OSError) else 1
@@ -50,8 +48,6 @@ def optional(what: str) -> Iterator[None]:
     """A warning in place of an error: the run is worth more."""
     try:
         yield
-    except Interrupted:
-        raise
     except Exception as error:
         warn(f"{what} failed: {describe(error)}")
 
@@ -63,8 +59,6 @@ def guarded(logger: Logger) -> Logger:
         def call(*args: Any, **options: Any) -> Any:
             try:
                 return method(*args, **options)
-            except Interrupted:
-                raise
             except Exception as error:
                 setattr(logger, name, lambda *args, **options: None)
                 warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")

@@ -24,15 +24,22 @@ from zoo import checkpoint
 from zoo.config import lookup, one_line, plain, show, strict
 from zoo.models import Model
 
-STORED = (
-    *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "benchmark", "sync_batchnorm"),
-    *("limit_val_batches", "limit_test_batches", "detect_anomaly", "enable_progress_bar"),
-)
-"""Arguments of lightning.Trainer that a run keeps when it is resumed: names and numbers, never paths or objects."""
+FLAG = (True, False, None)
+STORED: dict[str, tuple[Any, ...]] = {
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "strategy": ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_static_graph", "fsdp"),
+    "precision": ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"),
+    "deterministic": (*FLAG, "warn"),
+    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), FLAG),
+    **dict.fromkeys(("devices", "limit_val_batches", "limit_test_batches"), ()),  # numbers
+}
+"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their values: never paths or objects."""
 
 DECIDED_BY = {
     "max_steps": "optim.steps",
     "max_epochs": "optim.steps",
+    "min_steps": "optim.steps",
+    "min_epochs": "optim.steps",
     "limit_train_batches": "optim.steps",
     "fast_dev_run": "optim.steps (debug=fast: a run of 4)",
     "overfit_batches": "overfit",
@@ -49,20 +56,22 @@ DECIDED_BY = {
 
 def arguments(given: Mapping[str, Any], saved: Any = None) -> dict[str, Any]:
     """Arguments of lightning.Trainer: those `saved` with a run, below those `given`, which may be objects. Raises
-    ValueError for saved ones that are not names and numbers of STORED."""
+    ValueError for saved ones that are not in STORED, and for more devices than there are."""
     saved = {} if saved is None else saved
     if not isinstance(saved, dict) or not all(_storable(key, value) for key, value in saved.items()):
         raise ValueError(f"the checkpoint holds arguments of a trainer that no run has: {show(saved)}")
+    here = max(2, os.cpu_count() or 1, torch.cuda.device_count())
+    if "devices" in saved and "devices" not in given and saved["devices"] > here:
+        raise ValueError(f"the run had {saved['devices']} devices, here are at most {here}: give trainer.devices=")
     return {**saved, **{key: _plain(value) for key, value in given.items()}}
 
 
 def _storable(key: Any, value: Any) -> bool:
-    if isinstance(value, list):
-        return key == "devices" and len(value) <= 1024 and all(isinstance(item, int) for item in value)
-    if isinstance(value, str):
-        return key in STORED and len(value) <= 40 and not value.isdigit()
-    limit = 1024 if key in ("devices", "num_nodes") else 2**31  # Lightning makes a list as long as devices
-    return key in STORED and (value is None or (isinstance(value, int | float) and abs(value) <= limit))
+    if not isinstance(key, str) or not isinstance(value, str | int | float | None):
+        return False
+    if STORED.get(key) == ():
+        return (type(value) is int and 0 <= value < 2**31) or (type(value) is float and 0 <= value <= 1)
+    return value in STORED.get(key, ())
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +131,7 @@ def make(
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
-    clash = sorted(set(fixed) & set(given))
+    clash = sorted((set(fixed) | set(DECIDED_BY)) & set(given))
     if clash:
         option = DECIDED_BY.get(clash[0])
         raise ValueError(f"trainer.{clash[0]} is {f'decided by the option {option}' if option else 'fixed here'}")
@@ -139,8 +148,10 @@ def make(
         _started(given["devices"] * given.get("num_nodes", 1))
     try:
         engine = L.Trainer(**given, **fixed)
-    except (TypeError, RuntimeError, MisconfigurationException) as error:
+    except Exception as error:  # each argument fails in its own way
         raise ValueError(f"trainer: {one_line(error)}") from error
+    if "spawn" in str(strategy := getattr(engine.strategy, "_start_method", "")) or strategy == "fork":
+        raise ValueError(f"trainer.strategy={show(given['strategy'])} loses what its processes trained; take ddp")
     _started(engine.num_devices * engine.num_nodes)
     share = model.optim.accumulate * engine.world_size
     if model.optim.batch_size % share:

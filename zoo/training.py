@@ -83,9 +83,9 @@ def train(
         model, task = model or "transformer", task or "regression"
     for group, given in (("model", model), ("task", task)):
         if given:
-            options[group] = {"name": given} if isinstance(given, str) else dict(given)
+            options[group] = {"name": given} if isinstance(given, str) else given
     logger = {"name": logger} if isinstance(logger, str) else logger
-    return run({"optim": dict(optim or {}), **options}, dict(trainer or {}), logger)
+    return run({"optim": optim or {}, **options}, trainer or {}, logger)
 
 
 def run(
@@ -107,12 +107,24 @@ def run(
 def _run(
     config: dict[str, Any], trainer: Mapping[str, Any], logger: Mapping[str, Any] | list[Logger], stack: ExitStack
 ) -> dict[str, Any]:
-    if isinstance(config.get("task"), Mapping):
+    groups = {**config, "trainer": trainer, "logger": {} if isinstance(logger, list) else logger}
+    for name in ("model", "task", "optim", "trainer", "logger"):
+        if not isinstance(groups.get(name, {}), Mapping):
+            raise ValueError(f"{name} must be a group of options, got {show(groups[name])}")
+    if isinstance(logger, list) and not all(isinstance(item, Logger) for item in logger):
+        raise ValueError(f"logger must be a list of Lightning's loggers, got {show(logger)}")
+    if config.get("resume") == "":
+        raise ValueError("resume= names no run: give a run folder, or null for a new run")
+    if "task" in config:
         config = {**config, "task": sources.absolute(config["task"])}
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
     options, saved = _resume(config, resumed) if resumed else (strict(RunConfig, config, ""), {})
     begun_with = saved.get("zoo", {})
     trainer = arguments(trainer, begun_with.get("trainer"))
+    for part, count in (("val", options.validation_batches), ("test", options.test_batches)):
+        limit = trainer.get(f"limit_{part}_batches")
+        if isinstance(limit, float) and 0 < limit * count < 1:
+            raise ValueError(f"trainer.limit_{part}_batches={limit} of {count} batches is none: 0 for none, or more")
     log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), begun_with.get("logger"))
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"seed={show(options.seed)} must lie between 0 and {2**32 - 1}")
@@ -173,6 +185,10 @@ def _run(
     engine.precision_plugin.convert_module(model)
     engine.fit(model, data, ckpt_path=resumed, weights_only=True)
     folder = Path(str(saver.dirpath)).parent  # that of the first process, in all of them
+    if not engine.global_step:
+        raise ValueError(f"trainer.max_time={show(trainer.get('max_time'))} was over before the first step")
+    if engine.is_global_zero and engine.global_step < model.optim.steps:
+        say(f"stopped by trainer.max_time at step {engine.global_step}; continue with: python train.py resume={folder}")
     with trained(folder):
         tested = checkpoint.find(folder, "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])

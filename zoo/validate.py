@@ -7,46 +7,28 @@ checkpoint has weights, and compared by name, shape and dtype; only then does an
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks
 
 from zoo.config import lookup, one_line, show
 from zoo.models import MODELS, Model
+from zoo.models.base import OptimConfig
 from zoo.untrusted import finite
 
 OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PARTS = 8  # modules and parameters made for each weight of the state_dict, at most; three are usual
-
-READY: dict[str, Any] = {"ready": 0, "completed": 0}
-STARTED = {**READY, "started": 0}
-PROCESSED = {**STARTED, "processed": 0}
-BATCHES = {"total": PROCESSED, "current": PROCESSED, "is_last_batch": False}
-LOOPS = {
-    "fit_loop": {
-        "epoch_progress": {"total": PROCESSED, "current": PROCESSED},
-        "epoch_loop.state_dict": {"_batches_that_stepped": 0},
-        "epoch_loop.batch_progress": BATCHES,
-        "epoch_loop.scheduler_progress": {"total": READY, "current": READY},
-        "epoch_loop.automatic_optimization.optim_progress": {
-            "optimizer": {
-                "step": {"total": READY, "current": READY},
-                "zero_grad": {"total": STARTED, "current": STARTED},
-            }
-        },
-        "epoch_loop.val_loop.batch_progress": BATCHES,
-    }
-}
-"""Where a run stands, by Lightning's names."""
 
 
 def build(options: dict[str, Any]) -> Model:
@@ -62,6 +44,8 @@ def model(checkpoint: dict[str, Any], path: Path) -> Model:
     options, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     if {key: type(value) for key, value in options.items()} != OPTIONS:
         raise ValueError(f"{path} must hold the options {', '.join(OPTIONS)}, got {show(options, 200)}")
+    if not 0 <= options["seed"] < 2**32:
+        raise ValueError(f"{path} holds seed={show(options['seed'])}, not one between 0 and {2**32 - 1}")
     _check_weights(weights, path)
     try:
         with torch.device("meta"), _at_most(PARTS * len(weights) + 100):
@@ -71,6 +55,7 @@ def model(checkpoint: dict[str, Any], path: Path) -> Model:
         if ours != filled:
             raise ValueError("; ".join(differences(filled, ours)))
         _compare({name: tuple(t.shape) for name, t in meta.state_dict().items()}, weights)
+        _same_under_all_names(meta, weights)
         checkpoint["hyper_parameters"] = ours
         if "config" in checkpoint["zoo"]:
             checkpoint["zoo"]["config"].update(ours)
@@ -129,6 +114,14 @@ def _compare(ours: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> No
         raise ValueError("; ".join(lines[:8]))
 
 
+def _same_under_all_names(model: Model, weights: dict[str, Tensor]) -> None:
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if not torch.equal(weights[name], weights[other]):
+            raise ValueError(f"{name} and {other} are one matrix in the model, two in the file")
+
+
 def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -> list[str]:
     """One line for each value of `asked` that `saved` lacks or holds differently."""
     lines = []
@@ -144,29 +137,60 @@ def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -
 
 
 def progress(checkpoint: dict[str, Any], meta: Model, path: Path) -> dict[str, Any]:
-    """The checkpoint with what Lightning restores, each value by its name and type: of its optimizer, its schedule and
-    its place in the run; raises ValueError where a value is another."""
+    """The checkpoint with what Lightning restores: the optimizer's moments, each by its name and type. The schedule and
+    the place in the run are those of its step; raises ValueError where the file says another."""
     configured: Any = meta.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for parameter in meta.decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    began = schedule.state_dict()
     optimizer.step()  # makes the state, of no memory either
     (saved,), (scheduled,) = (_one(checkpoint[name], name, path) for name in ("optimizer_states", "lr_schedulers"))
-    loops = like(checkpoint["loops"], LOOPS, f"{path}: loops")
-    step = loops["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
-    moved = {name: began[name] for name in ("last_epoch", "_step_count", "_last_lr")}
-    schedules = [began | like(scheduled, moved, f"{path}: lr_schedulers.0")]
-    steps = {checkpoint["global_step"], step["completed"], schedules[0]["last_epoch"]}
-    if len(steps) > 1 or not 0 <= checkpoint["global_step"] <= meta.optim.steps:
+    step, began = checkpoint["global_step"], schedule.state_dict()
+    loops = place(step, meta.optim)
+    counted = like(checkpoint["loops"], loops, f"{path}: loops")["fit_loop"][COUNTED]["optimizer"]["step"]["total"]
+    scheduled = like(scheduled, {"last_epoch": 0}, f"{path}: lr_schedulers.0")
+    steps = {step, counted["completed"], scheduled["last_epoch"]}
+    if len(steps) > 1 or not 0 <= step <= meta.optim.steps:
         raise ValueError(f"{path} must stand at one step of {meta.optim.steps}, not at {show(sorted(steps))}")
-    if not checkpoint["pytorch-lightning_version"].startswith("2."):
+    if not re.fullmatch(r"2\.\d{1,4}(\.\w{1,20})*", checkpoint["pytorch-lightning_version"]):
         raise ValueError(f"{path} is of Lightning {show(checkpoint['pytorch-lightning_version'])}, not of 2.x")
-    if "MixedPrecision" in (checkpoint := dict(checkpoint)):  # 16-mixed
+    checkpoint = {**checkpoint, "pytorch-lightning_version": L.__version__}
+    if mixed := "MixedPrecision" in checkpoint:  # 16-mixed, which passes over steps whose gradients are not finite
         scaler = torch.amp.GradScaler("cpu").state_dict()
         checkpoint["MixedPrecision"] = like(checkpoint["MixedPrecision"], scaler, f"{path}: MixedPrecision")
-    optimizers = [_optimizer(saved, optimizer.state_dict(), f"{path}: optimizer_states.0")]
-    return {**checkpoint, "loops": loops, "lr_schedulers": schedules, "optimizer_states": optimizers}
+    rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    checkpoint["loops"] = loops
+    checkpoint["lr_schedulers"] = [{**began, "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}]
+    taken = range(step + 1) if mixed else (step,)
+    checkpoint["optimizer_states"] = [
+        _optimizer(saved, optimizer.state_dict(), rates, taken, f"{path}: optimizer_states.0")
+    ]
+    return checkpoint
+
+
+COUNTED = "epoch_loop.automatic_optimization.optim_progress"
+
+
+def place(steps: int, optim: OptimConfig) -> dict[str, Any]:
+    """Where a run stands after so many steps, by Lightning's names."""
+
+    def count(total: int, *names: str) -> dict[str, Any]:
+        return {kind: dict.fromkeys(("ready", "completed", *names), total) for kind in ("total", "current")}
+
+    def batches(total: int, last: bool) -> dict[str, Any]:
+        return {**count(total, "started", "processed"), "is_last_batch": last}
+
+    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    return {
+        "fit_loop": {
+            "epoch_progress": {"total": epoch, "current": epoch},
+            "epoch_loop.state_dict": {"_batches_that_stepped": steps},
+            "epoch_loop.batch_progress": batches(steps * optim.accumulate, steps == optim.steps),
+            "epoch_loop.scheduler_progress": count(steps),
+            COUNTED: {"optimizer": {"step": count(steps), "zero_grad": count(steps, "started")}},
+            "epoch_loop.val_loop.batch_progress": batches(0, False),
+        }
+    }
 
 
 def _one(states: list[Any], name: str, path: Path) -> list[Any]:
@@ -175,21 +199,32 @@ def _one(states: list[Any], name: str, path: Path) -> list[Any]:
     return states
 
 
-def _optimizer(saved: Any, ours: dict[str, Any], where: str) -> dict[str, Any]:
-    """The moments of each parameter, and the learning rate; all else is as the options say."""
-    groups = [{"lr": group["lr"], "params": group["params"]} for group in ours["param_groups"]]
+def _optimizer(
+    saved: Any, ours: dict[str, Any], rates: list[float], taken: Container[int], where: str
+) -> dict[str, Any]:
+    """The moments of each parameter after `taken` steps; all else is as the options say."""
+    groups = [{"params": group["params"]} for group in ours["param_groups"]]
     saved = like(saved, {"state": None, "param_groups": groups}, where)
-    new = [{**group, **found} for group, found in zip(ours["param_groups"], saved["param_groups"], strict=True)]
+    new = [
+        {**group, **found, "lr": rate}
+        for group, found, rate in zip(ours["param_groups"], saved["param_groups"], rates, strict=True)
+    ]
     ids, own = (list(chain.from_iterable(group["params"] for group in side)) for side in (new, ours["param_groups"]))
     if sorted(ids) != sorted(own):
         raise ValueError(f"{where}.param_groups names other parameters than 0 to {len(own) - 1}")
     template = {index: ours["state"][place] for index, place in zip(ids, own, strict=True)}
-    return {"state": like(saved["state"], template, f"{where}.state"), "param_groups": new}
+    states = like(saved["state"], template, f"{where}.state")
+    for index, state in states.items():
+        if state["step"].item() not in taken:
+            raise ValueError(f"{where}.state.{index}.step is {state['step'].item()}, the run stands at another")
+        if (state["exp_avg_sq"] < 0).any():
+            raise ValueError(f"{where}.state.{index}.exp_avg_sq holds numbers below 0")
+    return {"state": states, "param_groups": new}
 
 
 def like(value: Any, ours: Any, where: str) -> Any:
-    """`value` with the names of `ours` alone; raises ValueError where a type, length or shape is another, an integer is
-    negative or a number not finite. None stands for any value."""
+    """`value` with the names of `ours` alone and each tensor in memory of its own; raises ValueError where a type,
+    length or shape is another, an integer is negative or a number not finite. None stands for any value."""
     if ours is None:
         return value
     if isinstance(ours, dict) and isinstance(value, dict):
@@ -209,4 +244,4 @@ def like(value: Any, ours: Any, where: str) -> Any:
         fits = type(value) is type(ours) in (int, bool, str) and not (type(ours) is int and value < 0)
     if not fits:
         raise ValueError(f"{where} is {show(value)}, not as {show(ours)}")
-    return value
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value

@@ -202,6 +202,7 @@ class RoutedDelta(ContextToDelta):
 
     def restore(self, state: dict[str, Any]) -> None:
         shares, config = state.get("shares", []), self.config
+        super().restore({name: value for name, value in state.items() if name != "shares"})
         rows = [len(row) if isinstance(row, list) else 0 for row in shares] if isinstance(shares, list) else [0]
         numbers = [x for row in shares for x in row] if set(rows) <= {config.experts} else [None]
         if len(rows) not in (0, config.layers) or not all(isinstance(x, float) and 0 <= x <= 1 for x in numbers):

@@ -190,9 +190,9 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def find(digest_: str) -> Path | None:
-    """A whole folder that holds what a digest stands for, if the cache has one."""
-    for manifest in sorted(cache().glob("*/manifest.json")):
+def find(name: str, digest_: str) -> Path | None:
+    """A whole folder prepared under that name that holds what a digest stands for, if the cache has one."""
+    for manifest in sorted(cache().glob(f"{name}-*/manifest.json")):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             if digest(manifest.parent) == digest_ and _whole(manifest.parent):
                 return manifest.parent

@@ -53,5 +53,5 @@ class FiniteTask(Task):
 
     def once(self, split: str, draws: int) -> np.ndarray:
         sizes = np.array(self.sizes(split))
-        turn_N, source_N = np.divmod(np.arange(draws), len(sizes))
+        turn_N, source_N = np.divmod(np.arange(min(draws, len(sizes) * sizes.max())), len(sizes))
         return np.flatnonzero(turn_N < sizes[source_N])

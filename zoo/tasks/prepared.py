@@ -6,6 +6,7 @@ import functools
 import re
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ class CorpusTask(FiniteTask):
     """Of the folders in use, or to be used."""
     _names: tuple[str, ...] = ("this task",)
 
+    @property
+    @abstractmethod
+    def _kinds(self) -> Sequence[str]:
+        """The names that corpus.prepare gives the folders of the options' data, one for each."""
+
     @abstractmethod
     def _prepared(self) -> dict[str, Path]:
         """The folders of the data that the options name, each with its name for messages; made if need be."""
 
     @functools.cached_property
     def _folders(self) -> list[Path]:
-        kept = [folder for digest in self.digests or () if (folder := corpus.find(digest))]
-        if kept and len(kept) == len(self.digests or ()):
-            return kept
+        kept = [corpus.find(kind, digest) for kind, digest in zip(self._kinds, self.digests or (), strict=False)]
+        if kept and all(kept):
+            return kept  # type: ignore[return-value]
         try:
             prepared = self._prepared()
         except ValueError as error:
@@ -62,10 +68,9 @@ class CorpusTask(FiniteTask):
         if "corpus" not in state:  # older checkpoints do not say
             return
         digests = state["corpus"]
-        if not isinstance(digests, list) or not all(
-            isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in digests
-        ):
-            raise ValueError(f"the corpus of a task is a list of hashes, got {show(digests)}")
+        known = isinstance(digests, list) and len(digests) == len(self._kinds)
+        if not known or not all(isinstance(item, str) and re.fullmatch("[0-9a-f]{64}", item) for item in digests):
+            raise ValueError(f"the corpus of this task is a list of hashes of {self._kinds}, got {show(digests)}")
         if "_folders" in self.__dict__ and (changed := self._changed(digests)):
             raise ValueError(f"{changed}; {ADVICE}")
         self.digests = digests

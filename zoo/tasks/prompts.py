@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +73,10 @@ class Prompts(CorpusTask):
             raise ValueError(f"task.domains={list(config.domains)} and task.files={list(config.files)}: choose one")
         elif not config.files:
             raise ValueError("task.files=[] must name a file, null for domains")
+
+    @property
+    def _kinds(self) -> Sequence[str]:
+        return self.config.domains or ["prompts"]
 
     def _prepared(self) -> dict[str, Path]:
         if not self.config.files:

@@ -117,6 +117,10 @@ class Text(CorpusTask):
                 raise ValueError(f"task.vocabulary={vocabulary} must lie between {START + 2} and {1 << 16}")
             object.__setattr__(config, "vocabulary", vocabulary)
 
+    @property
+    def _kinds(self) -> Sequence[str]:
+        return self.config.domains or ["files" if self.config.files is not None else "hub"]
+
     def _prepared(self) -> dict[str, Path]:
         """Where the byte ids of each domain, or of the only other source, lie."""
         config = self.config
@@ -168,8 +172,7 @@ class Text(CorpusTask):
             for split, ids in corpus.read(folder).items():
                 yield from ((split, part) for part in self.tokenizer.encode(corpus.texts(ids)))
 
-        name = folder.name.partition("-")[0]
-        return corpus.prepare(name, f"bpe {self.tokenizer.digest} of {corpus.digest(folder)}", parts)
+        return corpus.prepare("ids", f"bpe {self.tokenizer.digest} of {corpus.digest(folder)}", parts)
 
     def prepare(self) -> None:
         _ = self.ids

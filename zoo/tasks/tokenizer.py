@@ -19,6 +19,7 @@ import numpy as np
 from zoo.tasks.corpus import START, byte_ids
 
 LONGEST = 64  # bytes of a token
+MOST = 1 << 16
 PIECE = 1 << 15  # bytes that are encoded at once: a longer document is encoded piece by piece
 BATCH = 128  # pieces encoded side by side
 WORD = 1024  # bytes of a word that merges are learned from: the time grows with its square
@@ -48,6 +49,8 @@ class Tokenizer:
         self.merges: list[list[int]] = []
         if not isinstance(merges, list | tuple):
             raise ValueError(f"a tokenizer is a list of merges, got {type(merges).__name__}")
+        if len(merges) > MOST:
+            raise ValueError(f"a tokenizer has at most {MOST} merges, got {len(merges)}")
         for pair in merges:
             known = isinstance(pair, list | tuple) and len(pair) == 2
             if not known or any(type(i) is not int or not 0 <= i < len(self.spelled) or i == START for i in pair):
