@@ -13,7 +13,7 @@ import torch
 
 import zoo
 from zoo import analyze
-from zoo.lens import figures, report
+from zoo.lens import draw, figures, report
 from zoo.lens.figure import Bars, Heat, Lines, Strip
 
 SIZE = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
@@ -58,6 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, function in quick.items():
         monkeypatch.setitem(report.TRAINED, name, function)
+    monkeypatch.setattr(draw, "DPI", 50)
 
 
 def models_of(runs: dict[str, Path]) -> figures.Models:

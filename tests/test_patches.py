@@ -325,8 +325,10 @@ def assert_exact_at_depth(model: Model, tokens: Tensor, removed: Tensor, n_conte
     assert patched(exact(model, tokens, removed, n_context=n_context)) <= patched(parallel) <= 1000 * eps
 
 
-@every_family
-@pytest.mark.parametrize(("dtype", "forms"), [(torch.float32, FORMS), (torch.float64, ["shear"])], ids=["f32", "f64"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "forms"),
+    [*((family, torch.float32, FORMS) for family in FAMILIES), ("hypernet", torch.float64, ["shear"])],
+)
 @torch.no_grad()
 def test_24_layers(family: str, dtype: torch.dtype, forms: Iterable[str]) -> None:
     assert_exact_at_depth(deep(family, dtype), different_tokens(4, 25), torch.arange(25) < 20, 0, forms)

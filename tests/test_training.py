@@ -226,9 +226,8 @@ def test_a_stream_continues_where_it_stopped() -> None:
     [
         ("transformer", 1, 3, "32-true"),
         ("hypernet", 1, 4, "64-true"),
-        ("moe", 1, 1, "32-true"),
         ("moe", 2, 3, "64-true"),
-        ("moe", 2, 2, "bf16-true"),
+        ("moe", 2, 1, "bf16-true"),
         ("transformer", 1, 6, "32-true"),
     ],
 )
@@ -409,10 +408,9 @@ def test_clipping_is_applied(tmp_path: Path) -> None:
     assert last == pytest.approx(first, rel=1e-3)
 
 
-@pytest.mark.parametrize("model", FAMILIES)
-def test_activation_checkpointing_leaves_the_results_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
+def test_activation_checkpointing_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the family with most to recompute; test_memory has the gradients of every case."""
+    model = "moe"
     options = {"trainer": {"precision": "bf16-mixed"}, "optim": {"accumulate": 2}}
     passes = Counter[str]()
     forward, run = Attention.forward, "plain"
