@@ -31,6 +31,10 @@ PRESETS = ("experiment", "debug")
 HYDRAS = (HydraException, OmegaConfBaseException)
 
 
+FAILED: list[str] = []
+"""Folders of the jobs of this sweep that ended with a mistake, which was said."""
+
+
 class JobFailed(Exception):
     """A job of a sweep ended with a mistake, which was said."""
 
@@ -67,6 +71,12 @@ def checked(arguments: list[str]) -> list[str]:
     parser = internal.get_args_parser()
     parser.error = _unknown  # type: ignore[method-assign,assignment]
     known = parser.parse_args(arguments)
+    for word in known.overrides:
+        if "=" not in word and not word.startswith("~"):
+            groups = [
+                f"{folder.name}={word}" for folder in sorted(CONF.iterdir()) if (folder / f"{word}.yaml").exists()
+            ]
+            raise ValueError(f"{show(word)} is no option: options are written name=value{did_you_mean('', groups)}")
     options = {parsed.key_or_group: parsed for parsed in OverridesParser.create().parse_overrides(known.overrides)}
     if known.multirun and "out" in options:
         raise ValueError("out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that of all of them")
@@ -87,6 +97,8 @@ def reason(error: Exception) -> str:
     if not isinstance(error, HYDRAS):
         return one_line(error) if isinstance(error, RuntimeError) else console.describe(error)
     text = one_line(f"{error} {error.__cause__ or ''}")
+    if "--multirun" in text:
+        return f"{text.partition(' 1. ')[0]}; several values of one option are runs of a sweep: python train.py -m …"
     if isinstance(error, OverrideParseException):
         signs = '; a text with signs beyond letters, digits and /.-_ is quoted: \'option="text"\', \'option=["a","b"]\''
         return f"{error.override.lstrip('+')} cannot be read: {text.partition(' See http')[0]}{signs}"
@@ -148,6 +160,15 @@ def train_alone(overrides: list[str], folder: str, resume: str | None) -> dict[s
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
+    try:
+        return job(cfg)
+    except JobFailed:  # of which Hydra would say more
+        FAILED.append(HydraConfig.get().runtime.output_dir)
+        return None
+
+
+def job(cfg: DictConfig) -> float | None:
+    """Trains what Hydra composed; returns the main metric."""
     state = HydraConfig.get()
     folder, overrides = state.runtime.output_dir, list(state.overrides.task)
     sweep = state.mode == RunMode.MULTIRUN
@@ -194,11 +215,9 @@ def start() -> int:
         main()
     except BrokenPipeError:
         raise
-    except JobFailed:
-        return 1
     except Exception as error:
         refuse(error)
-    return 0
+    return 1 if FAILED else 0
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def test_elsewhere_than_in_a_terminal_progress_is_a_line_per_validation(
     lines = capsys.readouterr()
     steps = [line for line in lines.out.splitlines() if line.startswith("step ")]
     assert [line.split(",")[0] for line in steps] == ["step 2/4", "step 4/4"]
-    assert all("validation loss " in line and ", loss " in line and line.endswith(" s") for line in steps)
+    assert all(", val " in line and ", loss " in line and line.endswith(" s") for line in steps)
     assert "Epoch" not in lines.out + lines.err
     small(tmp_path / "quiet")
     assert "step 2/4" not in capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_in_a_terminal_progress_is_a_bar_of_steps(tmp_path: Path, monkeypatch: p
     last = screen.text().split("\n\n")[0].splitlines()[-1].split("\r")[-1]
     assert "4/4" in last
     assert "loss " in last
-    assert "validation loss " in last
+    assert ", val " in last
     assert "Epoch" not in screen.text()
     assert "\nstep" not in screen.text()
 

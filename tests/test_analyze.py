@@ -138,6 +138,7 @@ def test_increments_of_families_fall(regression: dict[str, Path]) -> None:
         assert series.y[-1] < series.y[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["regression", "text"])
 def test_report(
     task: str, small: None, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]

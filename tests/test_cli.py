@@ -109,6 +109,9 @@ WRONG = [
     (["task.pints=3"], "task.pints is not an option of RegressionConfig; did you mean points?"),
     (["sed=1"], "sed is not an option of RunConfig; did you mean seed?"),
     (["mdel=moe"], "mdel is not an option of RunConfig; did you mean model?"),
+    (["steps=10"], "steps is an option of optim: did you mean optim.steps?"),
+    (["moe"], "'moe' is no option: options are written name=value; known: model=moe"),
+    (["seed=1,2"], "several values of one option are runs of a sweep: python train.py -m"),
     (["+bogus=1"], "bogus is not an option of RunConfig; known: model, task"),
     (["model.dim=wide"], "model.dim='wide' must be of type int"),
     (["model.dim=10"], "model.dim=10 must be a multiple of 2·model.heads=8"),
@@ -259,7 +262,7 @@ def test_a_job_of_a_sweep_that_fails_is_one_line(command: Any, tmp_path: Path, m
     few = [*TINY, *SHORT, "debug=fast", "trainer.enable_progress_bar=false"]
     answer = command("-m", *few, "optim.lr=-1,0.5,0.1", "hydra.sweep.dir=sweep")
     assert answer.code == 1
-    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in answer.err.splitlines() if line.lower().startswith("error")]
     assert errors[0] == "error: optim.lr=-1.0 must be above 0"
     assert errors[1].startswith("error: the test failed, TypeError: a symbol; training is complete and saved in ")
     assert len(errors) == 2
@@ -274,10 +277,10 @@ BITS = [f"bits_per_byte{model}{domain}" for domain in DOMAINS for model in ("", 
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (["task=text", "task.tokens=40", "debug=fast"], BITS),
+        pytest.param(["task=text", "task.tokens=40", "debug=fast"], BITS, marks=pytest.mark.slow),
         (["task=noise", "model=moe", "debug=fast"], ["nats", "nats_floor"]),
         (["experiment=incontext", "model=transformer", "debug=fast"], None),
-        (["model=hypernet", "debug=overfit"], None),
+        pytest.param(["model=hypernet", "debug=overfit"], None, marks=pytest.mark.slow),
     ],
 )
 def test_presets(command: Any, tmp_path: Path, arguments: list[str], names: list[str] | None) -> None:

@@ -74,7 +74,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page, text in PAGES.items():
         for line in re.findall(r"^(?!\$).*?(?<!\$ )\bpython train\.py ([^`\n]+)", text, re.M):
-            if not re.search(r"--(help|hydra-help|cfg)|model=film", line):
+            if not re.search(r"--(help|hydra-help|cfg)|-sc|model=film", line):
                 found.append((page, line.strip()))
     return found
 

@@ -32,7 +32,15 @@ WAYS = [
     *("transformer-noise-tied", "moe-token-top1-shared", "moe-context-chunk"),
     *("hypernet-chunk", "hypernet-running", "hypernet-token"),
 ]
-on_noise = pytest.mark.parametrize("case", [case for case in AUTOREGRESSIVE if case.name in WAYS], ids=lambda c: c.name)
+LEAKS_ON_NOISE = ["hypernet-chunk", "moe-context-chunk"]
+on_noise = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name in LEAKS_ON_NOISE else pytest.mark.slow)
+        for case in AUTOREGRESSIVE
+        if case.name in WAYS
+    ],
+)
 on_prompts = pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in (*AUTOREGRESSIVE, *TEXT, *PROMPTS)}
 FLOOR = math.log(8)
@@ -85,7 +93,6 @@ def leaky(z: Tensor, source: str, *args: Any, **options: Any) -> Summary:
     return Summary(mean.expand_as(shape.mean), torch.ones_like(shape.filled))
 
 
-LEAKS_ON_NOISE = ["hypernet-chunk", "moe-context-chunk"]
 LEAKS = [
     *(*LEAKS_ON_NOISE, "hypernet-text-chunk", "hypernet-text-running", "moe-text-context"),
     *("hypernet-prompts", "hypernet-prompts-attend", "moe-prompts-context"),

@@ -143,6 +143,7 @@ GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get
 
 
 @pytest.mark.skipif(not GLIBC, reason="another C library")
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """Without the call each step gets its pages anew, with it none."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC"))}

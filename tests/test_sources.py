@@ -411,6 +411,7 @@ def test_offline_fails_at_once_with_advice() -> None:
     assert "OfflineModeIsEnabled" in str(error.value)
 
 
+@pytest.mark.slow
 def test_without_network_it_fails_at_once(tmp_path: Path) -> None:
     # a process of its own: HF_HUB_OFFLINE is read at import; nothing listens at port 9
     code = "from zoo.tasks.text import Text; Text({'hub': 'owner/name'}, 0).prepare()"

@@ -108,6 +108,7 @@ def test_slope_of_a_power_law() -> None:
         toy_figures.slope(Series("b", range(1, 11), [1.0] * 10))
 
 
+@pytest.mark.slow
 def test_increments_decay_by_averaging_not_by_learning() -> None:
     extra = Series("other", (1, 2), (1.0, 0.5))
     figure = toy_figures.increments_of_delta(

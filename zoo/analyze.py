@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from zoo.console import command
+from zoo.console import Parser, command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ FORMS = ("affine", "matrix", "output", "vector")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m zoo.analyze",
         description="Reads, stores and reuses the weight update that a context amounts to.",
     )
@@ -150,7 +150,7 @@ def apply(options: argparse.Namespace) -> None:
     print(f"patch of {describe(options.patch)['about'].get('context', 'an unnamed context')}", file=sys.stderr)
     if model.task.vocabulary is None:
         for patched, plain in zip(output[0, :, 0].tolist(), alone[0, :, 0].tolist(), strict=True):
-            print(f"{patched:.4f}\twithout the patch {plain:.4f}")
+            print(f"with the patch {patched:.4f}\twithout {plain:.4f}")
         return
     scores = [torch.nn.functional.cross_entropy(y[0, :-1], queries[0, 1:]) for y in (output, alone)]
     size = len(model.task.decode(queries[0, 1:].tolist()))  # type: ignore[attr-defined]

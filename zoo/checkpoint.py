@@ -110,6 +110,7 @@ def find(path: str | Path, name: str) -> Path:
     validated; raises ValueError if absent."""
     try:
         path = home(path)
+        path = path.parent if path.name == "checkpoints" else path
         file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
         if path.is_dir() and name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
             file = file.with_name("last.ckpt")  # nothing was validated

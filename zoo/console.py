@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import Any, ParamSpec, TextIO
+from typing import Any, NoReturn, ParamSpec, TextIO
 
 from zoo.config import one_line
 
@@ -47,6 +48,13 @@ def expected(error: BaseException, *kinds: type[BaseException]) -> bool:
         isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
     )
     return known and not isinstance(error, UnicodeEncodeError) and os.environ.get("HYDRA_FULL_ERROR", "0") == "0"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as options do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help shows all options")
 
 
 def command(main: Callable[P, Any]) -> Callable[P, int]:

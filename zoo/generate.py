@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import zoo
-from zoo.console import command
+from zoo.console import Parser, command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m zoo.generate",
         description="Continue a text with a trained model. The text ends after --count tokens, or earlier where the "
         "model begins a new document.",

@@ -59,6 +59,6 @@ class Progress(ProgressBar):
 
 
 def _losses(trainer: L.Trainer) -> str:
-    names = {"loss": "loss", "validation_loss": "validation loss"}
+    names = {"loss": "loss", "validation_loss": "val"}
     metrics = trainer.callback_metrics
     return ", ".join(f"{text} {float(metrics[name]):.4f}" for name, text in names.items() if name in metrics)

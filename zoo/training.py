@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from zoo.console import say
 from zoo.data import Data
 from zoo.files import home, to_json, write
 from zoo.models import MODELS, Model
+from zoo.models.base import ModelConfig, OptimConfig
 from zoo.progress import Progress
 from zoo.run_folder import announced, default, taken
 from zoo.safeguards import guarded, optional, trained
@@ -117,6 +118,10 @@ def _run(
         raise ValueError("resume= names no run: give a run folder, or null for a new run")
     if "task" in config:
         config = {**config, "task": sources.absolute(config["task"])}
+    for key in config.keys() - {field.name for field in fields(RunConfig)}:
+        for group, kind in (("optim", OptimConfig), ("model", ModelConfig)):
+            if key in {field.name for field in fields(kind)}:
+                raise ValueError(f"{key} is an option of {group}: did you mean {group}.{key}?")
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
     options, saved = _resume(config, resumed) if resumed else (strict(RunConfig, config, ""), {})
     begun_with = saved.get("zoo", {})
@@ -178,6 +183,8 @@ def _run(
         stack.enter_context(announced(folder))
     if engine.is_global_zero:
         say(report.opening(model, engine, folder))
+        if resumed:
+            say(f"continues at step {saved['global_step']} of {model.optim.steps}")
         if news := changes(begun_with.get("placement"), placement(engine)):
             say(news)
     data = Data(model, options.validation_batches, options.test_batches, options.overfit)
@@ -278,7 +285,9 @@ def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, 
             **{name: version(name) for name in ("zoo", "torch", "lightning")},
             "commit": _commit(),
         },
-        "config": clock.config | dict(model.hparams),
+        "config": clock.config
+        | dict(model.hparams)
+        | {name: clock.started_with[name] for name in ("trainer", "logger")},
         "headline": model.task.headline,
         "test": {name: float(value) for name, value in engine.callback_metrics.items()},
     }
@@ -300,5 +309,5 @@ def _quiet() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """False for tips and for what the opening lines of a run say better."""
-    known = ("Tip:", "💡", "GPU available:", "TPU available:", "`Trainer.fit` stopped")
+    known = ("Tip:", "💡", "GPU available:", "TPU available:", "`Trainer.fit` stopped", "Restor")
     return not any(text in record.getMessage() for text in known)
