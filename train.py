@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo import console
 from zoo.config import did_you_mean, one_line, show
 from zoo.files import home
-from zoo.run_folder import fresh
+from zoo.training.run_folder import fresh
 
 CONF = Path(__file__).parent / "conf"
 PRESETS = ("experiment", "debug")
@@ -172,10 +172,10 @@ def job(cfg: DictConfig) -> float | None:
     state = HydraConfig.get()
     folder, overrides = state.runtime.output_dir, list(state.overrides.task)
     sweep = state.mode == RunMode.MULTIRUN
-    from zoo.callbacks import Interrupted
-    from zoo.memory import keep_freed_memory
-    from zoo.safeguards import Untested
-    from zoo.training import run
+    from zoo.training.callbacks import Interrupted
+    from zoo.training.memory import keep_freed_memory
+    from zoo.training.run import run
+    from zoo.training.safeguards import Untested
 
     keep_freed_memory()
     try:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.delta import Formed, Patch
-from zoo.layers import Layout
+from zoo.core.delta import Formed, Patch
+from zoo.core.layers import Layout
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch
 

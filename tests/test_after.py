@@ -16,12 +16,14 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import zoo
-from zoo import console, files, generate, report, training
-from zoo.callbacks import Interrupted
-from zoo.checkpoint import Files
+from zoo import console, files, generate
 from zoo.models import Model
-from zoo.progress import Progress
-from zoo.safeguards import Untested
+from zoo.training import run as training
+from zoo.training import summary as report
+from zoo.training.callbacks import Interrupted
+from zoo.training.checkpoint import Files
+from zoo.training.progress import Progress
+from zoo.training.safeguards import Untested
 
 TINY = {"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8}
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -62,7 +64,7 @@ def test_a_test_that_fails_says_what_is_safe_and_is_made_up_for(
 
 @pytest.mark.parametrize(
     ("number", "where"),
-    [(signal.SIGINT, "zoo.models.Model.test_step"), (signal.SIGTERM, "zoo.validate._check_weights")],
+    [(signal.SIGINT, "zoo.models.Model.test_step"), (signal.SIGTERM, "zoo.training.validate._check_weights")],
     ids=["tested", "read"],
 )
 def test_a_signal_after_training(

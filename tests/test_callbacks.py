@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import zoo
-from zoo import training
-from zoo.callbacks import FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
 from zoo.models import Model
 from zoo.tasks.regression import Regression
+from zoo.training import run as training
+from zoo.training.callbacks import FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from zoo.lens import capacity
-from zoo.lens.capacity import DIM, HIDDEN
+from zoo.papers import capacity
+from zoo.papers.capacity import DIM, HIDDEN
 
 INPUT, OUTPUT, CONTROL = "gate, up and down (input side)", "down alone (output side)", "control: no patch"
 

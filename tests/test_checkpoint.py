@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import zoo
-from zoo import checkpoint, training
-from zoo.checkpoint import SCHEMA, UPGRADES, Files, find, read
 from zoo.models import MODELS
-from zoo.validate import differences
+from zoo.training import checkpoint
+from zoo.training import run as training
+from zoo.training.checkpoint import SCHEMA, UPGRADES, Files, find, read
+from zoo.training.validate import differences
 
 OPTIONS: dict[str, Any] = {
     "task": {"name": "regression", "points": 5, "queries": 3},
@@ -131,7 +132,7 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
         "model = zoo.load('alone.ckpt')\n"
         "batch = model.task.batch('test', 0, 2)\n"
         "print(tuple(model(batch.tokens, 5).shape))\n"
-        "assert not {'hydra', 'omegaconf', 'zoo.training', 'wandb'} & set(sys.modules)\n"
+        "assert not {'hydra', 'omegaconf', 'zoo.training.run', 'wandb'} & set(sys.modules)\n"
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (answer.returncode, answer.stdout) == (0, "(2, 8, 1)\n"), answer.stderr

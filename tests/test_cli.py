@@ -218,7 +218,7 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
 
 
 def test_ctrl_c_before_the_training_is_one_line(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.training._run", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("zoo.training.run._run", lambda *args: signal.raise_signal(signal.SIGINT))
     answer = command("out=run")
     assert (answer.code, answer.err) == (130, "\nstopped by SIGINT\n")
 
@@ -385,7 +385,7 @@ def test_what_hydra_cannot_read_is_one_line(command: Any, argument: str) -> None
 def test_jobs_of_sweeps_that_start_in_one_second_have_folders_of_their_own(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zoo.run_folder import fresh
+    from zoo.training.run_folder import fresh
 
     few = [*TINY, *SHORT, "debug=fast", "trainer.enable_progress_bar=false"]
     sweep = f"hydra.sweep.dir=${{fresh_folder:{tmp_path}/now}}"  # that of conf/, without its time

@@ -17,7 +17,7 @@ from zoo.config import strict
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS
-from zoo.training import RunConfig
+from zoo.training.run import RunConfig
 
 CONF = Path(__file__).parent.parent / "conf"
 

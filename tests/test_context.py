@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.context import SOURCES, summarise
-from zoo.past import Past
+from zoo.core.cache import Past
+from zoo.core.context import SOURCES, summarise
 
 pytestmark = pytest.mark.numeric
 

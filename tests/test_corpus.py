@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zoo.tasks import corpus
-from zoo.tasks.corpus import START, Part, byte_ids, split_documents, texts
-from zoo.tasks.domains import DOMAINS, Document
-from zoo.tasks.text import domain_ids
+from zoo.tasks.text import corpus
+from zoo.tasks.text.corpus import START, Part, byte_ids, split_documents, texts
+from zoo.tasks.text.domains import DOMAINS, Document
+from zoo.tasks.text.language import domain_ids
 
 SPLITS = ("train", "validation", "test")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from zoo.bench.steps import bare_step, build
-from zoo.data import Stream
+from zoo.training.data import Stream
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -11,8 +11,8 @@ import torch
 from cases import CASES, Case, batch_of, build, options_of, taking_turns
 from torch import Tensor
 
-from zoo.decoder import Decoder, shear_and_down
-from zoo.delta import Patch
+from zoo.core.decoder import Decoder, shear_and_down
+from zoo.core.delta import Patch
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric

@@ -12,8 +12,8 @@ from cases import CASES, batch_of, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.delta import Delta, Formed, Full, LowRank, Patch, Routing, Scale, Shear, Sum
-from zoo.layers import FeedForward
+from zoo.core.delta import Delta, Formed, Full, LowRank, Patch, Routing, Scale, Shear, Sum
+from zoo.core.layers import FeedForward
 
 pytestmark = pytest.mark.numeric
 

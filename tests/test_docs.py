@@ -27,12 +27,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from test_readme import README, ROOT, blocks, tiny_run
 
-from zoo import flops
 from zoo.config import strict
-from zoo.models import MODELS
+from zoo.models import MODELS, flops
 from zoo.models.base import ModelConfig, OptimConfig
 from zoo.tasks import TASKS
-from zoo.training import RunConfig, run
+from zoo.training.run import RunConfig, run
 
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
 QUICKSTART, RECIPE = PAGES["docs/quickstart.md"], PAGES["docs/add-a-model.md"]

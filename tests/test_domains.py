@@ -12,8 +12,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from zoo.tasks.domains import DOMAINS, PACKAGES, SHINGLE
-from zoo.tasks.text import TextConfig
+from zoo.tasks.text.domains import DOMAINS, PACKAGES, SHINGLE
+from zoo.tasks.text.language import TextConfig
 
 ROOT = Path(__file__).parents[1]
 

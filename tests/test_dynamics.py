@@ -10,8 +10,8 @@ import torch
 from cases import BY_NAME, CASES, Case, batch_of, build, shared, taking_turns
 from torch import Tensor
 
-from zoo.delta import Shear
-from zoo.layers import Attention, Layout
+from zoo.core.delta import Shear
+from zoo.core.layers import Attention, Layout
 from zoo.lens.dynamics import growing, growing_states, growth, log_log_slope, shrinking, shrinking_states
 from zoo.lens.updates import MATRICES, PARTS, Matrix, Part, record
 from zoo.models import Model

@@ -7,7 +7,7 @@ import torch
 from cases import Calls
 from torch import Tensor
 
-from zoo.experts import PRODUCTS, combine, dispatch, grouped_op, loop, sort_by_block
+from zoo.core.experts import PRODUCTS, combine, dispatch, grouped_op, loop, sort_by_block
 
 pytestmark = pytest.mark.numeric
 

@@ -10,8 +10,8 @@ from cases import Case, build, options_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.flops import flops_per_token, parameters
 from zoo.models import MODELS, Model
+from zoo.models.flops import flops_per_token, parameters
 
 REGRESSION = [
     ("transformer", {}),

@@ -17,12 +17,12 @@ from test_readme import ROOT, blocks
 from torch import Tensor
 
 import zoo
-from zoo import sampling
-from zoo.checkpoint import SCHEMA
+from zoo.core import sampling
 from zoo.generate import main
 from zoo.models import MODELS
 from zoo.tasks import TASKS
-from zoo.tasks.corpus import START
+from zoo.tasks.text.corpus import START
+from zoo.training.checkpoint import SCHEMA
 
 __all__ = ["recall"]
 

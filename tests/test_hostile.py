@@ -16,9 +16,9 @@ from test_checkpoint import OPTIONS, QUIET, one_line
 from test_patch_files import model_and_patch
 
 import zoo
-from zoo.checkpoint import Files
-from zoo.lens.files import load_patch, save_patch
+from zoo.lens.patch_file import load_patch, save_patch
 from zoo.lens.static import answer
+from zoo.training.checkpoint import Files
 
 SIZES = {"dim": 4, "layers": 1, "heads": 1, "hidden": 4}
 

@@ -10,8 +10,8 @@ import torch
 from cases import Case, batch_of, options_of
 from torch import Tensor
 
-from zoo.context import Summary, summarise
-from zoo.delta import Full, LowRank, Scale
+from zoo.core.context import Summary, summarise
+from zoo.core.delta import Full, LowRank, Scale
 from zoo.models.hypernet import EmittedDelta, Generator, Hypernet, RelativeNorm
 from zoo.models.transformer import Transformer
 

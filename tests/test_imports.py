@@ -29,7 +29,7 @@ def test_import_zoo_is_light() -> None:
 @pytest.mark.slow
 def test_load_and_train_are_there_when_asked_for() -> None:
     loaded, printed = modules(
-        "import zoo; print(callable(zoo.load), 'zoo.training' in sys.modules, callable(zoo.train))"
+        "import zoo; print(callable(zoo.load), 'zoo.training.run' in sys.modules, callable(zoo.train))"
     )
     assert printed.split() == ["True", "False", "True"]
     assert {"torch", "lightning"} <= loaded

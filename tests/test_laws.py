@@ -10,8 +10,8 @@ import torch
 from cases import CASES, Case, batch_of, plain_forward, shared, trained
 from torch import Tensor
 
-from zoo.delta import Delta, LowRank, Patch, Shear
-from zoo.layers import Attention, Layout
+from zoo.core.delta import Delta, LowRank, Patch, Shear
+from zoo.core.layers import Attention, Layout
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric

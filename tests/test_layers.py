@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.delta import Patch, Routing, Shear
-from zoo.layers import Attention, FeedForward, Layout, fold, rotary
+from zoo.core.delta import Patch, Routing, Shear
+from zoo.core.layers import Attention, FeedForward, Layout, fold, rotary
 
 pytestmark = pytest.mark.numeric
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import zoo.models.hypernet
 import zoo.models.moe
-from zoo.context import Summary, summarise
+from zoo.core.context import Summary, summarise
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import Calls
 from torch import Tensor
 
-from zoo.low_rank import low_rank_linear
+from zoo.core.low_rank import low_rank_linear
 
 pytestmark = pytest.mark.numeric
 

@@ -16,11 +16,11 @@ import torch
 from cases import CASES, Case, build, options_of, taking_turns
 
 import zoo
-from zoo import memory
-from zoo import training as training_module
 from zoo.bench.timing import peak_bytes, saved_bytes
-from zoo.layers import Attention
+from zoo.core.layers import Attention
 from zoo.models import MODELS, Model
+from zoo.training import memory
+from zoo.training import run as training_module
 
 CPU = torch.device("cpu")
 NEEDED: dict[str, dict[str, Any]] = {"hypernet": {"chunk": 4}}  # by short texts
@@ -118,8 +118,8 @@ def test_layers_run_twice_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> 
 FAULTS = """
 import itertools, resource, statistics, torch
 from torch import nn
-from zoo.layers import FeedForward
-from zoo.memory import keep_freed_memory
+from zoo.core.layers import FeedForward
+from zoo.training.memory import keep_freed_memory
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

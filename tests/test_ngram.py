@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from zoo.tasks.corpus import START
-from zoo.tasks.ngram import Trigram
+from zoo.tasks.text.corpus import START
+from zoo.tasks.text.ngram import Trigram
 
 
 def naive(texts: list[list[int]]) -> Callable[[tuple[int, ...], int], float]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.bench.timing import LiveBytes
-from zoo.norm import RMSNorm, _RMSNorm
+from zoo.core.norm import RMSNorm, _RMSNorm
 
 pytestmark = pytest.mark.numeric
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.layers import FeedForward
+from zoo.core.cache import Past
+from zoo.core.layers import FeedForward
+from zoo.core.sampling import choose
 from zoo.models import MODELS, Model
 from zoo.models.hypernet import Generator
-from zoo.past import Past
-from zoo.sampling import choose
 from zoo.tasks import TASKS, Batch, Task
-from zoo.tasks.corpus import START
+from zoo.tasks.text.corpus import START
 
 pytestmark = pytest.mark.numeric
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_static import contexts, queries
 
-from zoo.delta import Delta, LowRank, Patch, Shear
-from zoo.lens.files import _tensors, describe, fingerprint, load_patch, save_patch
+from zoo.core.delta import Delta, LowRank, Patch, Shear
+from zoo.lens.patch_file import _tensors, describe, fingerprint, load_patch, save_patch
 from zoo.lens.static import answer, fit
 from zoo.models import Model
 

@@ -14,10 +14,10 @@ from cases import CASES, Case, batch_of, build, plain_forward, shared, taking_tu
 from test_delta import at_most
 from torch import Tensor
 
-from zoo.decoder import Pair
-from zoo.delta import LowRank, Patch, Routing
-from zoo.layers import FeedForward
-from zoo.lens.patches import FORMS, exact
+from zoo.core.decoder import Pair
+from zoo.core.delta import LowRank, Patch, Routing
+from zoo.core.exact import FORMS, exact
+from zoo.core.layers import FeedForward
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.delta import LowRank, Patch, Shear
-from zoo.lens import precision
-from zoo.lens.precision import CONTROL, MENU, PLAIN
+from zoo.core.delta import LowRank, Patch, Shear
+from zoo.papers import precision
+from zoo.papers.precision import CONTROL, MENU, PLAIN
 
 pytestmark = pytest.mark.numeric
 

@@ -18,13 +18,13 @@ import torch
 from cases import CASES, build
 
 import zoo
-from zoo.layers import FILLING
+from zoo.core.layers import FILLING
 from zoo.tasks import Batch
-from zoo.tasks import prompts as module
-from zoo.tasks.corpus import START, split_documents
-from zoo.tasks.domains import DOMAINS, Document
-from zoo.tasks.ngram import Trigram
-from zoo.tasks.prompts import IGNORE, Prompts
+from zoo.tasks.text import prompts as module
+from zoo.tasks.text.corpus import START, split_documents
+from zoo.tasks.text.domains import DOMAINS, Document
+from zoo.tasks.text.ngram import Trigram
+from zoo.tasks.text.prompts import IGNORE, Prompts
 
 SPLITS = ("train", "validation", "test")
 C, Q, A = 9, 3, 5  # bytes of context, query and target
@@ -45,7 +45,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     for index, domain in enumerate(DOMAINS):
         monkeypatch.setitem(DOMAINS, domain, partial(drawn, index))
-    monkeypatch.setattr("zoo.tasks.text.origin", lambda domain: "drawn")
+    monkeypatch.setattr("zoo.tasks.text.language.origin", lambda domain: "drawn")
 
 
 def prompts(seed: int = 0, **options: Any) -> Prompts:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import zoo
-from zoo import report
 from zoo.tasks import TASKS
+from zoo.training import summary as report
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 

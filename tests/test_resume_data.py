@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import zoo
-from zoo.tasks import TASKS, corpus
-from zoo.tasks.domains import DOMAINS
+from zoo.tasks import TASKS
+from zoo.tasks.text import corpus
+from zoo.tasks.text.domains import DOMAINS
 
 SENTENCES = [f"Sentence {k} has no more than a few words, and one is {k * k}.\n" for k in range(60)]
 

@@ -11,10 +11,10 @@ import pytest
 from test_training import QUIET, small, weights
 
 import zoo
-from zoo import run_folder
-from zoo.run_folder import LOCK, fresh, taken
+from zoo.training import run_folder
+from zoo.training.run_folder import LOCK, fresh, taken
 
-HOLD = "import pathlib, sys, time; from zoo.run_folder import taken\nwith taken({}, 'moe-noise', False) as folder:\n"
+HOLD = "import pathlib, sys, time; from zoo.training.run_folder import taken\nwith taken({}, 'moe-noise', False) as folder:\n"
 HOLD += "    print(folder, flush=True); sys.stdin.read()"
 
 

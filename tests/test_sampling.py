@@ -10,8 +10,8 @@ import torch
 from test_past import BY_NAME, build, ids, recall
 from torch import Tensor
 
-from zoo import sampling
-from zoo.sampling import choose
+from zoo.core import sampling
+from zoo.core.sampling import choose
 
 pytestmark = pytest.mark.numeric
 

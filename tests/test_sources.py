@@ -19,9 +19,9 @@ import huggingface_hub
 import pytest
 import torch
 
-from zoo.tasks import sources
-from zoo.tasks.corpus import texts
-from zoo.tasks.text import Text
+from zoo.tasks.text import sources
+from zoo.tasks.text.corpus import texts
+from zoo.tasks.text.language import Text
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "validation", "test")
@@ -414,7 +414,7 @@ def test_offline_fails_at_once_with_advice() -> None:
 @pytest.mark.slow
 def test_without_network_it_fails_at_once(tmp_path: Path) -> None:
     # a process of its own: HF_HUB_OFFLINE is read at import; nothing listens at port 9
-    code = "from zoo.tasks.text import Text; Text({'hub': 'owner/name'}, 0).prepare()"
+    code = "from zoo.tasks.text.language import Text; Text({'hub': 'owner/name'}, 0).prepare()"
     environment = {
         key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE" and "proxy" not in key.lower()
     }

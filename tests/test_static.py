@@ -15,7 +15,7 @@ from test_delta import at_most
 from torch import Tensor
 
 from zoo import load, train
-from zoo.delta import LowRank, Patch, Routing, Sum
+from zoo.core.delta import LowRank, Patch, Routing, Sum
 from zoo.lens.queries import sample_queries
 from zoo.lens.static import FORMS, Moments, answer, choose, first, fit, relative_error
 from zoo.models import Model

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, Case, batch_of, build, trained
 from torch import Tensor
 
-from zoo.delta import Shear
+from zoo.core.delta import Shear
 from zoo.lens.structure import (
     codes,
     context_gap,

@@ -13,14 +13,14 @@ from cases import BY_NAME, Case, build
 from torch import Tensor
 
 import zoo
-from zoo.data import Stream
-from zoo.layers import FILLING
+from zoo.core.layers import FILLING
 from zoo.models import Model
 from zoo.models.moe import ExpertLoad, RouterEntropy
 from zoo.tasks import Task
-from zoo.tasks.corpus import START
-from zoo.tasks.prompts import Prompts
 from zoo.tasks.regression import Regression
+from zoo.tasks.text.corpus import START
+from zoo.tasks.text.prompts import Prompts
+from zoo.training.data import Stream
 
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zoo.tasks import TASKS, Batch, Task
-from zoo.tasks.prompts import IGNORE
 from zoo.tasks.regression import Regression
+from zoo.tasks.text.prompts import IGNORE
 
 SPLITS = ("train", "validation", "test")
 every_task = pytest.mark.parametrize("name", TASKS)

@@ -17,12 +17,13 @@ import torch
 from test_corpus import SPLITS, letters
 
 from zoo.models import MODELS, Model
-from zoo.tasks import Batch, corpus, tokenizer
-from zoo.tasks import text as module
-from zoo.tasks.corpus import START
-from zoo.tasks.domains import DOMAINS, Document
-from zoo.tasks.ngram import Trigram
-from zoo.tasks.text import Text
+from zoo.tasks import Batch
+from zoo.tasks.text import corpus, tokenizer
+from zoo.tasks.text import language as module
+from zoo.tasks.text.corpus import START
+from zoo.tasks.text.domains import DOMAINS, Document
+from zoo.tasks.text.language import Text
+from zoo.tasks.text.ngram import Trigram
 
 
 @pytest.fixture

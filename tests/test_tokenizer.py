@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoo.tasks import tokenizer
-from zoo.tasks.corpus import START, byte_ids
-from zoo.tasks.tokenizer import LONGEST, WORDS, Tokenizer, train
+from zoo.tasks.text import tokenizer
+from zoo.tasks.text.corpus import START, byte_ids
+from zoo.tasks.text.tokenizer import LONGEST, WORDS, Tokenizer, train
 
 PROSE = (
     (

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from zoo.layers import Attention, Layout
-from zoo.lens import toy, toy_figures
+from zoo.core.layers import Attention, Layout
 from zoo.lens.figure import Figure, Series
-from zoo.lens.toy import LAYERS, Toy, build, parts, task
+from zoo.papers import toy, toy_figures
+from zoo.papers.toy import LAYERS, Toy, build, parts, task
 
 
 def data(points: int = 12, queries: int = 3, functions: int = 4) -> tuple[torch.Tensor, ...]:

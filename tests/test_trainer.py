@@ -11,8 +11,8 @@ import torch
 from test_training import QUIET, small
 
 import zoo
-from zoo import trainer
-from zoo.trainer import arguments, changes, logger_of
+from zoo.training import trainer
+from zoo.training.trainer import arguments, changes, logger_of
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 STEP = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
@@ -31,7 +31,7 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def placed(engine: Any) -> dict[str, Any]:
         raise Started(engine.world_size)
 
-    monkeypatch.setattr("zoo.training.placement", placed)
+    monkeypatch.setattr("zoo.training.run.placement", placed)
 
     def run(environment: dict[str, str], **options: Any) -> int:
         for name, value in environment.items():

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import zoo
-from zoo import run_folder, training
-from zoo.callbacks import Interrupted
-from zoo.data import Stream
-from zoo.layers import Attention
+from zoo.core.layers import Attention
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
 from zoo.tasks import Batch
 from zoo.tasks.regression import Regression
+from zoo.training import run as training
+from zoo.training import run_folder
+from zoo.training.callbacks import Interrupted
+from zoo.training.data import Stream
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zoo.core.transforms import transformed
 from zoo.models import Model
-from zoo.transforms import transformed
 
 pytestmark = pytest.mark.numeric
 

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.checkpoint import load
-    from zoo.training import train
+    from zoo.training.checkpoint import load
+    from zoo.training.run import train
 
 __version__ = version("zoo")
 __all__ = ["__version__", "load", "train"]
@@ -16,11 +16,11 @@ __all__ = ["__version__", "load", "train"]
 def __getattr__(name: str) -> Any:
     """Loads torch and lightning at the first use of zoo.load or zoo.train, not at import."""
     if name == "load":
-        from zoo.checkpoint import load
+        from zoo.training.checkpoint import load
 
         return load
     if name == "train":
-        from zoo.training import train
+        from zoo.training.run import train
 
         return train
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

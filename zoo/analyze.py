@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
     """Models and their files by label: the family, with a number where one comes twice."""
-    from zoo import checkpoint
+    from zoo.training import checkpoint
 
     files = [checkpoint.find(path, "best") for path in paths]
     models: dict[str, Model] = {}
@@ -114,7 +114,7 @@ def figures(options: argparse.Namespace) -> None:
 
 
 def patch(options: argparse.Namespace) -> None:
-    from zoo.lens.files import save_patch
+    from zoo.lens.patch_file import save_patch
     from zoo.lens.queries import sample_queries
     from zoo.lens.static import fit, relative_error
 
@@ -137,7 +137,7 @@ def patch(options: argparse.Namespace) -> None:
 def apply(options: argparse.Namespace) -> None:
     import torch
 
-    from zoo.lens.files import describe, load_patch
+    from zoo.lens.patch_file import describe, load_patch
     from zoo.lens.static import answer
 
     models, _ = load_all([options.checkpoint])

@@ -71,7 +71,7 @@ def command(main: Callable[P, Any]) -> Callable[P, int]:
         except BrokenPipeError:
             _discard(sys.stdout)
             return 141
-        except KeyboardInterrupt:  # during training it is Interrupted, of zoo.callbacks
+        except KeyboardInterrupt:  # during training it is Interrupted, of zoo.training.callbacks
             say("\nstopped by SIGINT", sys.stderr)
             return 130
         except Exception as error:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     from zoo.bench import growth, seats
     from zoo.bench.timing import measure
     from zoo.files import to_json, write
-    from zoo.memory import keep_freed_memory
+    from zoo.training.memory import keep_freed_memory
 
     kept = keep_freed_memory()  # as train.py does
     typed = shlex.join(["python", "-m", "zoo.bench", *(sys.argv[1:] if argv is None else argv)])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.layers import FeedForward
+from zoo.core.layers import FeedForward
 from zoo.models import Model
 
 NAMES = {

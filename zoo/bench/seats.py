@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from zoo.bench import peers
 from zoo.bench.timing import Case, Row, kernels, saved_bytes
-from zoo.delta import Patch
-from zoo.layers import Attention, FeedForward, Layout
+from zoo.core.delta import Patch
+from zoo.core.layers import Attention, FeedForward, Layout
 from zoo.models.hypernet import EmittedDelta, HypernetConfig
 from zoo.models.moe import MoEConfig, RoutedDelta
 

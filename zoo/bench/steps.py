@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from zoo.bench import peers
 from zoo.bench.timing import Case, clock, kernels
-from zoo.data import Stream
 from zoo.models import MODELS, Model
+from zoo.training.data import Stream
 
 SIZE = {"dim": 256, "layers": 4, "heads": 8, "hidden": 704}
 B, T, V = 8, 256, 257
@@ -141,7 +141,7 @@ def _default_step(family: str, device: torch.device) -> Callable[[], Any]:
 
 def _lightning(device: torch.device, count: int) -> Case:
     """The steps of the default run: by the trainer with all its logging, and by a bare loop."""
-    from zoo.training import train
+    from zoo.training.run import train
 
     now = clock(device)
 
@@ -150,7 +150,7 @@ def _lightning(device: torch.device, count: int) -> Case:
         with quiet, tempfile.TemporaryDirectory() as folder:
             quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            quiet.enter_context(mock.patch("zoo.callbacks.monotonic", now))
+            quiet.enter_context(mock.patch("zoo.training.callbacks.monotonic", now))
             metrics = train(
                 optim={"steps": count, "warmup": 0},
                 trainer={"accelerator": device.type},

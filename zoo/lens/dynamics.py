@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.delta import LowRank, Shear
-from zoo.layers import Layout
+from zoo.core.delta import LowRank, Shear
+from zoo.core.layers import Layout
 from zoo.lens.updates import MATRICES, Matrix, Part, record
 from zoo.models import Model
 
@@ -116,7 +116,7 @@ def log_log_slope(curves: Tensor, start: int = 1) -> Slope:
 
 
 ContextualLayer = Callable[[Tensor, Layout], Tensor]
-"""Anything that maps (B,T,D) to (B,T,D) in a layout, such as zoo.layers.Attention: one block without skip."""
+"""Anything that maps (B,T,D) to (B,T,D) in a layout, such as zoo.core.layers.Attention: one block without skip."""
 
 
 @torch.no_grad()

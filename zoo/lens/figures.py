@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from zoo.core.exact import exact
 from zoo.lens import static, structure
 from zoo.lens.dynamics import growth
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
-from zoo.lens.patches import exact
 from zoo.lens.queries import cut, sample_queries
 from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, updates

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from zoo.config import lookup, show
-from zoo.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
-from zoo.layers import Block, FeedForward
-from zoo.untrusted import finite
+from zoo.core.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
+from zoo.core.layers import Block, FeedForward
+from zoo.training.untrusted import finite
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (LowRank, Scale, Full, Shear)}
 AXES = {"u": "or", "v": "ir", "rows": "o", "columns": "i", "matrix": "oi", "a": "i", "shift": "i", "bias": "o"}
@@ -115,7 +115,7 @@ class Layer:
         self, name: str, values: dict[str, Any], sizes: dict[str, int], dtypes: dict[str, Any]
     ) -> dict[str, Tensor]:
         """`values` if each is a finite tensor of its dtype, if equal axes are of equal sizes, those of `sizes` where it
-        has them, and if all have equal leading dims: as in zoo.delta, or fewer, all 1."""
+        has them, and if all have equal leading dims: as in zoo.core.delta, or fewer, all 1."""
         sizes, leads = dict(sizes), set()
         for field, tensor in values.items():
             axes, dims = AXES[field], 1 if self.chunk is None else 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.layers import FILLING
+from zoo.core.layers import FILLING
 from zoo.tasks import Task
 
 

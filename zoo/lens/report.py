@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zoo import files, flops
+from zoo import files
 from zoo.console import say
-from zoo.lens import capacity, draw, figures, precision, structure, toy_figures
+from zoo.lens import draw, figures, structure
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
 from zoo.lens.updates import updates
-from zoo.models import Model
+from zoo.models import Model, flops
+from zoo.papers import capacity, precision, toy_figures
 
 THEORY: dict[str, Callable[[], Figure]] = {
     "loss-through-delta": toy_figures.loss_through_delta,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.decoder import Pair, shear_and_down
-from zoo.delta import Patch, Routing, Shear
+from zoo.core.decoder import Pair, shear_and_down
+from zoo.core.delta import Patch, Routing, Shear
 from zoo.models import Model
 from zoo.models.moe import ExpertLoad, RoutedDelta, RouterEntropy
 from zoo.tasks import Batch

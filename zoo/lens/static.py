@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from zoo.config import lookup
-from zoo.decoder import Decoder
-from zoo.delta import LowRank, Patch, Routing
-from zoo.layers import FeedForward
+from zoo.core.decoder import Decoder
+from zoo.core.delta import LowRank, Patch, Routing
+from zoo.core.layers import FeedForward
 
 
 class Form(NamedTuple):

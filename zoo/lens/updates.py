@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.decoder import Pair, shear_and_down
-from zoo.delta import Delta, Full, LowRank, Patch, Scale, Shear, Sum
-from zoo.layers import FeedForward
+from zoo.core.decoder import Pair, shear_and_down
+from zoo.core.delta import Delta, Full, LowRank, Patch, Scale, Shear, Sum
+from zoo.core.layers import FeedForward
 from zoo.models import Model
 
 MATRICES = (*FeedForward.readers, "down")

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from zoo import sampling
 from zoo.config import lookup, positive, strict
-from zoo.context import ContextToDelta
-from zoo.decoder import Decoder
-from zoo.delta import Patch
-from zoo.layers import FILLING
+from zoo.core import sampling
+from zoo.core.context import ContextToDelta
+from zoo.core.decoder import Decoder
+from zoo.core.delta import Patch
+from zoo.core.layers import FILLING
 from zoo.tasks import TASKS, Batch, Task
 
 

@@ -1,6 +1,6 @@
 """The hypernetwork: a generator reads a summary of the context and emits the weight update of every FFN.
 
-Axes: B batch, T tokens, D model, F hidden, C code, R rank; `*` leading dims of the update, see zoo.delta.
+Axes: B batch, T tokens, D model, F hidden, C code, R rank; `*` leading dims of the update, see zoo.core.delta.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from zoo.config import positive
-from zoo.context import ContextToDelta, Summary, summarise
-from zoo.delta import Delta, Full, LowRank, Patch, Scale
-from zoo.layers import FeedForward
+from zoo.core.cache import Past
+from zoo.core.context import ContextToDelta, Summary, summarise
+from zoo.core.delta import Delta, Full, LowRank, Patch, Scale
+from zoo.core.layers import FeedForward
+from zoo.core.norm import RMSNorm
 from zoo.models.base import Model, ModelConfig
-from zoo.norm import RMSNorm
-from zoo.past import Past
 from zoo.tasks import Task
 
 MATRICES = ("gate", "up", "down")

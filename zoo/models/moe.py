@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from zoo.config import positive
-from zoo.context import ContextToDelta, summarise
-from zoo.delta import Patch, Routing
-from zoo.layers import FeedForward
+from zoo.core.cache import Past
+from zoo.core.context import ContextToDelta, summarise
+from zoo.core.delta import Patch, Routing
+from zoo.core.layers import FeedForward
+from zoo.core.norm import RMSNorm
 from zoo.models.base import Model, ModelConfig
-from zoo.norm import RMSNorm
-from zoo.past import Past
 from zoo.tasks import Task
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {

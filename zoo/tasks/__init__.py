@@ -2,9 +2,9 @@
 
 from zoo.tasks.base import Batch, Task
 from zoo.tasks.noise import Noise
-from zoo.tasks.prompts import Prompts
 from zoo.tasks.regression import Regression
-from zoo.tasks.text import Text
+from zoo.tasks.text.language import Text
+from zoo.tasks.text.prompts import Prompts
 
 TASKS: dict[str, type[Task]] = {"regression": Regression, "text": Text, "prompts": Prompts, "noise": Noise}
 

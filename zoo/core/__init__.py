@@ -1,0 +1,1 @@
+"""The network and the language of ΔW; knows no task, no Lightning, no family."""

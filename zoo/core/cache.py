@@ -1,0 +1,57 @@
+"""What one layer keeps of the tokens so far, so that the next one comes alone.
+
+Axes: B batch, T tokens, D model, G key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.core.delta import Patch
+
+
+@dataclass
+class Past:
+    """Empty before the first pass; attention, summaries and families write into it.
+
+    tokens: how many there were. keys, values (B,G,T,d): those that the next token attends to, keys rotated. total,
+    partial (B,1,D): sums of states, of those that make up the context and of those in a chunk not yet complete; count,
+    begun (B,1,1): of how many. patch: the update in force.
+    """
+
+    tokens: int = 0
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    total: Any = 0.0
+    partial: Any = 0.0
+    count: Any = 0.0
+    begun: Any = 0.0
+    patch: Patch | None = None
+
+    def within(self, chunk: int | None) -> bool:
+        """Whether the next token shares an update with the one before it; chunk: as in Patch."""
+        return self.tokens > 0 and (chunk is None or self.tokens % chunk > 0)
+
+    def extend(self, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values with the new ones in the end; keeps those that the last token sees by its mask (T,T)."""
+        if self.keys is not None and self.values is not None:
+            k_BGTd, v_BGTd = torch.cat([self.keys, k_BGTd], 2), torch.cat([self.values, v_BGTd], 2)
+        seen = slice(None) if mask is None else mask[-1]
+        self.keys, self.values = k_BGTd[:, :, seen], v_BGTd[:, :, seen]
+        return k_BGTd, v_BGTd
+
+
+def check_past(past: Sequence[Past], layers: int, tokens: int, n_context: int) -> None:
+    """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow `past`."""
+    if len(past) != layers:
+        raise ValueError(f"{len(past)} pasts for {layers} layers: pass what new_past() gives")
+    before = past[0].tokens
+    if before and (tokens != 1 or n_context):
+        raise ValueError(f"{tokens} tokens with n_context={n_context} after {before} others: pass the next token alone")
+    if not before and n_context == tokens:
+        raise ValueError(f"all {tokens} tokens are context: the first call with a past needs one token after it")

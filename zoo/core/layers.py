@@ -1,0 +1,207 @@
+"""The parts of a pre-norm decoder block: rotary attention, and the one feed-forward network of the zoo.
+
+Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model, H heads, G key/value heads, d head width, F hidden
+units of a block, E blocks (experts), K chosen blocks, N rows (token, choice) sorted by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zoo.core.cache import Past
+from zoo.core.delta import Patch, Routing
+from zoo.core.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
+from zoo.core.norm import RMSNorm
+from zoo.core.transforms import transformed
+
+FILLING = -1
+"""The id of a place that holds no token: nobody sees it, and it counts for nothing."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens stand and whom they see: positions (T,); mask (T,T) or (B,1,T,T), True = sees, None = causal."""
+
+    positions: Tensor
+    mask: Tensor | None
+
+    def keep(self, kept: Tensor) -> Layout:
+        """The layout of the tokens marked in `kept` (T,), at the positions they had."""
+        return Layout(self.positions[kept], None if self.mask is None else self.mask[..., kept, :][..., kept])
+
+
+def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and ±sin tables (T,1,d) of rotary positions, in at least float32 (Su et al. 2021, arXiv 2104.09864)."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    rate = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width)
+    angle = positions.to(dtype)[:, None, None] * rate
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def _rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Entry i and entry i + d/2 as one plane, turned; fewest passes over memory, and before heads are transposed."""
+    return torch.addcmul(x_BTHd * cos, x_BTHd.roll(x_BTHd.shape[-1] // 2, -1), sin).to(x_BTHd.dtype)
+
+
+class Attention(nn.Module):
+    """Softmax attention with rotary positions and G key/value heads shared by H query heads; 2D² + 2DGd parameters."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float):
+        super().__init__()
+        self.heads, self.kv_heads, self.width, self.theta = heads, kv_heads, dim // heads, theta
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * self.width, bias=False)
+        self.v = nn.Linear(dim, kv_heads * self.width, bias=False)
+        self.o = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
+        B, T, D = x_BTD.shape
+        cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
+        q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
+        k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
+        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
+        if past is not None:
+            k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
+        # of torch's kernels only the plain one knows every transform
+        with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+            y_BHTd = F.scaled_dot_product_attention(
+                q_BHTd,
+                k_BGTd,
+                v_BGTd,
+                attn_mask=layout.mask,
+                # a single token is the last one and sees all others; a compiled graph must decide it, T may be a symbol
+                is_causal=True if layout.mask is None and T > 1 else False,  # noqa: SIM210
+                enable_gqa=self.kv_heads < self.heads,
+            )
+        return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
+
+
+def fold(x_BTD: Tensor, chunk: int | None) -> Tensor:
+    """(B,T,D) as (B,S,c,D), the last chunk filled with zeros, a lone one cut to c = T; unchanged if chunk is None."""
+    if chunk is None:
+        return x_BTD
+    chunk = min(chunk, max(x_BTD.shape[1], 1))
+    x_BTD = F.pad(x_BTD, (0, 0, 0, -x_BTD.shape[1] % chunk))
+    return x_BTD.unflatten(1, (-1, chunk))
+
+
+class FeedForward(nn.Module):
+    """down · (silu(gate z) ∘ up z) with E blocks of F hidden units, 3EFD parameters (Shazeer 2020, arXiv 2002.05202).
+
+    All three matrices are stored as (E·F, D), so that (E,F,D) is a free view; `down` maps by its transpose.
+    Without routing all blocks run. With it, hidden units are scaled by s: computed densely where the patch updates
+    weights or backend is "reference", else only for the chosen blocks (rows sorted by block, one product per block).
+    """
+
+    readers = ("gate", "up")
+
+    def __init__(self, dim: int, hidden: int, blocks: int = 1, backend: str = "auto"):
+        super().__init__()
+        self.dim, self.hidden_per_block, self.blocks, self.backend = dim, hidden, blocks, backend
+        self.gate = nn.Parameter(torch.empty(blocks * hidden, dim))
+        self.up = nn.Parameter(torch.empty(blocks * hidden, dim))
+        self.down = nn.Parameter(torch.empty(blocks * hidden, dim))
+
+    def weight(self, name: str) -> Tensor:
+        """The stored matrix `name` as a map, (o,i)."""
+        return self.down.mT if name == "down" else getattr(self, name)
+
+    def _apply_matrix(self, name: str, x: Tensor, patch: Patch) -> Tensor:
+        delta = patch.weights.get(name)
+        y = F.linear(x, self.weight(name)) if delta is None else delta.linear(self.weight(name), x)
+        return y + patch.biases[name].unsqueeze(-2) if name in patch.biases else y
+
+    def _hidden(self, x: Tensor, patch: Patch) -> Tensor:
+        x = patch.input.move(x) if patch.input else x
+        h = F.silu(self._apply_matrix("gate", x, patch)) * self._apply_matrix("up", x, patch)
+        if patch.routing:
+            h = h * patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1).to(h.dtype)
+        return h
+
+    def hidden(self, z_BTD: Tensor, patch: Patch) -> Tensor:
+        """What `down` reads under `patch`, s included: (B,T,E·F)."""
+        h = self._hidden(fold(z_BTD, patch.chunk), patch)
+        return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
+
+    def forward(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
+        """The network's output for z (B,T,D) with its weights patched."""
+        patch = patch or Patch()
+        x = fold(z_BTD, patch.chunk)
+        sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
+        if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
+            y = self._chosen_blocks(patch.input.move(x) if patch.input else x, patch.routing)
+        else:
+            y = self._apply_matrix("down", self._hidden(x, patch), patch)
+        return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
+
+    def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
+        routing = routing.over(x.shape[:-1])
+        index_TK, weight_TK = (t.reshape(-1, t.shape[-1]) for t in (routing.index, routing.weight))
+        counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
+        counts_E = counts_E.scatter_add(0, index_TK.flatten(), torch.ones_like(index_TK.flatten()))
+        order = sort_by_block(index_TK)
+        x_ND = dispatch(x.reshape(-1, self.dim), order)
+        gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
+        product = PRODUCTS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
+        h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
+        return combine(product(h_NF, down_EFD, counts_E), weight_TK, order).view(x.shape)
+
+    def dense(self, patch: Patch) -> dict[str, Tensor]:
+        """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""
+        weights = {}
+        for name in ("gate", "up", "down"):
+            W = self.weight(name)
+            total = W + patch.weights[name].dense(W) if name in patch.weights else W
+            if patch.input and name in self.readers:
+                total = total + patch.input.dense(total)
+            weights[name] = total
+        if patch.routing:
+            scale = patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1)
+            if scale.shape[-2] != 1:
+                raise ValueError("a routing differs from token to token: take patch.at(tokens) first")
+            weights["down"] = weights["down"] * scale
+        return weights
+
+
+class Block(nn.Module):
+    """One decoder block: `attend` gives the state v that enters the second half, v + ffn(norm2(v))."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float, eps: float, ffn: FeedForward):
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps)
+        self.attention = Attention(dim, heads, kv_heads, theta)
+        self.norm2 = RMSNorm(dim, eps)
+        self.ffn = ffn
+
+    def attend(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
+        return x_BTD + self.attention(self.norm1(x_BTD), layout, past)
+
+    def forward(
+        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor, Tensor], Patch], past: Past | None = None
+    ) -> tuple[Tensor, Patch]:
+        """What leaves the block, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
+        v_BTD = self.attend(x_BTD, layout, past)
+        z_BTD = self.norm2(v_BTD)
+        patch = patch_of(v_BTD, z_BTD)
+        return v_BTD + self.ffn(z_BTD, patch), patch
+
+    def states(
+        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor], Patch]
+    ) -> tuple[Tensor, Tensor, Tensor, Patch]:
+        """One pass as by forward, with patch_of(z): v, z, what leaves the block, and the patch."""
+        seen: list[Tensor] = []
+
+        def watched(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
+            seen.extend((v_BTD, z_BTD))
+            return patch_of(z_BTD)
+
+        out_BTD, patch = self(x_BTD, layout, watched)
+        return seen[0], seen[1], out_BTD, patch

@@ -1,0 +1,1 @@
+"""Reproductions that need no checkpoint of ours."""

@@ -1,0 +1,103 @@
+"""How many query tokens one static patch can serve: as many as the matrix it changes has inputs.
+
+Axes: B = 1 sequence, m query tokens, D model, F hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zoo.core.decoder import Decoder, Pair
+from zoo.core.delta import Full, Patch
+from zoo.lens.figure import Figure, Lines, Series
+
+DIM, HIDDEN, VOCABULARY = 32, 80, 256
+LENGTHS = (1, 2, 4, 8, 16, 24, 28, *range(30, 35), 36, 40, 48, 64, 72, 76, *range(78, 83), 84, 96)
+
+
+def decoder(seed: int, layers: int) -> Decoder:
+    """A decoder in float64 with drawn weights, norm scales too."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Decoder(
+            dim=DIM, layers=layers, heads=4, kv_heads=4, hidden=HIDDEN, vocabulary=VOCABULARY, output_dim=VOCABULARY
+        ).double()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1, 0.2)
+    return model
+
+
+def input_side(pair: Pair) -> Patch:
+    """One patch for all tokens: readers see z + Mz with M z = zC − z fitted, `down` adds vC − v; exact to m = D."""
+    move_BDD = (torch.linalg.pinv(pair.z) @ (pair.zC - pair.z)).mT
+    patch = Patch(weights={name: Full(pair.ffn.weight(name) @ move_BDD) for name in pair.ffn.readers})
+    return _down(pair, patch, pair.vC - pair.v)
+
+
+def output_side(pair: Pair) -> Patch:
+    """One patch for all tokens: `down` adds all that is missing from the block's output; exact to m = F."""
+    return _down(pair, Patch(), pair.outC - pair.v - pair.ffn(pair.z))
+
+
+def _down(pair: Pair, patch: Patch, missing_BmD: Tensor) -> Patch:
+    update_BDF = (torch.linalg.pinv(pair.ffn.hidden(pair.z, patch)) @ missing_BmD).mT
+    return replace(patch, weights={**patch.weights, "down": Full(update_BDF)})
+
+
+@torch.no_grad()
+def capacity_cliffs(
+    seeds: Sequence[int] = range(10), context: int = 20, layers: int = 6, lengths: Sequence[int] = LENGTHS
+) -> Figure:
+    """Logit error of one static patch per layer against the number of query tokens it has to serve."""
+    sides = {"gate, up and down (input side)": input_side, "down alone (output side)": output_side}
+    control = "control: no patch"
+    errors: dict[str, list[list[float]]] = {name: [[] for _ in lengths] for name in (*sides, control)}
+    for seed in tqdm(seeds, desc="capacity", leave=False, disable=None):
+        model = decoder(seed, layers)
+        # different tokens: two equal ones at the start have equal states without the context, which no patch parts
+        order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+        for i, m in enumerate(lengths):
+            tokens_BT = order[None, : context + m]
+            removed_T = torch.arange(context + m) < context
+            wanted = model(tokens_BT)[0][:, context:]
+            for name in errors:
+                patches = model.replace_context(tokens_BT, removed_T, sides[name]) if name in sides else None
+                error = model(tokens_BT[:, context:], patches=patches)[0] - wanted
+                errors[name][i].append(error.abs().max().item())
+    series = [
+        Series(
+            name,
+            lengths,
+            [float(np.median(row)) for row in rows],
+            [min(row) for row in rows],
+            [max(row) for row in rows],
+            control=name == control,
+        )
+        for name, rows in errors.items()
+    ]
+    panel = Lines(
+        "",
+        "query tokens m served by one patch per layer",
+        "largest logit error",
+        tuple(series),
+        log_y=True,
+        marks={f"m = D = {DIM}": DIM, f"m = F = {HIDDEN}": HIDDEN},
+    )
+    return Figure(
+        "capacity-cliffs",
+        "One static patch serves as many tokens as its matrix has inputs",
+        (panel,),
+        f"{context} context tokens are replaced by one weight update per layer, by least squares, in a random decoder "
+        f"of {layers} layers (float64). Median and range over {len(seeds)} seeds. Exact up to D tokens where the patch "
+        "acts on the FFN's input, up to F where it acts on the hidden units; rounding is magnified close to the limit.",
+        "that such a patch works for tokens it was not fitted on: below the cliff it interpolates. The states here are "
+        "those of random weights; where the cliff of a trained model lies is not measured.",
+        {"seeds": f"{min(seeds)} to {max(seeds)}", "layers": layers, "context": context, "D": DIM, "F": HIDDEN},
+    )

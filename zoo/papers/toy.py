@@ -1,0 +1,151 @@
+"""The single block in which a context is exactly a weight update, and its training.
+
+    y = readout(relu(W a + b)),   a = A(C, x)      no skip, no norm, no positions
+
+A is any layer that reads a context C of pairs (x, y) of a linear function and a query x. Taking C away is undone by
+ΔW = W (A(C,x) − A(x)) A(x)ᵀ / |A(x)|² (Dherin et al. 2025, arXiv 2507.16003).
+Axes: B functions, C context pairs, Q queries, T = C + Q, P numbers of a token, D state, F hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+
+from zoo.core.delta import Shear
+from zoo.tasks.base import Batch
+from zoo.tasks.regression import Regression
+
+DIM, HEADS, HIDDEN = 32, 8, 128
+LR, BATCH_SIZE = 2e-3, 128
+
+
+class SoftmaxAttention(nn.Module):
+    """Every query attends to the context and to itself, without positions; context tokens attend to nothing."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embedding = nn.Linear(width, DIM)
+        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
+
+    def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
+        C, context_BCD, query_BQD = context_BCP.shape[1], self.embedding(context_BCP), self.embedding(query_BQP)
+        q_BHQd, own_k_BHQd, own_v_BHQd = (_heads(f(query_BQD)) for f in (self.q, self.k, self.v))
+        k_BHCd, v_BHCd = _heads(self.k(context_BCD)), _heads(self.v(context_BCD))
+        own_BHQ1 = (q_BHQd * own_k_BHQd).sum(-1, keepdim=True)
+        score_BHQC1 = torch.cat([q_BHQd @ k_BHCd.mT, own_BHQ1], -1) * q_BHQd.shape[-1] ** -0.5
+        weight_BHQC1 = score_BHQC1.softmax(-1)
+        y_BHQd = weight_BHQC1[..., :C] @ v_BHCd + weight_BHQC1[..., C:] * own_v_BHQd
+        return self.o(y_BHQd.transpose(1, 2).flatten(2))
+
+
+def _heads(x_BTD: Tensor) -> Tensor:
+    return x_BTD.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class MeanPooling(nn.Module):
+    """The mean of the embedded context and query: averaging without anything to learn about which token matters."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embedding = nn.Linear(width, DIM)
+
+    def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
+        total_BD = self.embedding(context_BCP).sum(1)
+        return (total_BD[:, None] + self.embedding(query_BQP)) / (context_BCP.shape[1] + 1)
+
+
+class Recurrent(nn.Module):
+    """A gated recurrent unit that reads the context, then the query (Cho et al. 2014, arXiv 1406.1078)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gru = nn.GRU(width, DIM, batch_first=True)
+
+    def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
+        B, Q, P = query_BQP.shape
+        state_1BD = query_BQP.new_zeros(1, B, DIM)
+        if context_BCP.shape[1]:
+            state_1BD = self.gru(context_BCP)[1]
+        return self.gru(query_BQP.reshape(B * Q, 1, P), state_1BD.repeat_interleave(Q, 1))[0].view(B, Q, DIM)
+
+
+LAYERS: dict[str, type[nn.Module]] = {"attention": SoftmaxAttention, "mean": MeanPooling, "recurrent": Recurrent}
+
+
+class Toy(nn.Module):
+    """One block over a contextual layer of LAYERS; without skip and norm, W is the only reader of a."""
+
+    def __init__(self, layer: str, width: int = 3):
+        super().__init__()
+        self.contextual = LAYERS[layer](width)
+        self.inner, self.readout = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, 1)
+
+    def read(self, a_BQD: Tensor, dW_BQFD: Tensor | None = None) -> Tensor:
+        """The prediction from the state, (B,Q); dW: a dense update of W for each query."""
+        W = self.inner.weight if dW_BQFD is None else self.inner.weight + dW_BQFD
+        hidden_BQF = torch.relu((W @ a_BQD[..., None]).squeeze(-1) + self.inner.bias)
+        return self.readout(hidden_BQF).squeeze(-1)
+
+    def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
+        """Predictions with the context, (B,Q)."""
+        return self.read(self.contextual(context_BCP, query_BQP))
+
+    def delta(self, context_BCP: Tensor, query_BQP: Tensor) -> Shear:
+        """The update of W that stands for the context, one per query."""
+        a_BQD = self.contextual(context_BCP[:, :0], query_BQP)
+        return Shear(a_BQD, self.contextual(context_BCP, query_BQP) - a_BQD)
+
+    def through_delta(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
+        """Predictions from the queries alone with the dense weights W + ΔW, (B,Q)."""
+        delta = self.delta(context_BCP, query_BQP)
+        return self.read(delta.a, delta.dense(self.inner.weight))
+
+
+def parts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Context (B,C,P), queries (B,Q,P) and targets (B,Q) of a batch."""
+    return batch.tokens[:, : batch.n_context], batch.tokens[:, batch.n_context :], batch.targets
+
+
+def task(seed: int, points: int, queries: int = 1) -> Regression:
+    """Linear functions of two numbers: w, x ~ N(0, I), y = w·x; tokens (x, y), queries (x, 0)."""
+    return Regression({"dimension": 2, "points": points, "queries": queries}, seed)
+
+
+def build(layer: str, seed: int) -> Toy:
+    """A block with drawn weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Toy(layer)
+
+
+def loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """½(ŷ − y)² of each prediction; predicting zero has mean 1."""
+    return 0.5 * (prediction - target).square()
+
+
+@torch.enable_grad()
+def train(
+    model: Toy,
+    seed: int,
+    steps: int,
+    points: int,
+    lr: float = LR,
+    watch: Callable[[int, float], None] | None = None,
+) -> Toy:
+    """The model after `steps` steps of Adam, each on new functions; watch(step, training loss) comes before a step."""
+    data, optimizer = task(seed, points), torch.optim.Adam(model.parameters(), lr)
+    for step in trange(steps, desc="training", leave=False, disable=None):
+        context, query, target = parts(data.batch("train", step, BATCH_SIZE))
+        value = loss(model(context, query), target).mean()
+        if watch:
+            watch(step, value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    if watch:
+        watch(steps, float("nan"))
+    return model

@@ -1,0 +1,254 @@
+"""Three experiments on the toy block: the loss through ΔW, the size of its increments, and ΔW beside fine-tuning.
+
+Settings after Dherin et al. 2025 (arXiv 2507.16003), which gives some of them only; the others are in `settings`.
+Axes: B functions, C context pairs, Q queries, P numbers of a token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zoo.core.delta import Shear
+from zoo.lens.figure import Figure, Lines, Series
+from zoo.papers.toy import BATCH_SIZE, LR, Toy, build, loss, parts, task, train
+
+LOSS = "loss ½(ŷ − y)²"
+LENGTHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40)
+RECURRENT_LR = 3e-3
+
+
+def mean_series(label: str, x: Sequence[float], value_BX: Tensor, control: bool = False) -> Series:
+    """The mean over B trials at each x, and one standard error to either side."""
+    value_BX = value_BX.double()
+    mean_X, error_X = value_BX.mean(0), value_BX.std(0) / len(value_BX) ** 0.5
+    low, high = tuple((mean_X - error_X).tolist()), tuple((mean_X + error_X).tolist())
+    return Series(label, tuple(x), tuple(mean_X.tolist()), low, high, control=control)
+
+
+@torch.no_grad()
+def loss_through_delta(
+    seed: int = 0, steps: int = 500, points: int = 50, functions: int = 512, every: int = 10
+) -> Figure:
+    """Validation loss with the context and through ΔW while the block learns, and the gap between the predictions."""
+    context, query, target = parts(task(seed, points).batch("validation", 0, functions))
+    x: list[int] = []
+    recent: list[float] = []
+    losses: dict[str, list[float]] = {name: [] for name in ("training", "context", "delta", "neither")}
+    gaps: dict[str, list[float]] = {name: [] for name in ("float32", "float64", "neither")}
+
+    def watch(step: int, value: float) -> None:
+        recent.append(value)
+        if step % every:
+            return
+        with_context, without = model(context, query), model(context[:, :0], query)
+        through = model.through_delta(context, query)
+        x.append(step)
+        losses["training"].append(float(np.mean(recent[:-1] or recent)))
+        recent.clear()
+        for name, prediction in (("context", with_context), ("delta", through), ("neither", without)):
+            losses[name].append(loss(prediction, target).mean().item())
+        gaps["float32"].append((through - with_context).abs().max().item())
+        gaps["neither"].append((without - with_context).abs().max().item())
+        exact, inputs = copy.deepcopy(model).double(), (context.double(), query.double())
+        gaps["float64"].append((exact.through_delta(*inputs) - exact(*inputs)).abs().max().item())
+
+    model = build("attention", seed)
+    train(model, seed, steps, points, watch=watch)
+
+    def curve(label: str, y: list[float], control: bool = False, points: bool = False) -> Series:
+        return Series(label, tuple(x), tuple(y), control=control, points=points)
+
+    left = Lines(
+        "Loss while the block learns",
+        "training step",
+        f"{LOSS}, mean",
+        (
+            curve(f"training (mean of {every} steps)", losses["training"]),
+            curve("validation, with the context", losses["context"]),
+            curve("validation, query alone, W + ΔW", losses["delta"], points=True),
+            curve("control: query alone, W", losses["neither"], control=True),
+        ),
+        log_y=True,
+    )
+    right = Lines(
+        "Gap between the two predictions",
+        "training step",
+        "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|",
+        (
+            curve("float32", gaps["float32"]),
+            curve("float64", gaps["float64"]),
+            curve("control: without ΔW, float32", gaps["neither"], control=True),
+        ),
+        log_y=True,
+    )
+    return Figure(
+        "loss-through-delta",
+        "A context acts as a weight update, at every stage of training",
+        (left, right),
+        f"One attention block learns linear functions of two numbers from {points} pairs. Its predictions with the "
+        f"context, and from the query alone with W + ΔW, are the same up to rounding, on {functions} new functions.",
+        "that ΔW is cheaper or better than the context. Making ΔW needs the pass with the context, and the identity "
+        "holds for any weights, so it says nothing about how the block solves the task.",
+        {"seed": seed, "steps": steps, "points": points, "functions": functions, "lr": LR, "batch_size": BATCH_SIZE},
+    )
+
+
+def increments(model: Toy, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
+    """Frobenius norms |ΔW_{i+1} − ΔW_i| for i = 1 … C−1, the first query of each function, (B,C−1).
+
+    ΔW_i stands for the first i pairs. All ΔW_i share a = A(x), so a difference is the shear by A_{i+1} − A_i.
+    """
+    query_B1P = query_BQP[:, :1]
+    states = [model.contextual(context_BCP[:, :i], query_B1P)[:, 0] for i in range(context_BCP.shape[1] + 1)]
+    steps = [Shear(states[0], new - old) for old, new in pairwise(states[1:])]
+    return torch.stack([step.norm(model.inner.weight) for step in steps], 1)
+
+
+def increment_series(label: str, size_BC: Tensor, control: bool = False, start: int = 10) -> Series:
+    """The mean size of increment i = 1, 2, … over B trials, its standard error, and its log-log slope from `start`."""
+    x = range(1, size_BC.shape[1] + 1)
+    return with_slope(mean_series(label, x, size_BC, control), start)
+
+
+def with_slope(series: Series, start: int = 10) -> Series:
+    """The series with its log-log slope over x >= start in the label."""
+    return replace(series, label=f"{series.label}: slope {slope(series, start):.2f}".replace("-", "−"))
+
+
+def slope(series: Series, start: int = 10) -> float:
+    """The log-log slope of a series over x >= start, by least squares; raises ValueError below two such points."""
+    pairs = [(float(x), y) for x, y in zip(series.x, series.y, strict=True) if float(x) >= start]
+    if len(pairs) < 2:
+        raise ValueError(
+            f"series {series.label!r} has {len(pairs)} points from x={start} on, a slope needs two or more"
+        )
+    log_x, log_y = np.log(np.array(pairs)).T
+    return float(np.polyfit(log_x, log_y, 1)[0])
+
+
+@torch.no_grad()
+def increments_of_delta(
+    seed: int = 0,
+    steps: int = 500,
+    points: int = 100,
+    functions: int = 128,
+    trained_points: int = 50,
+    more_increments: Sequence[Series] = (),
+    more_losses: Sequence[Series] = (),
+) -> Figure:
+    """How much each further pair of the context changes ΔW, and what the loss is by then, for four contextual layers.
+
+    more_increments, more_losses: series of other models, for the left and the right panel.
+    """
+    context, query, target = parts(task(seed, points).batch("test", 0, functions))
+    models = {
+        "attention, trained": train(build("attention", seed), seed, steps, trained_points),
+        "attention, untrained": build("attention", seed),
+        "mean pooling, untrained": build("mean", seed),
+        "recurrent (GRU), trained": train(build("recurrent", seed), seed, steps, trained_points, lr=RECURRENT_LR),
+    }
+    sizes, losses = [], []
+    lengths = [i for i in sorted({*LENGTHS, trained_points, points}) if i <= points]
+    for name, model in models.items():
+        control = "untrained" in name
+        sizes.append(increment_series(name, increments(model, context, query), control))
+        values = [loss(model(context[:, :i], query), target).mean(1) for i in lengths]
+        losses.append(mean_series(name, lengths, torch.stack(values, 1), control))
+    first = sizes[0]
+    line = Series("1/i", first.x, [first.y[9] * 10 / float(i) for i in first.x], control=True)
+    return Figure(
+        "increments-of-delta",
+        "Increments of ΔW fall as 1/i for averaging layers, trained or not",
+        (
+            Lines(
+                "Size of the increments",
+                "context length i (pairs)",
+                "|ΔW(i+1) − ΔW(i)|, Frobenius norm",
+                (*sizes, *more_increments, line),
+                log_x=True,
+                log_y=True,
+            ),
+            Lines("Loss at the same length", "context length i (pairs)", LOSS, (*losses, *more_losses)),
+        ),
+        f"Mean and standard error over {functions} linear functions of two numbers; slopes fitted from i = 10 on. "
+        f"Trained on {trained_points} pairs at a time. Averaging gives 1/i (1/(i+2) with the query in the mean: slope "
+        "−0.95 in this range). The recurrent block learns the task as well, and its increments hardly fall.",
+        "that falling increments mean learning, or gradient descent: attention shows them before training, when its "
+        "loss does not fall at all.",
+        {
+            "seed": seed,
+            "steps": steps,
+            "trained_points": trained_points,
+            "functions": functions,
+            "lr": LR,
+            "lr_recurrent": RECURRENT_LR,
+            "batch_size": BATCH_SIZE,
+        },
+    )
+
+
+def fine_tuned(model: Toy, names: Sequence[str], context_CP: Tensor, lr: float) -> Iterator[Toy]:
+    """A copy of the model after 0, 1, … C steps of SGD on the parameters `names`, one pair per step, no context.
+
+    It is the same object at every step. A pair (x, y) becomes the query (x, 0) with target y.
+    """
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([parameter for name, parameter in model.named_parameters() if name in names], lr)
+    yield model
+    for pair_P in context_CP:
+        query_11P = torch.cat([pair_P[:-1], pair_P.new_zeros(1)])[None, None]
+        optimizer.zero_grad()
+        loss(model(query_11P[:, :0], query_11P), pair_P[-1]).mean().backward()
+        optimizer.step()
+        yield model
+
+
+def delta_and_fine_tuning(
+    seed: int = 0,
+    steps: int = 500,
+    points: int = 50,
+    functions: int = 64,
+    queries: int = 100,
+    lr: float = 0.01,
+    pretrained: Toy | None = None,
+) -> Figure:
+    """Test loss against the number of examples: as a context turned into ΔW, and as steps of fine-tuning."""
+    model = pretrained or train(build("attention", seed), seed, steps, points)
+    context, query, target = parts(task(seed, points, queries).batch("test", 0, functions))
+    lengths = [i for i in sorted({*LENGTHS, points}) if i <= points]
+    with torch.no_grad():
+        implicit = [loss(model.through_delta(context[:, :i], query), target).mean(1) for i in lengths]
+    tuned: dict[str, list[Tensor]] = {}
+    everything = [name for name, _ in model.named_parameters()]
+    for label, names in {"all parameters": everything, "W alone": ["inner.weight"]}.items():
+        tuned[label] = []
+        for b in tqdm(range(functions), desc=f"fine-tuning {label}", leave=False, disable=None):
+            row = []
+            for i, stage in enumerate(fine_tuned(model, names, context[b], lr)):
+                if i in lengths:
+                    with torch.no_grad():
+                        row.append(loss(stage(context[:1, :0], query[b : b + 1]), target[b]).mean())
+            tuned[label].append(torch.stack(row))
+    series = [mean_series("the examples as ΔW of W", lengths, torch.stack(implicit, 1))]
+    series += [mean_series(f"SGD on {label}", lengths, torch.stack(rows)) for label, rows in tuned.items()]
+    nothing = implicit[0].mean().item()
+    series.append(Series("control: no example used", tuple(lengths), (nothing,) * len(lengths), control=True))
+    return Figure(
+        "delta-and-fine-tuning",
+        "The same examples as a weight update and as fine-tuning",
+        (Lines("", "number of examples", f"{LOSS} on {queries} test queries, mean", tuple(series), log_y=True),),
+        f"The trained attention block gets examples of a new linear function: as a context, turned into ΔW of W for "
+        f"each query; or one at a time, without context, as steps of SGD at rate {lr:g}. Mean and standard error over "
+        f"{functions} functions.",
+        "that ΔW is gradient descent: both losses fall, along different ways. The order of the curves depends on the "
+        "learning rate, and two examples already determine the function: least squares has no loss from there on.",
+        {"seed": seed, "steps": steps, "points": points, "functions": functions, "queries": queries, "lr": lr},
+    )

@@ -1,0 +1,1 @@
+"""Tasks on text: sources, tokens, and what is asked about them."""

@@ -1,0 +1,1 @@
+"""A run: from options to a run folder, and back from a checkpoint to a module."""

@@ -1,0 +1,108 @@
+"""What a person reads: the opening lines of a run, its closing table, and its learning curve."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from zoo.files import whole
+from zoo.models import Model, flops
+
+EXPLANATIONS = {
+    "nmse": "test error (squared, over the variance of y)",
+    "nmse_without_context": "  with its context removed",
+    "nmse_wrong_context": "  with another function's context",
+    "nmse_ridge": "  ridge regression, closed form",
+    "nmse_zero": "  predicting zero",
+    "bits_per_byte": "test bits per byte",
+    "bits_per_byte_without_context": "  with its context removed",
+    "bits_per_byte_wrong_context": "  with another document's context",
+    "bits_per_byte_trigram": "  of a byte trigram",
+    "nats": "test loss in nats per token",
+    "nats_floor": "  floor, ln of the vocabulary",
+}
+
+
+def explain(metric: str) -> str:
+    """What a metric says; NAME_PART is the metric NAME of one part of the data."""
+    name, _, part = metric.rpartition("_")
+    if metric not in EXPLANATIONS and name in EXPLANATIONS:
+        return f"{EXPLANATIONS[name]}, {part}"
+    return EXPLANATIONS.get(metric, metric)
+
+
+def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
+    """What is about to be trained, on what, where."""
+    config, task, optim = model.config, model.task, model.optim
+    count = flops.parameters(model)
+    parts = ", ".join(f"{name} {n:,}" for name, n in count.items() if n and name not in ("total", "active"))
+    device = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}"
+    files = getattr(task.config, "files", None)
+    read = f"reads {', '.join(files)}\n" if files else ""  # a checkpoint may be somebody else's
+    return (
+        f"{config.name} on {task.config.name}: {count['total']:,} parameters ({parts})\n"
+        f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n{read}"
+        f"run folder: {folder}"
+    )
+
+
+def closing(metrics: dict[str, Any]) -> str:
+    """The table at the end of a run."""
+    rows = [(explain(name), _number(value)) for name, value in metrics["test"].items()]
+    rows += [
+        ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),
+        ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),
+        ("training", f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("run folder", str(Path(metrics["checkpoint"]).parent.parent)),
+        ("load it with", f'zoo.load("{metrics["checkpoint"]}")'),
+    ]
+    width, head = max(len(name) for name, _ in rows), title(metrics)
+    return "\n".join(["", head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def title(metrics: dict[str, Any]) -> str:
+    """One line that names a run."""
+    return f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> None:
+    """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
+    from matplotlib.figure import Figure  # without pyplot: no backend, no display
+
+    rows = _rows(folder / "metrics.jsonl")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
+    for name, (label, colour, marker) in styles.items():
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
+    for name, level in references.items():
+        axes.axhline(level, color="0.4", linestyle="--", label=name)
+    axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", title=head)
+    low, high = axes.get_ylim()
+    if low <= 0 or high > 10 * low:  # within one decade, logarithmic ticks are hard to read
+        axes.set_yscale("log")
+    axes.legend()
+    with whole(folder / "curve.png") as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that are whole; raises ValueError if there is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+    if not rows:
+        raise ValueError(f"{path} is gone or damaged")
+    return rows
