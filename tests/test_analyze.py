@@ -15,6 +15,7 @@ import zoo
 from zoo import analyze
 from zoo.lens import draw, figures, report
 from zoo.lens.figure import Bars, Heat, Lines, Strip
+from zoo.papers import capacity
 
 SIZE = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 FAMILIES = ("transformer", "hypernet", "moe")
@@ -204,18 +205,16 @@ def test_a_patch_stands_for_its_context(
 def test_figures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert analyze.main(["figures"]) == 0
     listed = capsys.readouterr().out.split()
-    assert {*report.THEORY, *report.TRAINED} <= set(listed)
-    assert len({*report.THEORY, *report.TRAINED}) == 10
+    theory, trained = analyze.all_figures()
+    assert {*theory, *trained} <= set(listed)
+    assert len({*theory, *trained}) == 10
 
 
 def test_a_figure_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(
-        report.THEORY,
-        "capacity-cliffs",
-        functools.partial(report.THEORY["capacity-cliffs"], seeds=[0], layers=2, lengths=(4, 40)),
-    )
+    quick = functools.partial(capacity.capacity_cliffs, seeds=[0], layers=2, lengths=(4, 40))
+    monkeypatch.setattr(capacity, "capacity_cliffs", quick)
     assert analyze.main(["figures", "capacity-cliffs", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "capacity-cliffs.png")
 

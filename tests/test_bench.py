@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from zoo.bench import __main__ as bench
 from zoo.bench import growth, timing
-from zoo.bench.seats import Sizes, backward, mixture, products
-from zoo.bench.timing import Case, Row, kernels, measure, peak_bytes, saved_bytes
+from zoo.bench.seats import Sizes, mixture, products
+from zoo.bench.timing import Case, Row, backward, kernels, measure, peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 

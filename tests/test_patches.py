@@ -72,7 +72,9 @@ def test_exact(case: Case, way: Way) -> None:
     model = shared(case.name, dtype)
     tokens = tokens_of(model)
     for form in FORMS:
-        errors = distances(model, tokens, removed, exact(model, tokens, removed, form, n_context=7, **options), 7)
+        errors = distances(
+            model, tokens, removed, exact(model.decoder, tokens, removed, form, n_context=7, **options), 7
+        )
         assert max(errors["dense"], errors["patched"]) <= EXACT[dtype], (form, errors)
         assert errors["reduced"] > MISS
 
@@ -261,7 +263,7 @@ def test_where_nothing_goes_no_weight_changes(case: Case) -> None:
     model = shared(case.name)
     tokens = tokens_of(model)[:, 7:]
     for form in FORMS:
-        patches = exact(model, tokens, torch.zeros(5, dtype=torch.bool), form)
+        patches = exact(model.decoder, tokens, torch.zeros(5, dtype=torch.bool), form)
         for block, patch in zip(model.decoder.blocks, patches, strict=True):
             dense = block.ffn.dense(replace(patch, routing=None))
             for name, W in stored(block.ffn).items():
@@ -317,12 +319,14 @@ def assert_exact_at_depth(model: Model, tokens: Tensor, removed: Tensor, n_conte
 
     assert patched(None) > 0.1
     for form in forms:
-        factors, formed = (exact(model, tokens, removed, form, n_context=n_context, formed=f) for f in (False, True))
+        factors, formed = (
+            exact(model.decoder, tokens, removed, form, n_context=n_context, formed=f) for f in (False, True)
+        )
         exactly = error(plain_forward(model, query, formed, layout))
         assert max(exactly, patched(factors)) <= 8 * eps, form
         assert exactly <= error(plain_forward(model, query, factors, layout)) <= 1000 * eps, form
-    parallel = exact(model, tokens, removed, parallel=True, n_context=n_context)
-    assert patched(exact(model, tokens, removed, n_context=n_context)) <= patched(parallel) <= 1000 * eps
+    parallel = exact(model.decoder, tokens, removed, parallel=True, n_context=n_context)
+    assert patched(exact(model.decoder, tokens, removed, n_context=n_context)) <= patched(parallel) <= 1000 * eps
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,10 @@ def test_bfloat16_gives_the_same_tokens(family: str, form: str) -> None:
     model, positions = deep(family, torch.bfloat16), torch.arange(20, 25)
     tokens, removed = different_tokens(4, 25), torch.arange(25) < 20
     logits, query = model(tokens)[:, 20:], tokens[:, 20:]
-    best, chosen = logits.argmax(-1), model(query, patches=exact(model, tokens, removed, form), positions=positions)
+    best, chosen = (
+        logits.argmax(-1),
+        model(query, patches=exact(model.decoder, tokens, removed, form), positions=positions),
+    )
     regret = logits.amax(-1) - logits.gather(-1, chosen.argmax(-1, keepdim=True)).squeeze(-1)
     assert (regret <= torch.finfo(torch.bfloat16).eps * logits.amax(-1)).all()
     assert (chosen.argmax(-1) == best).sum() >= 19
@@ -385,7 +392,7 @@ def test_one_static_patch_serves_as_many_tokens_as_its_input_has_dimensions(
     model = build_deep(family, 2, **options).double()
     removed = torch.arange(10 + capacity + 1) < 10
     tokens = different_tokens(2, len(removed))
-    patches = exact(model, tokens[:, :-1], removed[:-1], form)
+    patches = exact(model.decoder, tokens[:, :-1], removed[:-1], form)
     errors = distances(model, tokens[:, :-1], removed[:-1], patches, 10)
     assert max(errors["dense"], errors["patched"]) <= EXACT[torch.float64]
     for patch in patches:
@@ -397,7 +404,7 @@ def test_one_static_patch_serves_as_many_tokens_as_its_input_has_dimensions(
     with pytest.raises(
         ValueError, match=rf"layer 0: {capacity + 1} tokens are more than the {capacity} {what} .* ridge"
     ):
-        exact(model, tokens, removed, form)
+        exact(model.decoder, tokens, removed, form)
 
 
 @torch.no_grad()
@@ -410,7 +417,7 @@ def test_tokens_of_one_expert_share_its_hidden_units() -> None:
     rank = int(counts.clamp(max=20).sum(-1).min())
     assert rank < 60
     with pytest.raises(ValueError, match=f"layer 0: the hidden units of the FFN of 60 tokens have rank {rank} in"):
-        exact(model, tokens, removed, "static_output")
+        exact(model.decoder, tokens, removed, "static_output")
 
 
 @every_case
@@ -419,7 +426,7 @@ def test_tokens_of_one_expert_share_its_hidden_units() -> None:
 def test_each_row_has_a_static_patch_of_its_own(case: Case, form: str) -> None:
     model = shared(case.name)
     tokens = tokens_of(model)
-    together, alone = (exact(model, t, PREFIX, form) for t in (tokens, tokens[1:2]))
+    together, alone = (exact(model.decoder, t, PREFIX, form) for t in (tokens, tokens[1:2]))
     for block, many, one in zip(model.decoder.blocks, together, alone, strict=True):
         for name, delta in many.weights.items():
             W = block.ffn.weight(name)
@@ -437,10 +444,10 @@ def test_equal_first_tokens_need_one_token_of_the_context(form: str, dtype: torc
     tokens, removed = different_tokens(3, 15), torch.arange(15) < 10
     tokens[1, 11] = tokens[1, 10]
     with pytest.raises(ValueError, match=r"layer 0: .* of 5 tokens have rank 4 in torch.* \(row 1\).*keep one token"):
-        exact(model, tokens, removed, form)
-    errors = distances(model, tokens, removed, exact(model, tokens, removed), 10)
+        exact(model.decoder, tokens, removed, form)
+    errors = distances(model, tokens, removed, exact(model.decoder, tokens, removed), 10)
     removed[0] = False
-    kept = distances(model, tokens, removed, exact(model, tokens, removed, form, n_context=10), 10)
+    kept = distances(model, tokens, removed, exact(model.decoder, tokens, removed, form, n_context=10), 10)
     assert max(errors["dense"], kept["dense"]) <= EXACT[dtype]
 
 
@@ -452,8 +459,10 @@ def test_dependent_states_are_named_and_leave_the_output() -> None:
     tokens = torch.randn(2, 14, 4).double()
     tokens[:, 7:, -1] = 0  # queries bring no y
     with pytest.raises(ValueError, match="layer 0: the states before the FFN of 7 tokens have rank 6 in"):
-        exact(model, tokens, removed, "static")
-    assert distances(model, tokens, removed, exact(model, tokens, removed, "static_output"), 7)["dense"] <= 1e-10
+        exact(model.decoder, tokens, removed, "static")
+    assert (
+        distances(model, tokens, removed, exact(model.decoder, tokens, removed, "static_output"), 7)["dense"] <= 1e-10
+    )
 
 
 @torch.no_grad()
@@ -477,8 +486,8 @@ def test_without_hidden_units_a_bias_is_left() -> None:
     tokens = tokens_of(model)
     for form in ("shear", "output", "static", "static_output"):
         with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN are zero for a token"):
-            exact(model, tokens, PREFIX, form)
-    assert distances(model, tokens, PREFIX, exact(model, tokens, PREFIX, "bias"), 7)["dense"] <= 1e-10
+            exact(model.decoder, tokens, PREFIX, form)
+    assert distances(model, tokens, PREFIX, exact(model.decoder, tokens, PREFIX, "bias"), 7)["dense"] <= 1e-10
 
 
 @torch.no_grad()
@@ -486,13 +495,13 @@ def test_states_whose_square_is_no_number_above_zero_are_refused_too() -> None:
     model = build(CASES[0]).float()
     model.decoder.blocks[1].ffn.up.mul_(1e-30)
     with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN are zero for a token"):
-        exact(model, tokens_of(model), PREFIX, "output")
+        exact(model.decoder, tokens_of(model), PREFIX, "output")
 
 
 def test_unknown_forms_are_named() -> None:
     model = build(CASES[0])
     with pytest.raises(ValueError, match="form 'sheer' does not exist; did you mean shear"):
-        exact(model, tokens_of(model), PREFIX, "sheer")
+        exact(model.decoder, tokens_of(model), PREFIX, "sheer")
 
 
 WIDE = {"dim": 320, "heads": 4, "layers": 2}
@@ -518,7 +527,7 @@ def test_no_matrix_per_token_is_formed(name: str) -> None:
     forms = ("shear", "static") if family == "hypernet" else FORMS
     for form in forms:
         with at_most(limit):
-            patches = model.deltas(tokens, removed) if form == "shear" else exact(model, tokens, removed, form)
+            patches = model.deltas(tokens, removed) if form == "shear" else exact(model.decoder, tokens, removed, form)
             model(tokens[:, 4:], patches=patches, positions=torch.arange(4, 64))
         if form == "shear":  # the recorder sees what it should
             with pytest.raises(AssertionError), at_most(limit):

@@ -14,7 +14,8 @@ import zoo
 from zoo.training import run_folder
 from zoo.training.run_folder import LOCK, fresh, taken
 
-HOLD = "import pathlib, sys, time; from zoo.training.run_folder import taken\nwith taken({}, 'moe-noise', False) as folder:\n"
+HOLD = "import pathlib, sys, time; from zoo.training.run_folder import taken\n"
+HOLD += "with taken({}, 'moe-noise', False) as folder:\n"
 HOLD += "    print(folder, flush=True); sys.stdin.read()"
 
 

@@ -89,7 +89,8 @@ def test_foreign_states_are_refused(run: tuple[Path, Any], tmp_path: Path, state
 def test_processes_that_start_at_once_agree(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One, two, three, four, five. " * 5000)
     code = (
-        "from zoo.tasks.text.language import Text; t = Text({'files': ['a.txt'], 'tokenizer': 'bpe', 'vocabulary': 300}, 0); "
+        "from zoo.tasks.text.language import Text\n"
+        "t = Text({'files': ['a.txt'], 'tokenizer': 'bpe', 'vocabulary': 300}, 0); "
         "t.prepare(); print(t.batch('train', 0, 4).tokens.sum().item(), t.tokenizer.digest)"
     )
     environment = {**os.environ, "ZOO_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(zoo.__file__).parents[1])}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from zoo.config import VERSION
 
 if TYPE_CHECKING:
     from zoo.training.checkpoint import load
     from zoo.training.run import train
 
-__version__ = version("zoo")
+__version__ = VERSION
 __all__ = ["__version__", "load", "train"]
 
 

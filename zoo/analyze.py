@@ -6,6 +6,7 @@ import argparse
 import csv
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,22 +96,41 @@ def report(options: argparse.Namespace) -> None:
 def figures(options: argparse.Namespace) -> None:
     from zoo.config import lookup
     from zoo.lens import draw
-    from zoo.lens import report as pages
 
+    theory, trained = all_figures()
     if not options.names:
-        print("without a checkpoint:", *pages.THEORY, sep="\n  ")
-        print("with --runs:", *pages.TRAINED, sep="\n  ")
+        print("without a checkpoint:", *theory, sep="\n  ")
+        print("with --runs:", *trained, sep="\n  ")
         return
-    table: dict[str, Any] = pages.TRAINED if options.runs else pages.THEORY
+    table = trained if options.runs else theory
     for name in options.names:
-        if name in pages.TRAINED and name not in table:
+        if name in trained and name not in table:
             raise ValueError(f"the figure {name} shows trained models: give checkpoints with --runs")
-        if name in pages.THEORY and name not in table:
+        if name in theory and name not in table:
             raise ValueError(f"the figure {name} shows models of its own: leave out --runs")
         lookup(name, table, "figure")
     models = load_all(options.runs)[0] if options.runs else None
     for name in options.names:
         print(draw.save(table[name](models) if models else table[name](), options.out), flush=True)
+
+
+def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """Figures that train or draw their own small models, and those of checkpoints."""
+    from zoo.lens import figures
+    from zoo.lens.report import TRAINED
+    from zoo.papers import capacity, precision, toy_figures
+
+    def increments(models: Any) -> Any:
+        return toy_figures.increments_of_delta(more_increments=figures.increments_by_family(models))
+
+    theory: dict[str, Callable[..., Any]] = {
+        "loss-through-delta": toy_figures.loss_through_delta,
+        "increments-of-delta": toy_figures.increments_of_delta,
+        "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
+        "capacity-cliffs": capacity.capacity_cliffs,
+        "precision-of-patches": precision.precision_of_patches,
+    }
+    return theory, {"increments-of-delta": increments, **TRAINED}
 
 
 def patch(options: argparse.Namespace) -> None:

@@ -8,10 +8,12 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
+from importlib.metadata import version
 from itertools import islice
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+VERSION = version("zoo")
 T = TypeVar("T")
 
 

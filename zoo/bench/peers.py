@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.bench.timing import backward
 from zoo.core.layers import FeedForward
 from zoo.models import Model
 
@@ -81,7 +82,6 @@ def experts(ffn: FeedForward, router: nn.Module) -> dict[str, Tensor]:
 
 def mixtures(ffn: FeedForward, router: Any, top_k: int, z: Tensor) -> dict[str, Callable[[], Any]]:
     """Forward and backward of other libraries' blocks of experts."""
-    from zoo.bench.seats import backward
 
     found: dict[str, Callable[[], Any]] = {}
     if installed("transformers"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bench import peers
-from zoo.bench.timing import Case, Row, kernels, saved_bytes
+from zoo.bench.timing import Case, Row, backward, kernels, saved_bytes
 from zoo.core.delta import Patch
 from zoo.core.layers import Attention, FeedForward, Layout
 from zoo.models.hypernet import EmittedDelta, HypernetConfig
@@ -92,19 +92,6 @@ def memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield Row("memory", case, name, "dense", ratio, ratio, ratio, 1, bar, None, size / 2**20, None)
 
 
-def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
-    """Forward and backward of a module, gradients for z and all weights."""
-    _draw(module)
-    leaf = z.detach().requires_grad_()
-    leaves = [leaf, *module.parameters()]
-
-    def work() -> Any:
-        out = module(leaf, *rest)
-        return torch.autograd.grad(out, leaves, z, allow_unused=True)  # z is as good as any gradient of the output
-
-    return work
-
-
 def products(z: Tensor, hidden: int) -> Callable[[], Any]:
     """The nine matrix products that a gated FFN and its backward pass cannot do without."""
     x = z.flatten(0, -2)
@@ -163,10 +150,3 @@ def _whole(seat: nn.Module, z: Tensor) -> Patch:
 def attention(z: Tensor) -> Callable[[], Any]:
     layout = Layout(torch.arange(z.shape[1], device=z.device), None)
     return backward(Attention(z.shape[2], 8, 8, 1e4).to(z.device), z, layout)
-
-
-@torch.no_grad()
-def _draw(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -196,3 +197,23 @@ def saved_bytes(work: Callable[[], Any]) -> int:
         alive = work()  # as long as the graph lives, no storage is used twice
     del alive
     return sum(kept.values())
+
+
+def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
+    """Forward and backward of a module, gradients for z and all weights."""
+    _draw(module)
+    leaf = z.detach().requires_grad_()
+    leaves = [leaf, *module.parameters()]
+
+    def work() -> Any:
+        out = module(leaf, *rest)
+        return torch.autograd.grad(out, leaves, z, allow_unused=True)  # z is as good as any gradient of the output
+
+    return work
+
+
+@torch.no_grad()
+def _draw(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)

@@ -32,13 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import lookup
-from zoo.core.decoder import Pair, shear_and_down
+from zoo.core.decoder import Decoder, Pair, shear_and_down
 from zoo.core.delta import Formed, LowRank, Patch, Routing
-from zoo.models import Model
 
 
 def exact(
-    model: Model,
+    decoder: Decoder,
     tokens: Tensor,
     removed: Tensor,
     form: str = "shear",
@@ -46,7 +45,7 @@ def exact(
     n_context: int | None = None,
     formed: bool = False,
 ) -> list[Patch]:
-    """One patch per layer under which the kept tokens (B,T) alone give the model's output with `removed` ones (T,).
+    """One patch per layer under which the kept tokens (B,T) alone give the decoder's output with `removed` ones (T,).
 
     form: see the table above; formed: as whole matrices W + ΔW, one per token or sequence; other arguments as in
     Decoder.replace_context. Raises ValueError, with the layer, where no exact patch of this form exists, and for an
@@ -61,7 +60,7 @@ def exact(
         weights = {name: Formed(matrix) for name, matrix in W.items()}
         return Patch(weights=weights, biases=patch.biases, routing=shared, chunk=patch.chunk)
 
-    return model.decoder.replace_context(tokens, removed, matrices_of if formed else patch_of, n_context, parallel)
+    return decoder.replace_context(tokens, removed, matrices_of if formed else patch_of, n_context, parallel)
 
 
 def output(pair: Pair) -> Patch:

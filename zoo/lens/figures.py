@@ -69,7 +69,7 @@ def _residuals(model: Model, dtype: torch.dtype, size: int, queries: int) -> lis
     contextual, errors = model(tokens, n)[:, n:], []
     other = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
     for text in (tokens, other, None):
-        patches = None if text is None else exact(model, text, removed, n_context=n, formed=True)
+        patches = None if text is None else exact(model.decoder, text, removed, n_context=n, formed=True)
         difference = model(query, patches=patches, positions=positions) - contextual
         errors.append(float(difference.abs().max() / contextual.abs().max()))
     model.to(original)

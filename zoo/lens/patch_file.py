@@ -20,8 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from zoo import __version__
-from zoo.config import one_line, show
+from zoo.config import VERSION, one_line, show
 from zoo.core.delta import Delta, Patch, Sum
 from zoo.files import whole
 from zoo.lens.parse import KINDS, read_patches
@@ -52,7 +51,7 @@ def save_patch(path: str | Path, patches: Sequence[Patch], model: Model, **about
         raise ValueError(f"{len(patches)} patches for {len(model.decoder.blocks)} layers: pass one patch per layer")
     description = {
         "schema": SCHEMA,
-        "version": __version__,
+        "version": VERSION,
         "fingerprint": fingerprint(model),
         "layers": len(patches),
         "chunks": [patch.chunk for patch in patches],
@@ -119,7 +118,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} is no patch file of this zoo: it lacks the description that save_patch writes"
         ) from None
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({__version__}) reads {SCHEMA}")
+        raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({VERSION}) reads {SCHEMA}")
     missing = DESCRIPTION.keys() - description.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))} in its description")

@@ -16,22 +16,9 @@ from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
 from zoo.lens.updates import updates
 from zoo.models import Model, flops
-from zoo.papers import capacity, precision, toy_figures
-
-THEORY: dict[str, Callable[[], Figure]] = {
-    "loss-through-delta": toy_figures.loss_through_delta,
-    "increments-of-delta": toy_figures.increments_of_delta,
-    "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
-    "capacity-cliffs": capacity.capacity_cliffs,
-    "precision-of-patches": precision.precision_of_patches,
-}
-"""Figures that train or draw their own small models."""
 
 TRAINED: dict[str, Callable[[Models], Figure]] = {
     "law-residuals": figures.law_residuals,
-    "increments-of-delta": lambda models: toy_figures.increments_of_delta(
-        more_increments=figures.increments_by_family(models)
-    ),
     "static-error": figures.static_error,
     "changed-experts": figures.changed_experts,
     "norms-and-alignment": figures.norms_and_alignment,

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from zoo import __version__
+from zoo.config import VERSION
 from zoo.files import to_json, write
 from zoo.training.checkpoint import SCHEMA
 
@@ -65,7 +65,7 @@ class Clock(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["zoo"] = {
             "schema": SCHEMA,
-            "zoo": __version__,
+            "zoo": VERSION,
             "torch": str(torch.__version__),
             "config": {**self.config, **dict(pl_module.hparams)},
             "command": self.command,

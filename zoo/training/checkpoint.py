@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from zoo import __version__
-from zoo.config import show
+from zoo.config import VERSION, show
 from zoo.files import home, whole
 from zoo.models import Model
 from zoo.training import untrusted, validate
@@ -160,7 +159,7 @@ def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
     while type(schema := checkpoint["zoo"].get("schema")) is not int or schema != SCHEMA:
         if type(schema) is not int or schema not in UPGRADES:
             known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
-            raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({__version__}) reads {known}")
+            raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
         try:
             checkpoint = UPGRADES[schema](checkpoint)
         except Exception:  # damaged files fail in many ways, as in zoo.training.untrusted

@@ -1,0 +1,60 @@
+"""The house: lower rooms never import higher ones, modules never each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (("config", "files", "console"), ("core",), ("models", "tasks"), ("training",), ("lens",))
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+"""What stands nowhere here, the commands and what they alone import, may import everything."""
+
+
+def modules() -> dict[str, Path]:
+    paths = (ROOT / "zoo").rglob("*.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """All modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in known else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def room(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+GRAPH = {name: {other for other in imported(path, modules()) if other in modules()} for name, path in modules().items()}
+
+
+def test_lower_rooms_import_no_higher_ones() -> None:
+    upward = [
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if room(module) in FLOOR and FLOOR.get(room(other), len(FLOORS)) > FLOOR[room(module)]
+    ]
+    assert not upward
+    assert GRAPH["zoo.training.run"] > {"zoo.training.checkpoint", "zoo.models"}  # the reader reads
+
+
+def test_no_module_imports_itself_in_the_end() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " imports ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for other in GRAPH[module] - {module}:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module, ())
