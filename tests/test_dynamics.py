@@ -12,9 +12,12 @@ from torch import Tensor
 
 from zoo.core.delta import Shear
 from zoo.core.layers import Attention, Layout
-from zoo.lens.dynamics import growing, growing_states, growth, log_log_slope, shrinking, shrinking_states
+from zoo.lens.dynamics import growth
+from zoo.lens.figure import Series
 from zoo.lens.updates import MATRICES, PARTS, Matrix, Part, record
 from zoo.models import Model
+from zoo.papers.prefixes import growing, growing_states, shrinking, shrinking_states
+from zoo.papers.toy_figures import slope
 
 pytestmark = pytest.mark.numeric
 
@@ -232,21 +235,5 @@ def test_increments_fall_as_fast_as_an_average_does(seed: int) -> None:
     for layer, expected in layers.values():
         a = growing_states(layer, context, query)
         increments = Shear(a[:1].expand_as(a[1:]), a.diff(dim=0)).norm(W)
-        slope = log_log_slope(increments, start=10)
-        assert slope.of_mean.item() == pytest.approx(expected, abs=0.15)
-        assert slope.each.mean().item() == pytest.approx(expected, abs=0.15)
-        assert 0 < slope.each.std() < 0.15
-
-
-def test_slope_of_a_power_law() -> None:
-    i = torch.arange(50).double()
-    curves = torch.stack([i**-2, 3 * i**0.5], 1)
-    slope = log_log_slope(curves, start=4)
-    close(slope.each, torch.tensor([-2, 0.5]).double())
-    close(slope.of_mean, log_log_slope(curves.mean(1), start=4).each)
-    bent = torch.where(i < 5, 1.0, i**-1)
-    assert (log_log_slope(bent, start=5).each + 1).abs() < 1e-12
-    assert (log_log_slope(bent).each + 1).abs() > 0.1
-    for start, values, message in ((0, i, "start=0"), (49, i, "start=49.*1 and 48"), (1, i - 3, "3 of 49 values")):
-        with pytest.raises(ValueError, match=message):
-            log_log_slope(values, start)
+        mean = Series("", tuple(range(len(increments))), tuple(increments.mean(1).tolist()))
+        assert slope(mean) == pytest.approx(expected, abs=0.15)

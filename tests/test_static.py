@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo import load, train
 from zoo.core.delta import LowRank, Patch, Routing, Sum
 from zoo.lens.queries import sample_queries
-from zoo.lens.static import FORMS, Moments, answer, choose, first, fit, relative_error
+from zoo.lens.static import FORMS, Moments, answer, first, fit, relative_error
 from zoo.models import Model
 from zoo.tasks import TASKS
 
@@ -303,7 +303,13 @@ def test_without_ridge_as_many_samples_as_dimensions_are_the_worst_choice(form: 
     """Double descent: met well, and useless for other queries; ridge repairs it, and so do more samples."""
     model, tokens, held_out, _, n = trained_samples("transformer-noise-tied")
     rows = dimension // 4
-    errors = choose(model.decoder, tokens, held_out, n, form, (1, rows, 50), (0.0, 1e-2)).errors
+    errors = {
+        (count, ridge): relative_error(
+            model.decoder, held_out, n, fit(model.decoder, [first(model.decoder, tokens, n, count)], n, form, ridge)
+        )
+        for count in (1, rows, 50)
+        for ridge in (0.0, 1e-2)
+    }
     assert errors[rows, 0.0] > 5 * max(errors[1, 0.0], errors[50, 0.0], errors[rows, 1e-2]), errors
     few = tokens[:rows]  # of which two start alike, which no patch can meet
     assert relative_error(model.decoder, few, n, fit(model.decoder, [few], n, form, 0.0)) < 0.01
@@ -334,18 +340,6 @@ def test_relative_error_is_one_for_the_best_constant_and_zero_for_the_context() 
     assert relative_error(model.decoder, tokens, n, none) == pytest.approx(float(expected))
     exact = fit(model.decoder, [tokens], n, "matrix", 0.0)
     assert relative_error(model.decoder, tokens, n, exact) < 1e-12
-
-
-def test_choose_takes_the_least_held_out_error() -> None:
-    model, tokens, held_out, _, n = trained_samples("transformer-regression")
-    choice = choose(model.decoder, tokens, held_out, n, "output", (4, 60), (1e-3, 1e3))
-    assert set(choice.errors) == {(4, 1e-3), (4, 1e3), (60, 1e-3), (60, 1e3)}
-    assert choice.errors[choice.samples, choice.ridge] == min(choice.errors.values())
-    assert (choice.samples, choice.ridge) == (60, 1e-3)
-    direct = fit(model.decoder, [first(model.decoder, tokens, n, 4)], n, "output", 1e3)
-    assert relative_error(model.decoder, held_out, n, direct) == choice.errors[4, 1e3]
-    with pytest.raises(ValueError, match="201 samples asked for, must lie between 1 and the 200 given"):
-        choose(model.decoder, tokens, held_out, n, counts=(201,))
 
 
 @torch.no_grad()

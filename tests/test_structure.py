@@ -7,24 +7,20 @@ import torch
 from cases import CASES, Case, batch_of, build, trained
 from torch import Tensor
 
-from zoo.core.delta import Shear
 from zoo.lens.structure import (
     codes,
     context_gap,
     context_share,
     cosines,
     effect,
-    effect_cosines,
     gram,
     linear_decoding,
     linear_weights,
     norms,
     participation_ratio,
-    query_dependence,
-    query_dependences,
     shared_queries,
 )
-from zoo.lens.updates import MATRICES, PARTS, Matrix, record, updates
+from zoo.lens.updates import MATRICES, PARTS, Matrix, updates
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric
@@ -126,10 +122,6 @@ def test_updates_of_two_models_compare_only_if_shapes_agree() -> None:
     )
     with pytest.raises(ValueError, match=r"\(24, 16\) and \(48, 16\).*effects"):
         cosines(gates[0], gates[2])
-    effects = [effect(m, tokens, n_context) for m in (model, moe)]
-    assert effect_cosines(*effects).shape == (3,)
-    assert (effect_cosines(*effects).abs() < 1).all()
-    close(effect_cosines(effects[0], -2 * effects[0]), -torch.ones(3).double())
 
 
 @every_case
@@ -197,76 +189,13 @@ def test_what_is_made_from_the_context_alone_differs_between_contexts_alone(name
             close(context_share(total[layer]["gate"]), naive_share(total[layer]["gate"].dense()))
 
 
-@pytest.mark.parametrize("name", [*SHARED, "moe-token", "transformer-regression"])
 @torch.no_grad()
-def test_query_dependence_is_0_where_the_context_alone_is_read(name: str) -> None:
-    """Law L5, whatever the number of queries: fewer than their width (5) and more (30)."""
-    model = build(BY_NAME[name])
-    tokens = many_queries(model)
-    for fit in (5, 30):
-        emitted, total = (query_dependences(model, tokens, 7, fit, part) for part in ("emitted", "total"))
-        assert emitted.shape == (2, 3, 3)
-        if name in SHARED:
-            assert emitted[:, -1].max() < 1e-25
-        elif model.config.name == "moe":
-            assert emitted[:, -1].min() > 0.1
-        if model.decoder.attend_context:
-            assert total.min() > 1e-3
-        else:
-            assert total.max() < 1e-25
-    assert query_dependences(build(BY_NAME["transformer-regression"]), tokens, 7, 5, "emitted").isnan().all()
-
-
-@torch.no_grad()
-def test_an_update_of_rounding_errors_has_no_query_dependence() -> None:
+def test_an_update_of_rounding_errors_has_no_share() -> None:
     model = build(BY_NAME["hypernet-segment-down"])
     tokens = many_queries(model)
     gate = updates(model, tokens, 7)[1]["gate"]
     assert 0 < gate.norm().max() < 1e-13
-    assert query_dependences(model, tokens, 7, 20)[:, :2].isnan().all()
     assert context_share(updates(model, shared_queries(tokens, 7), 7)[1]["gate"]).isnan()
-
-
-def naive_dependence(update: Matrix, x: Tensor, fit: int, ridge: float) -> Tensor:
-    """The primal form with dense matrices, one context after the other."""
-    values = []
-    for dense, rows in zip(update.dense(), x, strict=True):
-        target, mean = torch.einsum("qoi,qi->qo", dense, rows), dense[:fit].mean(0)
-        rest = (target - rows @ mean.mT)[:fit]
-        G = rows[:fit].mT @ rows[:fit]
-        penalty = ridge * G.trace() / min(fit, len(G))
-        static = mean + torch.linalg.solve(G + penalty * torch.eye(len(G)).double(), rows[:fit].mT @ rest).mT
-        values.append((target - rows @ static.mT)[fit:].square().sum() / target[fit:].square().sum())
-    return torch.stack(values)
-
-
-@pytest.mark.parametrize("fit", [3, 20])
-@torch.no_grad()
-def test_query_dependence_equals_a_dense_ridge_regression(fit: int) -> None:
-    update, x = drawn(2, 30), torch.randn(2, 30, 5).double()
-    close(query_dependence(update, x, fit, ridge=0.02), naive_dependence(update, x, fit, 0.02))
-    model = build(BY_NAME["hypernet-segment-attend"])
-    tokens = many_queries(model)
-    change, layer = updates(model, tokens, 7)[1]["down"], record(model, tokens, 7)[1]
-    expected = naive_dependence(change, layer.reads("down"), fit, 1e-3)
-    close(query_dependences(model, tokens, 7, fit)[1, 2], expected)
-    assert expected.min() > 1e-3
-
-
-def test_query_dependence_of_a_linear_context_is_0() -> None:
-    """Linear attention: shifts that are linear in the state are one matrix for all queries, though each has its own."""
-    W, M = torch.randn(6, 5).double(), torch.randn(5, 5).double()
-    a = torch.randn(2, 30, 5).double()
-    for shift, lowest, highest in ((a @ M, 0, 1e-9), ((a @ M).tanh(), 1e-2, 1), (torch.randn_like(a), 0.8, 3)):
-        u, v = Shear(a, shift).factors(W)
-        update = Matrix(W, u[..., :0], v[..., :0], u, v)
-        q = query_dependence(update, a, fit=20, ridge=1e-8)
-        assert (q >= lowest).all()
-        assert (q <= highest).all()
-        assert context_share(update) < 0.5
-    for fit in (0, 30):
-        with pytest.raises(ValueError, match=f"fit={fit} must lie between 1 and 29"):
-            query_dependence(update, a, fit)
 
 
 @every_case

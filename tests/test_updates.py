@@ -218,7 +218,6 @@ def test_nothing_forms_a_matrix_per_token(name: str) -> None:
     with at_most(LIMIT):
         dynamics.growth(model, tokens, 2)
         structure.norms(model, tokens, 2)
-        structure.query_dependences(model, tokens, 2, fit=8)
         for change in updates(model, tokens, 2)[0].values():
             structure.context_share(change)
             structure.cosines(change[0], change[1])

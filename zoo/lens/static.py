@@ -143,37 +143,6 @@ def relative_error(decoder: Decoder, tokens: Tensor, n_context: int, patches: Se
     return float((patched - contextual).square().sum() / (contextual - contextual.mean(0)).square().sum())
 
 
-class Choice(NamedTuple):
-    """The number of samples and the ridge with the least error, and the relative error of every such pair."""
-
-    samples: int
-    ridge: float
-    errors: dict[tuple[int, float], float]
-
-
-def choose(
-    decoder: Decoder,
-    tokens: Tensor,
-    held_out: Tensor,
-    n_context: int,
-    form: str = "affine",
-    counts: Sequence[int] = (16, 64, 256),
-    ridges: Sequence[float] = (0.0, 1e-4, 1e-3, 1e-2),
-) -> Choice:
-    """The number of samples out of `tokens` and the ridge whose patches are best on `held_out`, of the same context.
-
-    The error on the samples themselves says nothing: it is near zero even where the patch fails on all else.
-    Raises ValueError where `tokens` has fewer samples than a count asks for.
-    """
-    errors = {}
-    for count in counts:
-        samples = [first(decoder, tokens, n_context, count)]
-        for ridge in ridges:
-            patches = fit(decoder, samples, n_context, form, ridge)
-            errors[count, ridge] = relative_error(decoder, held_out, n_context, patches)
-    return Choice(*min(errors, key=errors.__getitem__), errors)
-
-
 def first(decoder: Decoder, tokens: Tensor, n_context: int, count: int) -> Tensor:
     """The first `count` samples: query tokens where they are blind to each other, else rows."""
     one_row = decoder.independent_queries and len(tokens) == 1

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.lens.updates import MATRICES, PARTS, Matrix, Part, changes, record
+from zoo.lens.updates import MATRICES, PARTS, Matrix, changes, record
 from zoo.models import Model
 from zoo.models.hypernet import EmittedDelta
 from zoo.tasks import Batch
@@ -93,49 +92,9 @@ def context_share(update: Matrix) -> Tensor:
     return _unless_rounding(between, total, B * Q * update.W.square().sum())
 
 
-def query_dependence(update: Matrix, x: Tensor, fit: int, ridge: float = 1e-3) -> Tensor:
-    """1 − R² of the best static update for each context, (B): the share of ΔW x that no one matrix explains.
-
-    update (B,Q), x (B,Q,i) what each of the queries feeds it. One matrix is fitted to ΔW_q x_q of the first `fit`
-    queries by ridge regression towards their mean update, and judged on the others, against no update at all. 0 if all
-    queries share one update, whatever their number; above 1 if the fitted matrix is worse than none, as with too few
-    queries; nan if all updates are zero up to rounding. The penalty is ridge · trace/size of the Gram
-    matrix of x (thought matrices: Mazzawi et al. 2025, arXiv 2510.08734). Raises ValueError if no query is left.
-    """
-    if not 0 < fit < x.shape[1]:
-        raise ValueError(
-            f"fit={fit} must lie between 1 and {x.shape[1] - 1}: some of {x.shape[1]} queries are held out"
-        )
-    target_BQo = update.apply(x.unsqueeze(-2)).squeeze(-2)
-    mean_BQo = sum((update[:, q].apply(x) for q in range(fit)), torch.zeros_like(target_BQo)) / fit
-    # the dual form: the fitted matrix itself is never needed
-    products_BQK = x @ x[:, :fit].mT
-    gram_BKK = products_BQK[:, :fit]
-    penalty_B = ridge * gram_BKK.diagonal(dim1=-2, dim2=-1).sum(-1) / min(fit, x.shape[-1])
-    eye_KK = torch.eye(fit, dtype=x.dtype, device=x.device)
-    dual_BKo = torch.linalg.solve(gram_BKK + penalty_B[:, None, None] * eye_KK, (target_BQo - mean_BQo)[:, :fit])
-    missed_BQo = target_BQo - mean_BQo - products_BQK @ dual_BKo
-    missed_B, target_B, stored_B = (
-        t[:, fit:].square().sum((1, 2)) for t in (missed_BQo, target_BQo, F.linear(x, update.W))
-    )
-    return _unless_rounding(missed_B, target_B, stored_B)
-
-
 def _unless_rounding(part: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
     """part/whole of sums of squares; nan where the whole is rounding beside `scale`, and the ratio would be noise."""
     return (part / whole).where(whole > (100 * torch.finfo(scale.dtype).eps) ** 2 * scale, torch.nan)
-
-
-@torch.no_grad()
-def query_dependences(model: Model, tokens: Tensor, n_context: int, fit: int, part: Part = "total") -> Tensor:
-    """query_dependence of the context's update in each layer and matrix, (L,M,B)."""
-    layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
-    return torch.stack(
-        [
-            torch.stack([query_dependence(change[name], layer.reads(name), fit) for name in MATRICES])
-            for change, layer in zip(changes(layers, alone, part), layers, strict=True)
-        ]
-    )
 
 
 @torch.no_grad()
@@ -147,11 +106,6 @@ def effect(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     if model.task.vocabulary:
         outputs = outputs[0].log_softmax(-1), outputs[1].log_softmax(-1)
     return outputs[0] - outputs[1]
-
-
-def effect_cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of two effects (B,Q,V) on the same queries, (B), for models of any shapes."""
-    return F.cosine_similarity(x.flatten(1), y.flatten(1))
 
 
 @torch.no_grad()
