@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from zoo.core.exact import replace_context
 from zoo.papers import capacity
 from zoo.papers.capacity import DIM, HIDDEN
 
@@ -32,7 +33,7 @@ def test_one_matrix_serves_all_tokens() -> None:
     model = capacity.decoder(0, layers=2)
     tokens = torch.arange(14)[None]
     for side in (capacity.input_side, capacity.output_side):
-        for patch in model.replace_context(tokens, torch.arange(14) < 6, side):
+        for patch in replace_context(model, tokens, torch.arange(14) < 6, side):
             assert not patch.biases
             assert patch.input is None
             assert all(delta.matrix.dim() == 3 and len(delta.matrix) == 1 for delta in patch.weights.values())  # type: ignore[attr-defined]
@@ -44,5 +45,5 @@ def test_two_equal_tokens_at_the_start_have_no_static_patch() -> None:
     tokens = torch.tensor([[1, 2, 3, 4, 9, 9]])
     removed = torch.arange(6) < 4
     wanted = model(tokens)[0][:, 4:]
-    patches = model.replace_context(tokens, removed, capacity.output_side)
+    patches = replace_context(model, tokens, removed, capacity.output_side)
     assert (model(tokens[:, 4:], patches=patches)[0] - wanted).abs().max() > 1e-3

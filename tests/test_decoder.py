@@ -11,8 +11,9 @@ import torch
 from cases import CASES, Case, batch_of, build, options_of, taking_turns
 from torch import Tensor
 
-from zoo.core.decoder import Decoder, shear_and_down
+from zoo.core.decoder import Decoder
 from zoo.core.delta import Patch
+from zoo.core.exact import replace_context, shear_and_down
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric
@@ -180,7 +181,9 @@ def test_parallel_extraction_equals_the_sequential_one() -> None:
     model = build(CASES[0])
     tokens, n = batch_of(model).tokens, 7
     removed = torch.arange(tokens.shape[1]) < n
-    totals = [model.decoder.replace_context(tokens, removed, shear_and_down, n, parallel) for parallel in (False, True)]
+    totals = [
+        replace_context(model.decoder, tokens, removed, shear_and_down, n, parallel) for parallel in (False, True)
+    ]
     outputs = [model(tokens[:, n:], patches=patches, positions=torch.full((5,), n)) for patches in totals]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-10)
     torch.testing.assert_close(outputs[1], model(tokens, n)[:, n:], rtol=0, atol=1e-10)

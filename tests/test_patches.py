@@ -14,9 +14,8 @@ from cases import CASES, Case, batch_of, build, plain_forward, shared, taking_tu
 from test_delta import at_most
 from torch import Tensor
 
-from zoo.core.decoder import Pair
 from zoo.core.delta import LowRank, Patch, Routing
-from zoo.core.exact import FORMS, exact
+from zoo.core.exact import FORMS, Pair, exact, replace_context
 from zoo.core.layers import FeedForward
 from zoo.models import MODELS, Model
 
@@ -90,7 +89,7 @@ def test_states_of_two_unpatched_passes_do_not_give_a_patch(case: Case) -> None:
             wrong[form].append(patch_of(pair))
         return pair.alone()  # the query's stream goes on as if nothing was patched
 
-    model.decoder.replace_context(tokens, PREFIX, mistake, 7)
+    replace_context(model.decoder, tokens, PREFIX, mistake, 7)
     for form, patches in wrong.items():
         assert distances(model, tokens, PREFIX, patches, 7)["dense"] > MISS, form
 
@@ -99,7 +98,7 @@ def pair_of(model: Model, tokens: Tensor | None = None, removed: Tensor = PREFIX
     """The states of the first layer."""
     pairs: list[Pair] = []
     tokens = tokens_of(model) if tokens is None else tokens
-    model.decoder.replace_context(tokens, removed, lambda pair: pairs.append(pair) or Patch(), 7)  # type: ignore
+    replace_context(model.decoder, tokens, removed, lambda pair: pairs.append(pair) or Patch(), 7)  # type: ignore
     return pairs[0]
 
 

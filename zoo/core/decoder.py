@@ -1,13 +1,12 @@
-"""The decoder that all families share, and the total weight update that stands for a context in any of them.
+"""The decoder that all families share.
 
 Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import Past, check_past
 from zoo.core.context import ContextToDelta
-from zoo.core.delta import LowRank, Patch, Shear
+from zoo.core.delta import Patch
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
 
@@ -174,110 +173,6 @@ class Decoder(nn.Module):
             x_BTD, patch = checkpoint(run, x_BTD, layer, use_reentrant=False) if again else run(x_BTD, layer)
             used.append(patch)
         return self.unembed(x_BTD), used
-
-    def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
-        """The total patch of each layer, per kept token, that stands for the tokens marked in `removed` (T,).
-
-        The law: forward(tokens[:, ~removed], patches=deltas) equals forward(tokens) at the kept tokens, when the kept
-        tokens keep their positions. n_context: as in forward, default the number of removed tokens. Each query token
-        is patched on the stream that the patched layers below produced (Dherin et al. 2025, arXiv 2507.16003, and
-        Goldwaser et al. 2025, arXiv 2511.17864, for gated blocks), so errors do not accumulate with depth.
-        Raises ValueError where no patch exists: a zero state or zero hidden units.
-        """
-        return self.replace_context(tokens, removed, shear_and_down, n_context)
-
-    def replace_context(
-        self,
-        tokens: Tensor,
-        removed: Tensor,
-        patch_of: Callable[[Pair], Patch],
-        n_context: int | None = None,
-        parallel: bool = False,
-    ) -> list[Patch]:
-        """The patches that `patch_of` makes, layer by layer, from the states with and without `removed` tokens (T,).
-
-        The stream without them runs through the patches of the layers below; parallel: through none, it starts from the
-        contextual stream at every layer, which is the same where patches are exact, up to rounding that grows with
-        depth. n_context: as in forward, default the number of removed tokens. Raises ValueError if nothing is kept.
-        """
-        check_tokens(tokens, n_context or 0)
-        if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
-            raise ValueError(
-                f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
-                f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
-            )
-        n_context = int(removed.sum()) if n_context is None else n_context
-        kept = (~removed).nonzero().squeeze(1)
-        n_kept = int((~removed[:n_context]).sum())
-        real = self.real(tokens)
-        full = self.layout(tokens.shape[1], n_context, tokens.device, real)
-        reduced = full.keep(kept)
-        xC_BTD = self.embed(tokens)
-        x_BTD = xC_BTD[:, kept]
-        patches = []
-        kept_real = None if real is None else real[:, kept]
-
-        def run(xC_BTD: Tensor, x_BTD: Tensor, layer: int) -> tuple[Tensor, Tensor, Patch]:
-            block = self.blocks[layer]
-            vC_BTD, zC_BTD, outC_BTD, emitted = block.states(
-                xC_BTD, full, lambda z: self.emit(z, layer, n_context, real=real)
-            )
-
-            def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-                pair = Pair(
-                    layer=layer,
-                    ffn=block.ffn,
-                    emitted=emitted.at(kept),
-                    alone=partial(self.emit, z_BTD, layer, n_kept, real=kept_real),
-                    vC=vC_BTD[:, kept],
-                    zC=zC_BTD[:, kept],
-                    outC=outC_BTD[:, kept],
-                    v=v_BTD,
-                    z=z_BTD,
-                )
-                return patch_of(pair)
-
-            return outC_BTD, *block(x_BTD, reduced, replaced)
-
-        for layer in range(len(self.blocks)):
-            xC_BTD, x_BTD, patch = run(xC_BTD, xC_BTD[:, kept] if parallel else x_BTD, layer)
-            patches.append(patch)
-        return patches
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One layer's states at the kept tokens, (B,T,D), with the whole context (C) and without what was removed.
-
-    v enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emitted: the family's patch with
-    the whole context, one per token; alone(): what it emits without what was removed, as it comes.
-    """
-
-    layer: int
-    ffn: FeedForward
-    emitted: Patch
-    alone: Callable[[], Patch]
-    vC: Tensor
-    zC: Tensor
-    outC: Tensor
-    v: Tensor
-    z: Tensor
-
-    def along(self, what: str, state: Tensor) -> Tensor:
-        """state/|state|² (*,n), the row of a rank-1 update; raises ValueError, naming `what`, where a state is zero."""
-        square = state.square().sum(-1, keepdim=True)
-        if not square.all():
-            raise ValueError(f"layer {self.layer}: the {what} the FFN are zero for a token, no rank-1 patch exists")
-        return state / square
-
-
-def shear_and_down(pair: Pair) -> Patch:
-    """The emitted patch, every reader sheared from z to zC, and the missing residual as a rank-1 update of `down`."""
-    pair.along("state before", pair.z)
-    patch = replace(pair.emitted, input=Shear(pair.z, pair.zC - pair.z))
-    h_BTF = pair.ffn.hidden(pair.z, patch)
-    residual = LowRank((pair.vC - pair.v).unsqueeze(-1), pair.along("hidden units of", h_BTF).unsqueeze(-1))
-    return patch.add("down", residual)
 
 
 def check_tokens(tokens: Tensor, n_context: int) -> None:

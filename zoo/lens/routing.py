@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.decoder import Pair, shear_and_down
 from zoo.core.delta import Patch, Routing, Shear
+from zoo.core.exact import Pair, replace_context, shear_and_down
 from zoo.models import Model
 from zoo.models.moe import ExpertLoad, RoutedDelta, RouterEntropy
 from zoo.tasks import Batch
@@ -148,5 +148,5 @@ def switched(model: Model, tokens: Tensor, n_context: int) -> Switched:
         return shear_and_down(pair)
 
     removed = torch.arange(tokens.shape[1], device=tokens.device) < n_context
-    model.decoder.replace_context(tokens, removed, patch_of, n_context)
+    replace_context(model.decoder, tokens, removed, patch_of, n_context)
     return Switched(*torch.stack(shares, 1))

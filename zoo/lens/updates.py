@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.decoder import Pair, shear_and_down
 from zoo.core.delta import Delta, Full, LowRank, Patch, Scale, Shear, Sum
+from zoo.core.exact import Pair, replace_context, shear_and_down
 from zoo.core.layers import FeedForward
 from zoo.models import Model
 
@@ -203,7 +203,7 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
         return layers[-1].total
 
     removed = torch.arange(tokens.shape[1], device=tokens.device) < n_context
-    model.decoder.replace_context(tokens, removed, patch_of, n_context)
+    replace_context(model.decoder, tokens, removed, patch_of, n_context)
     return layers
 
 

@@ -21,6 +21,7 @@ from zoo.core import sampling
 from zoo.core.context import ContextToDelta
 from zoo.core.decoder import Decoder
 from zoo.core.delta import Patch
+from zoo.core.exact import deltas
 from zoo.core.layers import FILLING
 from zoo.tasks import TASKS, Batch, Task
 
@@ -160,7 +161,7 @@ class Model(L.LightningModule):
 
     def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
         """The total weight update that stands for the removed tokens; see Decoder.deltas."""
-        return self.decoder.deltas(tokens, removed, n_context)
+        return deltas(self.decoder, tokens, removed, n_context)
 
     def generate(
         self,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.core.decoder import Decoder, Pair
+from zoo.core.decoder import Decoder
 from zoo.core.delta import Full, Patch
+from zoo.core.exact import Pair, replace_context
 from zoo.lens.figure import Figure, Lines, Series
 
 DIM, HIDDEN, VOCABULARY = 32, 80, 256
@@ -68,7 +69,7 @@ def capacity_cliffs(
             removed_T = torch.arange(context + m) < context
             wanted = model(tokens_BT)[0][:, context:]
             for name in errors:
-                patches = model.replace_context(tokens_BT, removed_T, sides[name]) if name in sides else None
+                patches = replace_context(model, tokens_BT, removed_T, sides[name]) if name in sides else None
                 error = model(tokens_BT[:, context:], patches=patches)[0] - wanted
                 errors[name][i].append(error.abs().max().item())
     series = [

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.core.decoder import Decoder, Pair, shear_and_down
+from zoo.core.decoder import Decoder
 from zoo.core.delta import LowRank, Patch, Scale, Shear
-from zoo.core.exact import bias, output
+from zoo.core.exact import Pair, bias, output, replace_context, shear_and_down
 from zoo.lens.figure import Bars, Figure, Series
 from zoo.papers.capacity import DIM, HIDDEN, VOCABULARY, decoder
 
@@ -93,7 +93,7 @@ def _pair(model: Decoder, tokens_BT: Tensor, removed_T: Tensor) -> Pair:
         pairs.append(pair)
         return pair.emitted
 
-    model.replace_context(tokens_BT, removed_T, keep)
+    replace_context(model, tokens_BT, removed_T, keep)
     return pairs[0]
 
 
