@@ -59,13 +59,14 @@ def composed(arguments: list[str]) -> dict[str, Any]:
 
 
 def jobs(arguments: list[str]) -> list[list[str]]:
-    """The jobs of a sweep, -m a=1,2 b=3; a single job where there is no -m."""
+    """Jobs of a sweep, -m a=1,2 b=3, that have each of its values once; a single job where there is no -m."""
     if "-m" not in arguments:
         return [arguments]
     choices = []
     for key, _, values in (argument.partition("=") for argument in arguments if argument != "-m"):
         choices.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
-    return [list(job) for job in itertools.product(*choices)]
+    turns = max(map(len, choices))
+    return [[values[turn % len(values)] for values in choices] for turn in range(turns)]
 
 
 def commands() -> list[tuple[str, str]]:

@@ -18,9 +18,8 @@ pytestmark = pytest.mark.numeric
 
 EXACT, MISS = 1e-10, 1e-2
 TRAINED = [
-    *("transformer-regression", "transformer-noise-gqa-tied", "moe-token", "moe-context-chunk", "moe-prompts"),
-    *("hypernet-segment-attend", "hypernet-segment-down", "hypernet-chunk", "hypernet-running-full-gqa"),
-    "hypernet-prompts",
+    *("transformer-noise-gqa-tied", "moe-token", "moe-prompts"),
+    *("hypernet-segment-attend", "hypernet-chunk", "hypernet-running-full-gqa"),
 ]
 RANDOM = [(case, "random") for case in CASES]
 ALL = RANDOM + [(case, "trained") for case in CASES if case.name in TRAINED]
@@ -78,9 +77,9 @@ def test_equivalence(case: Case, model: Model) -> None:
 
 
 @every(RANDOM)
-@pytest.mark.parametrize("gone", [[0, 1, 2], [1, 4, 5]], ids=["first", "scattered"])
 @torch.no_grad()
-def test_equivalence_when_part_of_the_context_goes(case: Case, model: Model, gone: list[int]) -> None:
+def test_equivalence_when_part_of_the_context_goes(case: Case, model: Model) -> None:
+    gone = ([0, 1, 2], [1, 4, 5])[CASES.index(case) % 2]
     tokens, n_context = context_of(model)
     removed = torch.zeros(tokens.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(gone), True)
     assert_equivalent(equivalence(model, tokens, n_context, removed))

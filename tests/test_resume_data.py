@@ -64,7 +64,7 @@ CHANGED = "the checkpoint was trained on other text than is found now for task.f
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint was trained on other text")
-@pytest.mark.parametrize("task", [PAIRS, PROMPTS], ids=["text", "prompts"])
+@pytest.mark.parametrize("task", [PAIRS, pytest.param(PROMPTS, marks=pytest.mark.slow)], ids=["text", "prompts"])
 def test_a_grown_glob_is_noticed_and_the_kept_text_goes_on(task: dict[str, Any], cache: Path) -> None:
     stories(Path("data/a.jsonl"))
     folder = begun({**task, "files": ["data/*.jsonl"]})
@@ -78,7 +78,7 @@ def test_a_grown_glob_is_noticed_and_the_kept_text_goes_on(task: dict[str, Any],
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint was trained on other text")
-@pytest.mark.parametrize("task", [TEXT, PROMPTS], ids=["text", "prompts"])
+@pytest.mark.parametrize("task", [TEXT, pytest.param(PROMPTS, marks=pytest.mark.slow)], ids=["text", "prompts"])
 def test_a_moved_run_takes_the_same_text_at_another_place(
     task: dict[str, Any], here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

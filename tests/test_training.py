@@ -225,7 +225,6 @@ def test_a_stream_continues_where_it_stopped() -> None:
     ("model", "accumulate", "step", "precision"),
     # steps 2 and 4 are validated; 3 is not; 1 comes before the first checkpoint
     [
-        ("transformer", 1, 3, "32-true"),
         ("hypernet", 1, 4, "64-true"),
         ("moe", 2, 3, "64-true"),
         ("moe", 2, 1, "bf16-true"),
@@ -371,7 +370,7 @@ def test_unknown_names(tmp_path: Path, name: Any) -> None:
         training.run({"model": {"name": "moe"}, "task": {"name": name}, "optim": {}}, {})
 
 
-@pytest.mark.parametrize(("model", "clip"), [*((name, 1.0) for name in FAMILIES), ("transformer", 0.0)])
+@pytest.mark.parametrize(("model", "clip"), [("transformer", 0.0), ("hypernet", 1.0), ("moe", 1.0)])
 def test_bf16_with_clipping_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, clip: float
 ) -> None:

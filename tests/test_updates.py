@@ -211,7 +211,7 @@ def wide(name: str) -> tuple[Model, Tensor]:
 LIMIT = 4 * 24 * 384 * 384 // 50
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", ["hypernet", "hypernet-scale", "moe"])
 @torch.no_grad()
 def test_nothing_forms_a_matrix_per_token(name: str) -> None:
     model, tokens = wide(name)
