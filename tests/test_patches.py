@@ -64,7 +64,7 @@ WAYS: dict[str, Way] = {
 }
 
 
-@taking_turns("case, way", [*CASES, *CASES], [*[PART] * len(CASES), *WAYS.values()])
+@taking_turns("case, way", [*CASES, *CASES], [*[PART] * len(CASES), *[*WAYS.values()] * len(CASES)])
 @torch.no_grad()
 def test_exact(case: Case, way: Way) -> None:
     removed, dtype, options = way
