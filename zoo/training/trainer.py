@@ -24,16 +24,19 @@ from zoo.config import lookup, one_line, plain, show, strict
 from zoo.models import Model
 from zoo.training import checkpoint
 
-FLAG = (True, False, None)
+FLAG = (True, False)
 STORED: dict[str, tuple[Any, ...]] = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "strategy": ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_static_graph", "fsdp"),
     "precision": ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "deterministic": (*FLAG, "warn"),
     **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), FLAG),
-    **dict.fromkeys(("devices", "limit_val_batches", "limit_test_batches"), ()),  # numbers
+    "devices": ("auto", -1),  # or a number of them, or their indices
+    "num_nodes": (1,),
+    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), ()),  # numbers
 }
-"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their values: never paths or objects."""
+"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their values: never paths or objects. null
+stands for Lightning's own default."""
 
 DECIDED_BY = {
     "max_steps": "optim.steps",
@@ -56,22 +59,35 @@ DECIDED_BY = {
 
 def arguments(given: Mapping[str, Any], saved: Any = None) -> dict[str, Any]:
     """Arguments of lightning.Trainer: those `saved` with a run, below those `given`, which may be objects. Raises
-    ValueError for saved ones that are not in STORED, and for more devices than there are."""
+    ValueError for saved ones that are not in STORED and not given again, and for more devices than there are."""
     saved = {} if saved is None else saved
-    if not isinstance(saved, dict) or not all(_storable(key, value) for key, value in saved.items()):
-        raise ValueError(f"the checkpoint holds arguments of a trainer that no run has: {show(saved)}")
+    if not isinstance(saved, dict):
+        raise ValueError(f"the checkpoint holds {show(saved)} as arguments of a trainer, not a dict")
+    saved = {key: value for key, value in saved.items() if key not in given}
+    for key, value in saved.items():
+        if not _storable(key, value):
+            raise ValueError(
+                f"the checkpoint holds trainer.{show(key)}={show(value)}, which is not taken from a file: "
+                f"give it again, as trainer.NAME=VALUE"
+            )
+    devices = saved.get("devices")
+    count = len(devices) if isinstance(devices, list) else devices
     here = max(2, os.cpu_count() or 1, torch.cuda.device_count())
-    if "devices" in saved and "devices" not in given and saved["devices"] > here:
-        raise ValueError(f"the run had {saved['devices']} devices, here are at most {here}: give trainer.devices=")
+    if isinstance(count, int) and count > here:
+        raise ValueError(f"the run had {count} devices, here are at most {here}: give trainer.devices=")
     return {**saved, **{key: _plain(value) for key, value in given.items()}}
 
 
 def _storable(key: Any, value: Any) -> bool:
-    if not isinstance(key, str) or not isinstance(value, str | int | float | None):
+    if not isinstance(key, str) or key not in STORED:
         return False
-    if STORED.get(key) == ():
-        return (type(value) is int and 0 <= value < 2**31) or (type(value) is float and 0 <= value <= 1)
-    return value in STORED.get(key, ())
+    if key == "devices" and isinstance(value, list):
+        return len(value) <= 1024 and all(type(item) is int and item >= 0 for item in value)
+    if key == "devices" and type(value) is int and value >= 0:
+        return True
+    if STORED[key] == ():
+        return value is None or (type(value) is int and value >= 0) or (type(value) is float and 0 <= value <= 1)
+    return value is None or (isinstance(value, str | int) and value in STORED[key])
 
 
 def _plain(value: Any) -> Any:
@@ -150,8 +166,11 @@ def make(
         engine = L.Trainer(**given, **fixed)
     except Exception as error:  # each argument fails in its own way
         raise ValueError(f"trainer: {one_line(error)}") from error
-    if "spawn" in str(strategy := getattr(engine.strategy, "_start_method", "")) or strategy == "fork":
-        raise ValueError(f"trainer.strategy={show(given['strategy'])} loses what its processes trained; take ddp")
+    if getattr(engine.strategy, "_start_method", "popen") not in (None, "popen"):  # of a notebook, or ddp_spawn
+        raise ValueError(
+            f"trainer.strategy={show(given.get('strategy', 'auto'))} loses what its processes trained; take ddp, "
+            f"from the command line, or trainer.devices=1"
+        )
     _started(engine.num_devices * engine.num_nodes)
     share = model.optim.accumulate * engine.world_size
     if model.optim.batch_size % share:
