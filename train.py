@@ -76,7 +76,8 @@ def checked(arguments: list[str]) -> list[str]:
             groups = [
                 f"{folder.name}={word}" for folder in sorted(CONF.iterdir()) if (folder / f"{word}.yaml").exists()
             ]
-            raise ValueError(f"{show(word)} is no option: options are written name=value{did_you_mean('', groups)}")
+            hint = f"did you mean {groups[0]}?" if groups else "python train.py --help shows them"
+            raise ValueError(f"{show(word)} is no option: options are written name=value; {hint}")
     options = {parsed.key_or_group: parsed for parsed in OverridesParser.create().parse_overrides(known.overrides)}
     if known.multirun and "out" in options:
         raise ValueError("out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that of all of them")

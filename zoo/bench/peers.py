@@ -82,7 +82,6 @@ def experts(ffn: FeedForward, router: nn.Module) -> dict[str, Tensor]:
 
 def mixtures(ffn: FeedForward, router: Any, top_k: int, z: Tensor) -> dict[str, Callable[[], Any]]:
     """Forward and backward of other libraries' blocks of experts."""
-
     found: dict[str, Callable[[], Any]] = {}
     if installed("transformers"):
         from transformers import MixtralConfig

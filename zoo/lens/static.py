@@ -163,7 +163,7 @@ class _States(NamedTuple):
 
 
 def _states(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch], layer: int) -> _States:
-    # Decoder.replace_context for many passes: it stops at `layer` and forms no update per token
+    # zoo.core.exact.replace_context for many passes: it stops at `layer` and forms no update per token
     real = decoder.real(tokens)
     full = decoder.layout(tokens.shape[1], n_context, tokens.device, real)
     asked = None if real is None else real[:, n_context:]

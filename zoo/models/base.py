@@ -160,7 +160,7 @@ class Model(L.LightningModule):
         return self.decoder(tokens, n_context, patches, positions)[0]
 
     def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
-        """The total weight update that stands for the removed tokens; see Decoder.deltas."""
+        """The total weight update that stands for the removed tokens; see zoo.core.exact.deltas."""
         return deltas(self.decoder, tokens, removed, n_context)
 
     def generate(
