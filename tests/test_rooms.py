@@ -12,18 +12,19 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 """What stands nowhere here, the commands and what they alone import, may import everything."""
 
 
-def modules() -> dict[str, Path]:
-    paths = (ROOT / "zoo").rglob("*.py")
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "zoo").rglob("*.py")
+}
 
 
-def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """All modules of ours that a file imports, anywhere in it."""
+def imported(path: Path) -> Iterator[str]:
+    """All modules that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                yield name if name in known else node.module
+                yield name if name in MODULES else node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -32,7 +33,7 @@ def room(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-GRAPH = {name: {other for other in imported(path, modules()) if other in modules()} for name, path in modules().items()}
+GRAPH = {name: {other for other in imported(path) if other in MODULES} for name, path in MODULES.items()}
 
 
 def test_lower_rooms_import_no_higher_ones() -> None:

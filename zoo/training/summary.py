@@ -76,10 +76,11 @@ def _number(value: float) -> str:
 def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> None:
     """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
     from matplotlib.figure import Figure  # without pyplot: no backend, no display
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = _rows(folder / "metrics.jsonl")
-    figure = Figure((6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure((6, 4))
+    axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.12, "top": 0.92})
     styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
     for name, (label, colour, marker) in styles.items():
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -91,6 +92,9 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     low, high = axes.get_ylim()
     if low <= 0 or high > 10 * low:  # within one decade, logarithmic ticks are hard to read
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
     with whole(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=120)
