@@ -206,7 +206,7 @@ def job(cfg: DictConfig) -> float | None:
         if sweep:
             with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
                 os.rmdir(folder)
-    return metrics["test"].get(metrics["headline"])
+    return metrics["test"].get(metrics["main_metric"])
 
 
 @console.command

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.delta import Formed, Patch
+from zoo.core.delta import Patch, Replaced
 from zoo.core.layers import Layout
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch
@@ -139,7 +139,7 @@ def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Lay
         if patch.routing and patch.chunk is None:  # weights shared by all tokens, a choice of blocks for each
             scale = patch.routing.scales(ffn.blocks).repeat_interleave(ffn.hidden_per_block, -1)
             patch = replace(patch, routing=None)
-        formed = {name: delta.matrix for name, delta in patch.weights.items() if isinstance(delta, Formed)}
+        formed = {name: delta.matrix for name, delta in patch.weights.items() if isinstance(delta, Replaced)}
         W, z = formed or ffn.dense(patch), block.norm2(v)
         h = F.silu(_times(W["gate"], z)) * _times(W["up"], z) * scale
         x = v + (_times(W["down"], h) + patch.biases.get("down", torch.zeros(())))

@@ -21,7 +21,7 @@ from zoo.models import Model
 from zoo.training import run as training
 from zoo.training import summary as report
 from zoo.training.callbacks import Interrupted
-from zoo.training.checkpoint import Files
+from zoo.training.checkpoint import AtomicCheckpointIO
 from zoo.training.progress import Progress
 from zoo.training.safeguards import Untested
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_written_beside_its_target_or_not_at_all(
     path, content = tmp_path / "made" / "last.ckpt", {"a": torch.ones(3)}
     monkeypatch.setattr("tempfile.mkstemp", raising(AssertionError("a file in $TMPDIR")))
     monkeypatch.setattr("tempfile._get_default_tempdir", raising(AssertionError("$TMPDIR")))
-    Files().save_checkpoint(content, path)
+    AtomicCheckpointIO().save_checkpoint(content, path)
     before, write_bytes = path.read_bytes(), Path.write_bytes
 
     def half(self: Path, data: Any) -> None:
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_written_beside_its_target_or_not_at_all(
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
-        Files().save_checkpoint(content, path)
+        AtomicCheckpointIO().save_checkpoint(content, path)
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
     assert path.read_bytes() == before
 

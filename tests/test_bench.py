@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.bench import __main__ as bench
 from zoo.bench import growth, timing
-from zoo.bench.seats import Sizes, mixture, products
+from zoo.bench.layers import Sizes, mixture, products
 from zoo.bench.timing import Case, Row, backward, kernels, measure, peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
@@ -125,8 +125,8 @@ def test_growth_is_per_token_and_its_fit_finds_the_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["seat"], "unknown section seat; sections: seats, memory, growth, steps, loops"),
-        (["seats", "--figure", "x"], "--figure draws the section growth: name it too"),
+        (["layer"], "unknown section layer; sections: layers, memory, growth, steps, loops"),
+        (["layers", "--figure", "x"], "--figure draws the section growth: name it too"),
         (["--hidden", "6"], "--hidden 6: units of an expert, or of the dense FFN, there; a multiple of 4"),
         (["--page", "absent.md"], "--page absent.md must be a file with the lines <!-- bench -->"),
         (["--rounds", "0"], "--rounds 0 and --threads 1 must be at least 1"),

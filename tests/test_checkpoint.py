@@ -18,7 +18,7 @@ import zoo
 from zoo.models import MODELS
 from zoo.training import checkpoint
 from zoo.training import run as training
-from zoo.training.checkpoint import SCHEMA, UPGRADES, Files, find, read
+from zoo.training.checkpoint import SCHEMA, UPGRADES, AtomicCheckpointIO, find, read
 from zoo.training.validate import differences
 
 OPTIONS: dict[str, Any] = {
@@ -314,25 +314,25 @@ def test_the_trainer_reads_old_checkpoints_too(best: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(checkpoint, "SCHEMA", SCHEMA + 1)
     monkeypatch.setitem(UPGRADES, SCHEMA, upgrade)
-    assert Files().load_checkpoint(best)["upgraded"]
+    assert AtomicCheckpointIO().load_checkpoint(best)["upgraded"]
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
-    Files().save_checkpoint({"step": 1}, path)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
     def die(source: str, target: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        Files().save_checkpoint({"step": 2}, path)
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     # the last act is a rename within the folder: from $TMPDIR it would be a copy, which a kill cuts short
     monkeypatch.undo()
     moves = []
     monkeypatch.setattr(Path, "replace", lambda source, target: moves.append((source.parent, target)))
-    Files().save_checkpoint({"step": 3}, path)
+    AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
     assert moves == [(tmp_path, path)]
 
 

@@ -35,7 +35,7 @@ def test_one_graph_without_breaks_for_all_batches(case: Case) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for k in range(2):
             batch = batch_of(model)._replace(tokens=model.task.batch("train", k, 3).tokens)
-            losses = [m.task.errors(m(batch.tokens, batch.n_context), batch).mean() for m in (model, plain)]
+            losses = [m.task.token_losses(m(batch.tokens, batch.n_context), batch).mean() for m in (model, plain)]
             for loss in losses:
                 loss.backward()
             torch.testing.assert_close(*losses, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from zoo.config import strict
+from zoo.config import from_dict
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS
@@ -65,7 +65,7 @@ def test_each_file_lists_every_option_with_its_default(path: str, config: type) 
     assert list(values) == [field.name for field in fields(config)]  # in the same order, too
     for name, value in values.items():
         assert type(value) is type(defaults(config)[name]), name
-    assert strict(config, values, "options") == config(**{f.name: f.default for f in fields(config)})
+    assert from_dict(config, values, "options") == config(**{f.name: f.default for f in fields(config)})
 
 
 def test_top_level_is_run_config() -> None:
@@ -85,7 +85,7 @@ def every_choice() -> Iterator[str]:
 def test_every_choice_composes_into_valid_options(choice: str) -> None:
     config = composed(choice)
     trainer, logger = config.pop("trainer"), config.pop("logger")
-    options = strict(RunConfig, config, "config")
+    options = from_dict(RunConfig, config, "config")
     assert isinstance(trainer, dict)
     assert isinstance(logger, dict)
     model = MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
@@ -107,7 +107,7 @@ def test_debugging_overrides_what_it_names(name: str) -> None:
 
     check(read(f"debug/{name}.yaml"), composed(), composed(f"debug={name}"))
     for arguments in (["optim.steps=1"], ["experiment=incontext"]):  # a warm-up of their own would not fit
-        strict(OptimConfig, composed(f"debug={name}", *arguments)["optim"], "optim")
+        from_dict(OptimConfig, composed(f"debug={name}", *arguments)["optim"], "optim")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -14,7 +14,7 @@ import torch
 from test_training import small
 
 import zoo
-from zoo.config import did_you_mean, lookup, plain, positive, show, strict
+from zoo.config import did_you_mean, from_dict, lookup, plain, require_positive, show
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("key", "value", "stored"), ACCEPTED)
 def test_values_of_the_declared_type_are_taken(key: str, value: Any, stored: Any) -> None:
-    taken = getattr(strict(Options, {key: value}, "where"), key)
+    taken = getattr(from_dict(Options, {key: value}, "where"), key)
     assert taken == stored
     assert type(taken) is type(stored)
 
@@ -83,12 +83,12 @@ def test_values_of_the_declared_type_are_taken(key: str, value: Any, stored: Any
 @pytest.mark.parametrize(("key", "value", "message"), REFUSED)
 def test_other_values_are_refused_by_name(key: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared below
-        strict(Options, {key: value}, "where")
+        from_dict(Options, {key: value}, "where")
     assert message in str(error.value)
 
 
 def test_no_options_are_all_defaults() -> None:
-    assert strict(Options, {}, "where") == Options()
+    assert from_dict(Options, {}, "where") == Options()
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_no_options_are_all_defaults() -> None:
 )
 def test_unknown_keys_are_named(key: str, hint: str) -> None:
     with pytest.raises(ValueError, match=f"where.{key} is not an option of Options{hint}".replace("?", r"\?")):
-        strict(Options, {"size": 1, key: 1}, "where")
+        from_dict(Options, {"size": 1, key: 1}, "where")
 
 
 @pytest.mark.parametrize("values", [None, "transformer", ["a"], 3])
 def test_a_group_must_be_a_mapping(values: Any) -> None:
     with pytest.raises(ValueError, match="where must be a group of options, got"):
-        strict(Options, values, "where")
+        from_dict(Options, values, "where")
 
 
 def test_lookup_names_what_exists() -> None:
@@ -122,9 +122,9 @@ def test_did_you_mean_lists_all_names_where_none_is_close() -> None:
 
 @pytest.mark.parametrize("wrong", [0, -1, 0.0, float("nan")])
 def test_positive_names_the_first_that_is_not(wrong: float) -> None:
-    positive("model", dim=1, layers=0.1)
+    require_positive("model", dim=1, layers=0.1)
     with pytest.raises(ValueError, match=f"model.layers={wrong} must be above 0"):
-        positive("model", dim=1, layers=wrong, heads=0)
+        require_positive("model", dim=1, layers=wrong, heads=0)
 
 
 def test_messages_show_any_value_in_a_few_characters() -> None:
@@ -137,7 +137,7 @@ def test_messages_show_any_value_in_a_few_characters() -> None:
     for value in (nested, deep, {"a": nested}, OrderedDict(a=nested), "x" * 10**6, torch.zeros(10**6)):
         assert len(show(value)) <= 80, show(value)
         with pytest.raises(ValueError, match="size") as error:
-            strict(Options, {"size": value}, "a")
+            from_dict(Options, {"size": value}, "a")
         assert len(str(error.value)) < 300
     assert show(10**10**5) == "an integer of 332193 bits"
     assert show([1, "a", {"b": (2.5, None)}]) == "[1, 'a', {'b': (2.5, None)}]"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.core.cache import Past
-from zoo.core.context import SOURCES, summarise
+from zoo.core.cache import LayerCache
+from zoo.core.context import SOURCES, context_mean
 
 pytestmark = pytest.mark.numeric
 
@@ -47,13 +47,13 @@ def as_entries(mean: Tensor) -> Tensor:
 @every_setting
 def test_mean_equals_a_loop_over_tokens(source: str, n_context: int, chunk: int | None) -> None:
     z = torch.randn(B, T, D, dtype=torch.float64)
-    mean, filled = summarise(z, source, n_context, chunk)
+    mean, nonempty = context_mean(z, source, n_context, chunk)
     reads = read_by(source, n_context, chunk)
     for b in range(B):
         for s, tokens in enumerate(reads):
             expected = sum((z[b, t] for t in tokens), torch.zeros(D, dtype=z.dtype)) / max(len(tokens), 1)
             torch.testing.assert_close(as_entries(mean)[b, s], expected, rtol=0, atol=1e-14)
-            assert as_entries(filled)[b, s].tolist() == [float(len(tokens) > 0)]
+            assert as_entries(nonempty)[b, s].tolist() == [float(len(tokens) > 0)]
     assert as_entries(mean).shape == (B, len(reads), D)
     assert mean.dim() == (2 if source == "segment" else 3)
 
@@ -61,21 +61,21 @@ def test_mean_equals_a_loop_over_tokens(source: str, n_context: int, chunk: int 
 @every_setting
 @pytest.mark.parametrize("first", [5, 8])
 def test_one_token_at_a_time(source: str, n_context: int, chunk: int | None, first: int) -> None:
-    z, past, n_context = torch.randn(B, T, D, dtype=torch.float64), Past(), min(n_context, first)
-    mean, filled = (as_entries(t) for t in summarise(z, source, n_context, chunk))
-    summarise(z[:, :first], source, n_context, chunk, past)
+    z, cache, n_context = torch.randn(B, T, D, dtype=torch.float64), LayerCache(), min(n_context, first)
+    mean, nonempty = (as_entries(t) for t in context_mean(z, source, n_context, chunk))
+    context_mean(z[:, :first], source, n_context, chunk, cache)
     for t in range(first, T):
-        past.tokens = t
-        found = [as_entries(t) for t in summarise(z[:, t : t + 1], source, 0, chunk, past)]
+        cache.tokens = t
+        found = [as_entries(t) for t in context_mean(z[:, t : t + 1], source, 0, chunk, cache)]
         entry = {"segment": 0, "chunk": t // (chunk or 1)}.get(source, t)
         assert found[0].shape == (B, 1, D)
-        torch.testing.assert_close(found, [mean[:, [entry]], filled[:, [entry]]], rtol=0, atol=1e-14)
+        torch.testing.assert_close(found, [mean[:, [entry]], nonempty[:, [entry]]], rtol=0, atol=1e-14)
 
 
 @every_setting
 def test_gradient_reaches_exactly_the_tokens_of_the_context(source: str, n_context: int, chunk: int | None) -> None:
     z = torch.randn(B, T, D, requires_grad=True)
-    entries = as_entries(summarise(z, source, n_context, chunk).mean)
+    entries = as_entries(context_mean(z, source, n_context, chunk).mean)
     for s, tokens in enumerate(read_by(source, n_context, chunk)):
         (gradient,) = torch.autograd.grad(entries[:, s].sum(), z, retain_graph=True)
         assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(tokens)
@@ -85,26 +85,26 @@ def test_rows_do_not_mix() -> None:
     z = torch.randn(B, T, D)
     other = torch.cat([z[:1], torch.randn(1, T, D)])
     for source, n_context, chunk in SETTINGS:
-        before, after = (summarise(x, source, n_context, chunk).mean for x in (z, other))
+        before, after = (context_mean(x, source, n_context, chunk).mean for x in (z, other))
         assert torch.equal(before[0], after[0])
 
 
 def test_first_chunk_has_no_context() -> None:
-    mean, filled = summarise(torch.randn(B, T, D), "chunk", 0, 4)
+    mean, nonempty = context_mean(torch.randn(B, T, D), "chunk", 0, 4)
     assert not mean[:, 0].any()
-    assert filled[:, :, 0].tolist() == [[0, 1, 1, 1]] * B
+    assert nonempty[:, :, 0].tolist() == [[0, 1, 1, 1]] * B
 
 
 def test_empty_segment() -> None:
-    mean, filled = summarise(torch.randn(B, T, D), "segment", 0)
+    mean, nonempty = context_mean(torch.randn(B, T, D), "segment", 0)
     assert not mean.any()
-    assert not filled.any()
+    assert not nonempty.any()
 
 
 @pytest.mark.parametrize(("source", "chunk"), [("segment", None), ("chunk", 100), ("running", None), ("token", None)])
 def test_bfloat16_sums_do_not_stall(source: str, chunk: int | None) -> None:
     # adding ones one by one in bfloat16 ends at 256
-    mean = summarise(torch.ones(1, 3000, 1, dtype=torch.bfloat16), source, 3000, chunk).mean
+    mean = context_mean(torch.ones(1, 3000, 1, dtype=torch.bfloat16), source, 3000, chunk).mean
     assert mean.dtype == torch.bfloat16
     assert as_entries(mean)[0, -1].item() == 1
 
@@ -112,4 +112,4 @@ def test_bfloat16_sums_do_not_stall(source: str, chunk: int | None) -> None:
 @pytest.mark.parametrize(("source", "chunk"), [("future", None), ("chunk", None)])
 def test_unknown_source_names_those_that_exist(source: str, chunk: int | None) -> None:
     with pytest.raises(ValueError, match=f"'{source}' with chunk=None.*{', '.join(SOURCES)}"):
-        summarise(torch.randn(B, T, D), source, 0, chunk)
+        context_mean(torch.randn(B, T, D), source, 0, chunk)

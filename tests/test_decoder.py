@@ -82,7 +82,7 @@ def test_no_tokens_are_refused_in_the_same_words(case: Case) -> None:
         calls.append(lambda x=empty: model.deltas(x, torch.arange(x.shape[1]) < 7))  # type: ignore[misc]
         if model.task.vocabulary:
             calls.append(lambda x=empty: model.generate(x, 1))  # type: ignore[misc]
-            calls.append(lambda x=empty: model.decoder(x, past=model.decoder.new_past()))  # type: ignore[misc]
+            calls.append(lambda x=empty: model.decoder(x, cache=model.decoder.new_cache()))  # type: ignore[misc]
         for call in calls:
             message = rf"tokens of shape \({empty.shape[0]}, {empty.shape[1]}.*\): pass \(B,T\), at least one sequence"
             with pytest.raises(ValueError, match=message):

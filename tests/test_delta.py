@@ -12,7 +12,7 @@ from cases import CASES, batch_of, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.delta import Delta, Formed, Full, LowRank, Patch, Routing, Scale, Shear, Sum
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Patch, Replaced, Routing, Scale, Sum
 from zoo.core.layers import FeedForward
 
 pytestmark = pytest.mark.numeric
@@ -27,17 +27,17 @@ def draw(*shape: int) -> Tensor:
 # from the leading dims *, and the core where there is one
 Make = Callable[[tuple[int, ...], Any], Delta]
 WITH_CORE: dict[str, Make] = {
-    "low-rank": lambda dims, core: LowRank(draw(*dims, OUT, R), draw(*dims, IN, R), core and core(R)),
-    "scale": lambda dims, core: Scale(draw(*dims, OUT), draw(*dims, IN), core and core(1)),
-    "full": lambda dims, core: Full(draw(*dims, OUT, IN), core and core(1)),
+    "low-rank": lambda dims, gate: LowRank(draw(*dims, OUT, R), draw(*dims, IN, R), gate and gate(R)),
+    "scale": lambda dims, gate: Scale(draw(*dims, OUT), draw(*dims, IN), gate and gate(1)),
+    "full": lambda dims, gate: Full(draw(*dims, OUT, IN), gate and gate(1)),
 }
 KINDS: dict[str, Make] = {
     **WITH_CORE,
-    "formed": lambda dims, core: Formed(draw(*dims, OUT, IN)),
-    "shear": lambda dims, core: Shear(draw(*dims, IN), draw(*dims, IN)),
-    "low-rank + low-rank": lambda dims, core: WITH_CORE["low-rank"](dims, None) + low_rank(dims),
-    "scale + low-rank": lambda dims, core: WITH_CORE["scale"](dims, None) + low_rank(dims),
-    "full + low-rank + low-rank": lambda dims, core: WITH_CORE["full"](dims, None) + low_rank(dims) + low_rank(dims),
+    "formed": lambda dims, gate: Replaced(draw(*dims, OUT, IN)),
+    "shear": lambda dims, gate: InputShift(draw(*dims, IN), draw(*dims, IN)),
+    "low-rank + low-rank": lambda dims, gate: WITH_CORE["low-rank"](dims, None) + low_rank(dims),
+    "scale + low-rank": lambda dims, gate: WITH_CORE["scale"](dims, None) + low_rank(dims),
+    "full + low-rank + low-rank": lambda dims, gate: WITH_CORE["full"](dims, None) + low_rank(dims) + low_rank(dims),
 }
 # leading dims of an update, and tokens that share one: None for all
 LEADS = {"sequence": ((B,), None), "chunk": ((B, S), C), "token": ((B, T), 1)}
@@ -75,7 +75,7 @@ def test_at_repeats_the_matrix_of_the_sequence_or_chunk(make: Make, dims: tuple[
     delta, W, tokens = make(dims, None), draw(OUT, IN), torch.tensor([0, 3, 4, 6])
     dense = delta.dense(W)
     expected = torch.stack([dense if chunk is None else dense[:, t // chunk] for t in tokens], 1)
-    close(delta.at(tokens, chunk).dense(W), expected)
+    close(delta.per_token(tokens, chunk).dense(W), expected)
 
 
 @pytest.mark.parametrize("make", WITH_CORE.values(), ids=WITH_CORE)
@@ -83,16 +83,16 @@ def test_at_repeats_the_matrix_of_the_sequence_or_chunk(make: Make, dims: tuple[
 def test_a_core_gates_each_token(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
     width, gates = T if chunk is None else C, {}
 
-    def core(rank: int) -> Tensor:
-        gates["core"] = draw(*dims, width, rank)
-        gates["core"][:, ..., 1, :] = 0
-        return gates["core"]
+    def gate(rank: int) -> Tensor:
+        gates["gate"] = draw(*dims, width, rank)
+        gates["gate"][:, ..., 1, :] = 0
+        return gates["gate"]
 
-    delta, W, x = make(dims, core), draw(OUT, IN), draw(*dims, width, IN)
+    delta, W, x = make(dims, gate), draw(OUT, IN), draw(*dims, width, IN)
     y = delta.linear(W, x)
     close(y[..., 1, :], x[..., 1, :] @ W.T)
     tokens = torch.arange(T)
-    per_token = delta.at(tokens, chunk)
+    per_token = delta.per_token(tokens, chunk)
     by_token = [t.flatten(1, -2)[:, :T] for t in (x, y)]
     close(multiplied(W, per_token.dense(W), by_token[0].unsqueeze(2)).squeeze(2), by_token[1])
     assert not per_token.dense(W)[:, 1].any()
@@ -121,18 +121,18 @@ def test_a_sum_is_relative_to_the_same_matrix() -> None:
 
 def test_a_shear_moves_its_own_token_exactly_and_orthogonal_ones_not_at_all() -> None:
     a, shift, W = draw(B, IN), draw(B, IN), draw(OUT, IN)
-    shear = Shear(a, shift)
-    close(shear.move(a[:, None]), (a + shift)[:, None])
+    shear = InputShift(a, shift)
+    close(shear.apply(a[:, None]), (a + shift)[:, None])
     orthogonal = draw(B, IN)
     orthogonal = orthogonal - a * (orthogonal * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True)
-    close(shear.move(orthogonal[:, None]), orthogonal[:, None])
+    close(shear.apply(orthogonal[:, None]), orthogonal[:, None])
     close(W @ (a + shift).unsqueeze(-1), (W + shear.dense(W)) @ a.unsqueeze(-1))
 
 
 def test_routing_scatters_weights_to_blocks() -> None:
     routing = Routing(torch.tensor([[[2, 0], [1, 3]]]), torch.tensor([[[0.25, 0.75], [1.0, -2.0]]]), draw(1, 2, 4))
     assert routing.scales(4).tolist() == [[[0.75, 0, 0.25, 0], [0, 1, 0, -2]]]
-    at = routing.at(torch.tensor([1]))
+    at = routing.per_token(torch.tensor([1]))
     assert at.index.tolist() == [[[[1, 3]]]]
     assert at.scales(4).tolist() == [[[[0, 1, 0, -2]]]]
 
@@ -142,7 +142,7 @@ def test_a_dense_routing_must_be_of_one_token() -> None:
     patch = Patch(routing=Routing(torch.zeros(B, T, 1, dtype=torch.long), torch.ones(B, T, 1), torch.ones(B, T, 4)))
     with pytest.raises(ValueError, match=r"take patch\.at\(tokens\) first"):
         ffn.dense(patch)
-    assert ffn.dense(patch.at(torch.arange(T)))["down"].shape == (B, T, IN, 4 * OUT)
+    assert ffn.dense(patch.per_token(torch.arange(T)))["down"].shape == (B, T, IN, 4 * OUT)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -174,7 +174,7 @@ def test_no_update_is_formed_in_a_forward_pass(dims: tuple[int, ...], chunk: int
     tokens, rank, o, i = 32, 2, 64, 48
     x, W = torch.randn(*dims, width, i), torch.randn(o, i)
     delta = LowRank(torch.randn(*dims, o, rank), torch.randn(*dims, i, rank))
-    shear = Shear(torch.randn(*dims, i), torch.randn(*dims, i))
+    shear = InputShift(torch.randn(*dims, i), torch.randn(*dims, i))
     limit = max(tokens * o, delta.u.numel(), W.numel())
     with at_most(limit):
         delta.linear(W, x)
@@ -202,7 +202,7 @@ def test_a_patch_plus_another_adds_weights_and_biases_and_broadcasts() -> None:
     own = LowRank(torch.randn(3, 5, 2).double(), torch.randn(3, 4, 2).double())
     shared = LowRank(torch.randn(1, 5, 1).double(), torch.randn(1, 4, 1).double())
     bias = torch.randn(1, 5).double()
-    total = Patch(weights={"gate": own}, biases={"gate": bias}).plus(
+    total = Patch(weights={"gate": own}, biases={"gate": bias}).merged_with(
         Patch(weights={"gate": shared, "up": shared}, biases={"gate": bias, "up": bias})
     )
     expected = x @ (W + own.dense(W)).mT + x @ shared.dense(W).mT

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from test_readme import README, ROOT, blocks, tiny_run
 
-from zoo.config import strict
+from zoo.config import from_dict
 from zoo.models import MODELS, flops
 from zoo.models.base import ModelConfig, OptimConfig
 from zoo.tasks import TASKS
@@ -107,7 +107,7 @@ def test_commands_compose(page: str, line: str) -> None:
     for job in jobs(shlex.split(line)):
         config = composed(job)
         config.pop("trainer"), config.pop("logger")
-        options = strict(RunConfig, config, "config")
+        options = from_dict(RunConfig, config, "config")
         _made(*map(json.dumps, (options.model, options.task, options.optim)))
 
 

@@ -10,7 +10,7 @@ import torch
 from cases import BY_NAME, CASES, Case, batch_of, build, shared, taking_turns
 from torch import Tensor
 
-from zoo.core.delta import Shear
+from zoo.core.delta import InputShift
 from zoo.core.layers import Attention, Layout
 from zoo.lens.dynamics import growth
 from zoo.lens.figure import Series
@@ -44,7 +44,7 @@ def dense_prefixes(model: Model, tokens: Tensor, part: Part) -> Tensor:
         if part == "total":
             patches = model.deltas(sequence, torch.arange(sequence.shape[1]) < length)
         else:
-            patches = [patch.at(later) for patch in model.decoder(sequence, length)[1]]
+            patches = [patch.per_token(later) for patch in model.decoder(sequence, length)[1]]
         layers = []
         for block, patch in zip(model.decoder.blocks, patches, strict=True):
             dense = block.ffn.dense(patch)
@@ -234,6 +234,6 @@ def test_increments_fall_as_fast_as_an_average_does(seed: int) -> None:
     }
     for layer, expected in layers.values():
         a = growing_states(layer, context, query)
-        increments = Shear(a[:1].expand_as(a[1:]), a.diff(dim=0)).norm(W)
+        increments = InputShift(a[:1].expand_as(a[1:]), a.diff(dim=0)).norm(W)
         mean = Series("", tuple(range(len(increments))), tuple(increments.mean(1).tolist()))
         assert slope(mean) == pytest.approx(expected, abs=0.15)

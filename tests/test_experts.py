@@ -7,7 +7,7 @@ import torch
 from cases import Calls
 from torch import Tensor
 
-from zoo.core.experts import PRODUCTS, combine, dispatch, grouped_op, loop, sort_by_block
+from zoo.core.experts import GROUPED_MATMULS, combine, dispatch, grouped_op, loop, sort_by_block
 
 pytestmark = pytest.mark.numeric
 
@@ -34,7 +34,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["grouped", "grouped_op"])
 def test_gradients_are_those_of_the_loop(name: str) -> None:
     gradients = []
-    for product in (loop, PRODUCTS[name]):
+    for product in (loop, GROUPED_MATMULS[name]):
         x, weight = rows()
         y = product(x, weight.mT.contiguous().mT, COUNTS)
         y.square().sum().backward()

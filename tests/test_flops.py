@@ -120,9 +120,9 @@ def test_the_reference_backend_costs_all_experts() -> None:
 
 def generation(model: Model) -> float:
     """FLOPs per token of making ΔW: what is left when applying it, the limit of many queries, is taken out."""
-    seat = model.decoder.context_to_delta
-    assert seat
-    return seat.flops_per_token(model.task.tokens) - seat.flops_per_token(10**12)
+    context_to_delta = model.decoder.context_to_delta
+    assert context_to_delta
+    return context_to_delta.flops_per_token(model.task.tokens) - context_to_delta.flops_per_token(10**12)
 
 
 def test_generation_is_shared_by_all_tokens_of_a_context() -> None:
@@ -133,16 +133,16 @@ def test_generation_is_shared_by_all_tokens_of_a_context() -> None:
 
 
 def test_generation_is_shared_by_the_tokens_of_a_chunk() -> None:
-    def seat(**options: Any) -> float:
+    def context_to_delta(**options: Any) -> float:
         model = make("hypernet", "noise", **options)
         assert model.decoder.context_to_delta
         return model.decoder.context_to_delta.flops_per_token(12)
 
-    every_token = seat(context="token")
-    assert seat(context="running") == every_token
+    every_token = context_to_delta(context="token")
+    assert context_to_delta(context="running") == every_token
     applied = 2 * 2 * 3 * 4 * (16 + 24)
-    assert every_token - applied == pytest.approx(4 * (seat(chunk=4) - applied))
-    assert every_token - applied == pytest.approx(2 * (seat(chunk=2) - applied))
+    assert every_token - applied == pytest.approx(4 * (context_to_delta(chunk=4) - applied))
+    assert every_token - applied == pytest.approx(2 * (context_to_delta(chunk=2) - applied))
 
 
 @pytest.mark.parametrize("rank", [2, 4])

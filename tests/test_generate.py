@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_cache import Recall, recall
 from test_imports import modules
-from test_past import Recall, recall
 from test_readme import ROOT, blocks
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from test_patch_files import model_and_patch
 import zoo
 from zoo.lens.patch_file import load_patch, save_patch
 from zoo.lens.static import answer
-from zoo.training.checkpoint import Files
+from zoo.training.checkpoint import AtomicCheckpointIO
 
 SIZES = {"dim": 4, "layers": 1, "heads": 1, "hidden": 4}
 
@@ -109,8 +109,8 @@ def test_every_field_of_a_checkpoint(run: Path, last: Path, share: int) -> None:
     no, read = refused(hostile.fields(content, last, LOADED, share), zoo.load)
     assert [what for what in read if not any(free in what for free in FREE)] == []
     content["zoo"]["config"] = {}  # its groups come from the options, the rest is tried below
-    no += refused(hostile.fields(content, last, ("zoo",), share), Files().load_checkpoint)[0]
-    no += refused(hostile.fields(content, last, RESUMED, 4 * share), Files().load_checkpoint)[0]
+    no += refused(hostile.fields(content, last, ("zoo",), share), AtomicCheckpointIO().load_checkpoint)[0]
+    no += refused(hostile.fields(content, last, RESUMED, 4 * share), AtomicCheckpointIO().load_checkpoint)[0]
     assert len(no) >= 700 // share
 
 
@@ -156,7 +156,7 @@ def test_no_path_that_is_removed_or_written_comes_out_of_a_file(run: Path, last:
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
     assert sorted(file.name for file in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
     torch.save(content, last)
-    Files().remove_checkpoint(folder)
+    AtomicCheckpointIO().remove_checkpoint(folder)
     assert folder.exists()
 
 

@@ -10,9 +10,9 @@ import torch
 from cases import Case, batch_of, options_of
 from torch import Tensor
 
-from zoo.core.context import Summary, summarise
+from zoo.core.context import ContextMean, context_mean
 from zoo.core.delta import Full, LowRank, Scale
-from zoo.models.hypernet import EmittedDelta, Generator, Hypernet, RelativeNorm
+from zoo.models.hypernet import Generator, Hypernet, HypernetDelta, RelativeNorm
 from zoo.models.transformer import Transformer
 
 pytestmark = pytest.mark.numeric
@@ -41,8 +41,8 @@ def hypernet(task: str = "regression", random: bool = True, **options: Any) -> H
     return model
 
 
-def seat_of(model: Hypernet) -> EmittedDelta:
-    assert isinstance(model.decoder.context_to_delta, EmittedDelta)
+def context_to_delta_of(model: Hypernet) -> HypernetDelta:
+    assert isinstance(model.decoder.context_to_delta, HypernetDelta)
     return model.decoder.context_to_delta
 
 
@@ -54,7 +54,7 @@ def dense(model: Hypernet, z: Tensor, layer: int = 0, n_context: int | None = No
     """ΔW of each matrix at the last token, (B,o,i)."""
     patch = model.decoder.emit(z, layer, model.task.n_context if n_context is None else n_context)
     ffn, last = model.decoder.blocks[layer].ffn, torch.tensor([z.shape[1] - 1])
-    return {name: delta.dense(ffn.weight(name))[:, 0] for name, delta in patch.at(last).weights.items()}
+    return {name: delta.dense(ffn.weight(name))[:, 0] for name, delta in patch.per_token(last).weights.items()}
 
 
 @every_emission
@@ -85,7 +85,7 @@ def gradients(model: Hypernet) -> set[str]:
     model.zero_grad()
     batch = batch_of(model, 8)
     output = model(batch.tokens, batch.n_context)
-    model.task.errors(output.float(), batch).mean().backward()
+    model.task.token_losses(output.float(), batch).mean().backward()
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
@@ -109,8 +109,8 @@ def test_gradients_at_step_0_and_1(task: str, options: dict[str, Any], emission:
 def test_v_factors_have_unit_fan_in_variance_at_any_scale_of_the_context(scale: float, code_dim: int) -> None:
     model = hypernet(random=False, dim=64, hidden=96, code_dim=code_dim)
     context = scale * torch.randn(64, 64, dtype=torch.float64)
-    filled = torch.ones(64, 1, dtype=torch.float64)
-    deltas = seat_of(model).generator(Summary(context, filled), 1, None)
+    nonempty = torch.ones(64, 1, dtype=torch.float64)
+    deltas = context_to_delta_of(model).generator(ContextMean(context, nonempty), 1, None)
     for name, fan_in in (("gate", 64), ("up", 64), ("down", 96)):
         delta = deltas[name]
         assert isinstance(delta, LowRank)
@@ -147,9 +147,9 @@ def test_without_context_no_update(emission: str) -> None:
 
 def test_layer_embedding_makes_layers_differ() -> None:
     model = hypernet()
-    generator, z = seat_of(model).generator, states(model)
+    generator, z = context_to_delta_of(model).generator, states(model)
     assert isinstance(generator, Generator)
-    summary = summarise(z, "segment", model.task.n_context)
+    summary = context_mean(z, "segment", model.task.n_context)
     W = model.decoder.blocks[0].ffn.gate
     first, second = (generator(summary, layer, None)["gate"].dense(W) for layer in (0, 1))
     assert (first - second).norm() > 0.1 * first.norm()
@@ -171,7 +171,7 @@ def test_emission_is_the_form_of_the_update(emission: str) -> None:
 def test_matrices_are_those_that_change(matrices: list[str]) -> None:
     model = hypernet(matrices=matrices)
     assert list(dense(model, states(model))) == matrices
-    assert list(seat_of(model).metrics()) == [f"delta_norm_{name}" for name in matrices]
+    assert list(context_to_delta_of(model).metrics()) == [f"delta_norm_{name}" for name in matrices]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -185,7 +185,7 @@ def test_rank_is_the_rank_of_the_update(rank: int) -> None:
 def test_code_dim_counts_in_the_generator(code_dim: int) -> None:
     model = hypernet(code_dim=code_dim, rank=2)
     D, F, C, R, L = 16, 24, code_dim, 2, 2
-    count = sum(p.numel() for p in seat_of(model).parameters())
+    count = sum(p.numel() for p in context_to_delta_of(model).parameters())
     assert count == D * C + L * C + 3 * C * R * (D + F) + D + C  # the last two are the norms
 
 
@@ -237,7 +237,7 @@ def test_relative_norm_is_that_of_the_dense_update(task: str, options: dict[str,
         metric, W = RelativeNorm(name), ffn.weight(name)
         metric.update(patch, ffn)
         metric.update(replace(patch, routing=None), ffn)
-        whole = replace(delta, core=None).dense(W)  # type: ignore[type-var]
+        whole = replace(delta, gate=None).dense(W)  # type: ignore[type-var]
         size = whole.flatten(-2).norm(dim=-1) / W.norm()
         expected = size[:, 1:].mean() if options.get("chunk") else size.mean()  # before the first chunk is no context
         assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)

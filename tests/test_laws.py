@@ -10,7 +10,7 @@ import torch
 from cases import CASES, Case, batch_of, plain_forward, shared, trained
 from torch import Tensor
 
-from zoo.core.delta import Delta, LowRank, Patch, Shear
+from zoo.core.delta import Delta, InputShift, LowRank, Patch
 from zoo.core.layers import Attention, Layout
 from zoo.models import Model
 
@@ -109,7 +109,7 @@ def test_a_growing_context_is_the_delta_rule() -> None:
     for length in range(1, 7):
         a = attended(length)
         W = W + torch.outer(W0 @ a / a0.norm() - W @ key, key)
-        torch.testing.assert_close(Shear(a0, a - a0).dense(W0), W - W0, rtol=0, atol=1e-13)
+        torch.testing.assert_close(InputShift(a0, a - a0).dense(W0), W - W0, rtol=0, atol=1e-13)
         torch.testing.assert_close(W @ a0, W0 @ a, rtol=0, atol=1e-13)
 
 
@@ -122,8 +122,8 @@ def test_an_output_bias_alone_also_stands_for_the_context(case: Case, model: Mod
     reduced = full.keep(kept)
     xC, x = decoder.embed(tokens), decoder.embed(tokens[:, kept])
     for layer, block in enumerate(decoder.blocks):
-        vC, v = block.attend(xC, full), block.attend(x, reduced)
-        xC = vC + block.ffn(block.norm2(vC), decoder.emit(block.norm2(vC), layer, n_context))
+        v_ctx, v = block.attend(xC, full), block.attend(x, reduced)
+        xC = v_ctx + block.ffn(block.norm2(v_ctx), decoder.emit(block.norm2(v_ctx), layer, n_context))
         x = xC[:, kept]
         patches.append(Patch(biases={"down": x - v - block.ffn(block.norm2(v))}, chunk=1))
     output = model(tokens[:, kept], patches=patches, positions=reduced.positions)
@@ -176,7 +176,7 @@ def test_structure_rank(case: Case, model: Model) -> None:
     # what attention adds to the emitted update has rank 1, or 0 where queries do not attend to the context
     implicit = int(model.decoder.attend_context)
     for block, emitted, total in zip(model.decoder.blocks, model.decoder(tokens, n_context)[1], totals, strict=True):
-        patch, W = replace(emitted.at(later), routing=None), block.ffn.dense(Patch())
+        patch, W = replace(emitted.per_token(later), routing=None), block.ffn.dense(Patch())
         explicit, dense = block.ffn.dense(patch), block.ffn.dense(replace(total, routing=None))
         for name in W:
             assert rank(dense[name] - explicit[name]) == implicit

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import Patch, Routing, Shear
-from zoo.core.layers import Attention, FeedForward, Layout, fold, rotary
+from zoo.core.delta import InputShift, Patch, Routing
+from zoo.core.layers import Attention, FeedForward, Layout, rotary, split_chunks
 
 pytestmark = pytest.mark.numeric
 
@@ -82,12 +82,12 @@ def test_grouped_query_attention_is_attention_with_repeated_heads() -> None:
 
 def test_fold_fills_the_last_chunk_with_zeros() -> None:
     x = draw(B, 7, D)
-    folded = fold(x, 3)
+    folded = split_chunks(x, 3)
     assert folded.shape == (B, 3, 3, D)
     assert torch.equal(folded.flatten(1, 2)[:, :7], x)
     assert not folded[:, 2, 1:].any()
-    assert torch.equal(fold(x, 100), x[:, None])  # a lone chunk is as long as it is
-    assert fold(x, None) is x
+    assert torch.equal(split_chunks(x, 100), x[:, None])  # a lone chunk is as long as it is
+    assert split_chunks(x, None) is x
 
 
 def choose(name: str) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def test_backends_agree(situation: str, backend: str, dtype: torch.dtype, tolera
 @torch.no_grad()
 def test_a_patched_input_moves_what_chosen_blocks_read() -> None:
     z, index = choose("any")
-    patch = Patch(input=Shear(draw(B, D), draw(B, D)), routing=Routing(index, draw(*index.shape), draw(B, T, E)))
+    patch = Patch(input=InputShift(draw(B, D), draw(B, D)), routing=Routing(index, draw(*index.shape), draw(B, T, E)))
     outputs = []
     for backend in ("loop", "reference"):
         torch.manual_seed(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import zoo.models.hypernet
 import zoo.models.moe
-from zoo.core.context import Summary, summarise
+from zoo.core.context import ContextMean, context_mean
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric
@@ -79,18 +79,18 @@ def loss_on_noise(case: Case) -> float:
     for step in range(100):
         batch = model.task.batch("train", step, 64)
         optimizer.zero_grad()
-        model.task.errors(model(batch.tokens), batch).mean().backward()
+        model.task.token_losses(model(batch.tokens), batch).mean().backward()
         optimizer.step()
     batch = model.task.batch("test", 0, 512)
     with torch.no_grad():
-        return model.eval().task.errors(model(batch.tokens), batch).mean().item()
+        return model.eval().task.token_losses(model(batch.tokens), batch).mean().item()
 
 
-def leaky(z: Tensor, source: str, *args: Any, **options: Any) -> Summary:
+def leaky(z: Tensor, source: str, *args: Any, **options: Any) -> ContextMean:
     """The mean of the whole sequence, future included."""
-    shape = summarise(z, source, *args, **options)
+    shape = context_mean(z, source, *args, **options)
     mean = z.mean(1) if source == "segment" else z.mean(1, keepdim=True)
-    return Summary(mean.expand_as(shape.mean), torch.ones_like(shape.filled))
+    return ContextMean(mean.expand_as(shape.mean), torch.ones_like(shape.nonempty))
 
 
 LEAKS = [
@@ -103,7 +103,7 @@ LEAKS = [
 def leak(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     """A case that the tests below must catch."""
     for module in (zoo.models.hypernet, zoo.models.moe):
-        monkeypatch.setattr(module, "summarise", leaky)
+        monkeypatch.setattr(module, "context_mean", leaky)
     return BY_NAME[request.param]
 
 
@@ -130,8 +130,8 @@ def test_a_large_state_leaves_the_summaries_before_it_alone() -> None:
     z = torch.randn(1, 12, 4)
     edited = z.clone()
     edited[:, 9:] *= 1e8  # in chunk 2, whose summary is made of chunks 0 and 1
-    assert torch.equal(*(summarise(t, "chunk", 0, 4).mean for t in (z, edited)))
-    assert torch.equal(*(summarise(t, "running", 0).mean[:, :9] for t in (z, edited)))
+    assert torch.equal(*(context_mean(t, "chunk", 0, 4).mean for t in (z, edited)))
+    assert torch.equal(*(context_mean(t, "running", 0).mean[:, :9] for t in (z, edited)))
 
 
 def test_edit_catches_a_leak(leak: Case) -> None:

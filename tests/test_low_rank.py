@@ -18,24 +18,24 @@ pytestmark = pytest.mark.numeric
 OUT, IN, T, R = 6, 5, 4, 2
 LEADS = {"sequences": (3,), "chunks": (3, 2), "one chunk": (3, 1), "tokens": (2, 3)}
 every_lead = pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
-with_and_without_core = pytest.mark.parametrize("core", [False, True], ids=["no core", "core"])
+with_and_without_gate = pytest.mark.parametrize("gate", [False, True], ids=["no gate", "gate"])
 
 
-def inputs(lead: tuple[int, ...], core: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor | None, ...]:
+def inputs(lead: tuple[int, ...], gate: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor | None, ...]:
     shapes = [(OUT, IN), (*lead, T, IN), (*lead, OUT, R), (*lead, IN, R), (*lead, T, R)]
     drawn = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    return (*drawn[:4], drawn[4] if core else None)
+    return (*drawn[:4], drawn[4] if gate else None)
 
 
-def plain(W: Tensor, x: Tensor, u: Tensor, v: Tensor, core: Tensor | None) -> Tensor:
+def plain(W: Tensor, x: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     code = x @ v
-    return F.linear(x, W) + (code if core is None else code * core) @ u.mT
+    return F.linear(x, W) + (code if gate is None else code * gate) @ u.mT
 
 
 @every_lead
-@with_and_without_core
-def test_value_and_gradients_are_those_of_the_plain_formula(lead: tuple[int, ...], core: bool) -> None:
-    given = inputs(lead, core)
+@with_and_without_gate
+def test_value_and_gradients_are_those_of_the_plain_formula(lead: tuple[int, ...], gate: bool) -> None:
+    given = inputs(lead, gate)
     leaves = [t for t in given if t is not None]
     dy = torch.randn(*lead, T, OUT, dtype=torch.float64)
     ours, theirs = low_rank_linear(*given), plain(*given)  # type: ignore[arg-type]
@@ -48,15 +48,15 @@ def test_value_and_gradients_are_those_of_the_plain_formula(lead: tuple[int, ...
 
 
 @every_lead
-@with_and_without_core
-def test_first_and_second_derivatives_by_finite_differences(lead: tuple[int, ...], core: bool) -> None:
-    assert torch.autograd.gradcheck(low_rank_linear, inputs(lead, core), fast_mode=True)
-    assert torch.autograd.gradgradcheck(low_rank_linear, inputs(lead, core), fast_mode=True)
+@with_and_without_gate
+def test_first_and_second_derivatives_by_finite_differences(lead: tuple[int, ...], gate: bool) -> None:
+    assert torch.autograd.gradcheck(low_rank_linear, inputs(lead, gate), fast_mode=True)
+    assert torch.autograd.gradgradcheck(low_rank_linear, inputs(lead, gate), fast_mode=True)
 
 
-@with_and_without_core
-def test_autocast_reaches_the_gradients(core: bool) -> None:
-    given = inputs((3,), core, torch.float32)
+@with_and_without_gate
+def test_autocast_reaches_the_gradients(gate: bool) -> None:
+    given = inputs((3,), gate, torch.float32)
     leaves = [t for t in given if t is not None]
     results = []
     for function in (low_rank_linear, plain):

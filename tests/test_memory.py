@@ -105,10 +105,10 @@ def test_layers_run_twice_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert count(lambda: model(ids).sum().backward()) == 2 * layers
     with torch.no_grad():
         assert count(lambda: model(ids)) == layers
-    # a past is extended in place, and must be once
-    past = model.decoder.new_past()
-    assert count(lambda: model.decoder(ids, past=past)[0].sum().backward()) == layers
-    assert past[0].tokens == ids.shape[1]
+    # a cache is extended in place, and must be once
+    cache = model.decoder.new_cache()
+    assert count(lambda: model.decoder(ids, cache=cache)[0].sum().backward()) == layers
+    assert cache[0].tokens == ids.shape[1]
     model.eval()
     assert count(lambda: model(ids).sum().backward()) == layers
     model.decoder.activation_checkpointing = False
@@ -180,7 +180,7 @@ def test_the_program_asks_for_it_and_the_library_does_not(monkeypatch: pytest.Mo
     few = {"validation_batches": 1, "test_batches": 1, "out": str(tmp_path / "run")}
     zoo.train(**case, **few, trainer={"accelerator": "cpu", "enable_progress_bar": False})
     assert not calls
-    monkeypatch.setattr(training_module, "run", lambda *args: {"test": {"loss": 0.0}, "headline": "loss"})
+    monkeypatch.setattr(training_module, "run", lambda *args: {"test": {"loss": 0.0}, "main_metric": "loss"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "out=other"])
     with pytest.raises(SystemExit, match="0"):

@@ -36,11 +36,11 @@ def test_output_and_loss(family: str, task: str) -> None:
     batch = model.task.batch("train", 0, 3)
     output = model(batch.tokens, batch.n_context)
     assert output.shape == (3, model.task.tokens, model.task.output_dim)
-    errors = model.task.errors(output, batch)
+    errors = model.task.token_losses(output, batch)
     assert errors.isfinite().all()
     assert errors.numel() <= batch.targets.numel()
     values = model.task.evaluate(lambda tokens, n_context: model(tokens, n_context), batch)
-    assert model.task.headline in values
+    assert model.task.main_metric in values
     assert all(value.isfinite().all() for value in values.values())
 
 

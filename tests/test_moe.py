@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from zoo.core.delta import Patch, Routing
 from zoo.core.layers import FeedForward
-from zoo.models.moe import ExpertLoad, MoE, MoEConfig, RoutedDelta, Router, RouterEntropy, balance_loss, expert_counts
+from zoo.models.moe import ExpertLoad, ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts
 
 pytestmark = pytest.mark.numeric
 
@@ -34,8 +34,8 @@ def moe(task: str = "regression", **options: Any) -> MoE:
     return MoE(**options_of(Case("", "moe", task, options))).double().eval()
 
 
-def seat_of(model: MoE) -> RoutedDelta:
-    assert isinstance(model.decoder.context_to_delta, RoutedDelta)
+def context_to_delta_of(model: MoE) -> ExpertRouting:
+    assert isinstance(model.decoder.context_to_delta, ExpertRouting)
     return model.decoder.context_to_delta
 
 
@@ -91,19 +91,19 @@ def part_of_balance(rank: int, folder: str) -> None:
 
 def balance_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and bias from these rows of a batch."""
-    seat = RoutedDelta(config(bias_rate=0.1, z_weight=0.0, balance_weight=1.0, layers=1, top_k=1)).train()
+    context_to_delta = ExpertRouting(config(bias_rate=0.1, z_weight=0.0, balance_weight=1.0, layers=1, top_k=1)).train()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        seat.routers[0].weight.copy_(torch.randn(E, D, generator=generator))
+        context_to_delta.routers[0].weight.copy_(torch.randn(E, D, generator=generator))
     z = torch.randn(2, 6, D, generator=generator)[rows]
-    seat.aux_loss([seat(z, 0, 0)], 0)
-    seat.after_step()  # the choices of this step are balanced in the next one
-    loss = seat.aux_loss([seat(z, 0, 0)], 0)
+    context_to_delta.aux_loss([context_to_delta(z, 0, 0)], 0)
+    context_to_delta.after_step()  # the choices of this step are balanced in the next one
+    loss = context_to_delta.aux_loss([context_to_delta(z, 0, 0)], 0)
     assert isinstance(loss, Tensor)
     loss.backward()
-    seat.after_step()
-    assert seat.routers[0].weight.grad is not None
-    return loss.detach(), seat.routers[0].weight.grad, seat.routers[0].bias
+    context_to_delta.after_step()
+    assert context_to_delta.routers[0].weight.grad is not None
+    return loss.detach(), context_to_delta.routers[0].weight.grad, context_to_delta.routers[0].bias
 
 
 @pytest.mark.slow
@@ -118,26 +118,26 @@ def test_two_processes_balance_as_one(tmp_path: Path) -> None:
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
-    seat = RoutedDelta(config(balance_weight=0.0, z_weight=0.5))
+    context_to_delta = ExpertRouting(config(balance_weight=0.0, z_weight=0.5))
     logits = torch.randn(2, 2, 6, E)
-    loss = seat.aux_loss([Patch(routing=routing_of([[0]] * 6, part)) for part in logits], 0)
+    loss = context_to_delta.aux_loss([Patch(routing=routing_of([[0]] * 6, part)) for part in logits], 0)
     torch.testing.assert_close(loss, 0.5 * logits.exp().sum(-1).log().square().mean())
 
 
 @every_score
 def test_bias_evens_out_a_skewed_router(score: str) -> None:
-    seat = RoutedDelta(config(bias_rate=0.005, layers=1, top_k=1, score=score)).train()
+    context_to_delta = ExpertRouting(config(bias_rate=0.005, layers=1, top_k=1, score=score)).train()
     with torch.no_grad():
-        seat.routers[0].weight[0, 0] += 4
+        context_to_delta.routers[0].weight[0, 0] += 4
     z = torch.randn(2, 64, D)
     z[..., 0] += 1
     busiest = []
     for _ in range(1000):
-        patch = seat(z, 0, 0)
+        patch = context_to_delta(z, 0, 0)
         busiest.append(expert_counts(patch, E).max().item() / 32)
-        seat.aux_loss([patch], 0)
-        seat.after_step()
-        assert abs(seat.routers[0].bias.mean().item()) < 1e-6
+        context_to_delta.aux_loss([patch], 0)
+        context_to_delta.after_step()
+        assert abs(context_to_delta.routers[0].bias.mean().item()) < 1e-6
     assert busiest[0] > 2
     assert max(busiest[-10:]) < 1.3
 
@@ -154,19 +154,21 @@ def test_bias_moves_the_choice_but_not_the_weights(renormalise: bool) -> None:
 
 
 def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
-    seat, z = RoutedDelta(config(bias_rate=0.1)), torch.randn(2, 5, D)
-    patches = [seat(z, 0, 0), seat(z, 1, 0)]
-    assert not seat.counts  # a layer may be computed twice: forward counts nothing
+    context_to_delta, z = ExpertRouting(config(bias_rate=0.1)), torch.randn(2, 5, D)
+    patches = [context_to_delta(z, 0, 0), context_to_delta(z, 1, 0)]
+    assert not context_to_delta.counts  # a layer may be computed twice: forward counts nothing
     for part, parts in ((0, 1), (1, 2), (2, 3), (0, 1)):  # a step's first part begins anew
-        seat.aux_loss(patches, part)
-        assert [count_E.sum() for count_E in seat.counts.values()] == [parts * 10 * seat.config.top_k] * 2
-    seat.after_step()
-    assert not seat.counts
-    share_E = expert_counts(patches[1], E) / (10 * seat.config.top_k)
-    torch.testing.assert_close(seat.shares[1], share_E)
-    even = RoutedDelta(seat.config).aux_loss(patches, 0)
-    assert not torch.isclose(torch.as_tensor(seat.aux_loss(patches, 0)), torch.as_tensor(even), rtol=1e-6)
-    assert all(router.bias.any() for router in seat.routers)
+        context_to_delta.aux_loss(patches, part)
+        assert [count_E.sum() for count_E in context_to_delta.counts.values()] == [
+            parts * 10 * context_to_delta.config.top_k
+        ] * 2
+    context_to_delta.after_step()
+    assert not context_to_delta.counts
+    share_E = expert_counts(patches[1], E) / (10 * context_to_delta.config.top_k)
+    torch.testing.assert_close(context_to_delta.shares[1], share_E)
+    even = ExpertRouting(context_to_delta.config).aux_loss(patches, 0)
+    assert not torch.isclose(torch.as_tensor(context_to_delta.aux_loss(patches, 0)), torch.as_tensor(even), rtol=1e-6)
+    assert all(router.bias.any() for router in context_to_delta.routers)
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
@@ -184,8 +186,8 @@ def test_weights_are_the_scores_of_the_best(score: str, renormalise: bool) -> No
 def test_gradient_of_the_task_reaches_a_top_1_router(score: str) -> None:
     model = moe(top_k=1, score=score, balance_weight=0.0, z_weight=0.0)
     batch = batch_of(model)
-    model.task.errors(model(batch.tokens, batch.n_context), batch).mean().backward()
-    gradients = [router.weight.grad for router in seat_of(model).routers]
+    model.task.token_losses(model(batch.tokens, batch.n_context), batch).mean().backward()
+    gradients = [router.weight.grad for router in context_to_delta_of(model).routers]
     assert all(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
 
 
@@ -229,10 +231,10 @@ def test_routing_on_the_context_is_shared_and_lags(task: str) -> None:
 @every_backend
 def test_an_expert_without_tokens_gets_a_zero_gradient(backend: str) -> None:
     model = moe(backend=backend, top_k=2).float()
-    for router in seat_of(model).routers:
+    for router in context_to_delta_of(model).routers:
         router.bias[3] = -100
     batch = model.task.batch("train", 0, 4)
-    model.task.errors(model(batch.tokens, batch.n_context), batch).mean().backward()
+    model.task.token_losses(model(batch.tokens, batch.n_context), batch).mean().backward()
     for parameter in (p for block in model.decoder.blocks for p in block.ffn.parameters()):
         assert parameter.grad is not None
         assert parameter.grad.unflatten(0, (4, -1)).flatten(1).any(1).tolist() == [True, True, True, False]

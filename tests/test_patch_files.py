@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_static import contexts, queries
 
-from zoo.core.delta import Delta, LowRank, Patch, Shear
+from zoo.core.delta import Delta, InputShift, LowRank, Patch
 from zoo.lens.patch_file import _tensors, describe, fingerprint, load_patch, save_patch
 from zoo.lens.static import answer, fit
 from zoo.models import Model
@@ -224,7 +224,10 @@ ROUTING = {f"0.routing.{field}": torch.zeros(1, 4, 1).double() for field in ("in
 NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({"0.biases.up": NAN}, r"0\.biases\.up holds numbers that are not finite"),
     "dtype": ({"0.biases.up": NAN.float()}, r"0\.biases\.up must be of torch\.float64, got torch\.float32"),
-    "input": ({"0.input.0.LowRank.u": ONE, "0.input.0.LowRank.v": ONE[:, :16]}, r"0\.input is a LowRank; only a Shear"),
+    "input": (
+        {"0.input.0.LowRank.u": ONE, "0.input.0.LowRank.v": ONE[:, :16]},
+        r"0\.input is a LowRank; only a Shear",
+    ),
     "leading dims": ({"0.weights.up.0.LowRank.u": ONE.expand(7, 24, 6)}, r"0\.weights\.up\.0\.LowRank .* leading dims"),
     "two batches": ({f"{i}.biases.up": ONE[..., 0].expand(3 - i, 24) for i in (0, 1)}, r"batches of \[2, 3\]"),
     "terms": (MANY, r"0\.weights\.up must hold the terms .* at most 16"),
@@ -273,7 +276,7 @@ def test_an_input_and_a_sum_come_back(tmp_path: Path) -> None:
     model, _ = model_and_patch()
     low_rank = LowRank(torch.randn(1, 24, 2).double(), torch.randn(1, 16, 2).double())
     scale = build(BY_NAME["hypernet-segment-scale-gqa"]).decoder(torch.randn(1, 9, 4).double(), 7)[1][0].weights["up"]
-    shear = Shear(torch.randn(1, 16).double(), torch.randn(1, 16).double())
+    shear = InputShift(torch.randn(1, 16).double(), torch.randn(1, 16).double())
     patch = Patch(input=shear, weights={"up": scale + low_rank + low_rank})
     save_patch(tmp_path / "p", [patch, Patch()], model)
     first, second = load_patch(tmp_path / "p", model)

@@ -15,7 +15,7 @@ from test_delta import at_most
 from torch import Tensor
 
 from zoo.core.delta import LowRank, Patch, Routing
-from zoo.core.exact import FORMS, Pair, exact, replace_context
+from zoo.core.exact import EXACT_FORMS, LayerStates, exact, replace_context
 from zoo.core.layers import FeedForward
 from zoo.models import MODELS, Model
 
@@ -70,7 +70,7 @@ def test_exact(case: Case, way: Way) -> None:
     removed, dtype, options = way
     model = shared(case.name, dtype)
     tokens = tokens_of(model)
-    for form in FORMS:
+    for form in EXACT_FORMS:
         errors = distances(
             model, tokens, removed, exact(model.decoder, tokens, removed, form, n_context=7, **options), 7
         )
@@ -82,21 +82,21 @@ def test_exact(case: Case, way: Way) -> None:
 @torch.no_grad()
 def test_states_of_two_unpatched_passes_do_not_give_a_patch(case: Case) -> None:
     model = shared(case.name)
-    tokens, wrong = tokens_of(model), {form: [] for form in FORMS}  # type: ignore[var-annotated]
+    tokens, wrong = tokens_of(model), {form: [] for form in EXACT_FORMS}  # type: ignore[var-annotated]
 
-    def mistake(pair: Pair) -> Patch:
-        for form, patch_of in FORMS.items():
+    def mistake(pair: LayerStates) -> Patch:
+        for form, patch_of in EXACT_FORMS.items():
             wrong[form].append(patch_of(pair))
-        return pair.alone()  # the query's stream goes on as if nothing was patched
+        return pair.emit_without_context()  # the query's stream goes on as if nothing was patched
 
     replace_context(model.decoder, tokens, PREFIX, mistake, 7)
     for form, patches in wrong.items():
         assert distances(model, tokens, PREFIX, patches, 7)["dense"] > MISS, form
 
 
-def pair_of(model: Model, tokens: Tensor | None = None, removed: Tensor = PREFIX) -> Pair:
+def pair_of(model: Model, tokens: Tensor | None = None, removed: Tensor = PREFIX) -> LayerStates:
     """The states of the first layer."""
-    pairs: list[Pair] = []
+    pairs: list[LayerStates] = []
     tokens = tokens_of(model) if tokens is None else tokens
     replace_context(model.decoder, tokens, removed, lambda pair: pairs.append(pair) or Patch(), 7)  # type: ignore
     return pairs[0]
@@ -125,23 +125,23 @@ def stored(ffn: FeedForward) -> dict[str, Tensor]:
     return {name: ffn.weight(name) for name in ("gate", "up", "down")}
 
 
-def emitted(pair: Pair, b: int, t: int) -> dict[str, Tensor]:
+def emitted(pair: LayerStates, b: int, t: int) -> dict[str, Tensor]:
     """Weights with what the family emitted at one token."""
     deltas = pair.emitted.weights
     return {n: W + deltas[n].dense(W)[b, t] if n in deltas else W for n, W in stored(pair.ffn).items()}
 
 
-def formula(form: str, pair: Pair, alone: Routing | None, b: int, t: int) -> dict[str, Tensor]:
+def formula(form: str, pair: LayerStates, alone: Routing | None, b: int, t: int) -> dict[str, Tensor]:
     """The dense weights of one token as the theory states them, s on the columns of `down`."""
-    z, zC, v, vC, outC = (state[b, t] for state in (pair.z, pair.zC, pair.v, pair.vC, pair.outC))
+    z, z_ctx, v, v_ctx, out_ctx = (state[b, t] for state in (pair.z, pair.z_ctx, pair.v, pair.v_ctx, pair.out_ctx))
     if form == "output":
         W, s = stored(pair.ffn), hidden_scale(pair.ffn, alone, b, t)
         h = s * silu_product(W, z)
-        return {**W, "down": (W["down"] + rank_1(outC - v - W["down"] @ h, h)) * s}
+        return {**W, "down": (W["down"] + rank_1(out_ctx - v - W["down"] @ h, h)) * s}
     W, s = emitted(pair, b, t), hidden_scale(pair.ffn, pair.emitted.routing, b, t)
-    h = s * silu_product(W, zC)
-    down = (W["down"] + rank_1(vC - v, h)) * s
-    change = torch.eye(len(z)).double() + rank_1(zC - z, z)
+    h = s * silu_product(W, z_ctx)
+    down = (W["down"] + rank_1(v_ctx - v, h)) * s
+    change = torch.eye(len(z)).double() + rank_1(z_ctx - z, z)
     return {"gate": W["gate"] @ change, "up": W["up"] @ change, "down": down}
 
 
@@ -156,7 +156,7 @@ def assert_equal_weights(actual: dict[str, Tensor], expected: dict[str, Tensor])
 def test_patches_of_single_tokens_are_what_their_formulas_say(case: Case, form: str) -> None:
     model = shared(case.name)
     pair = pair_of(model)
-    alone, dense = model.decoder.emit(pair.z, 0, 0).routing, pair.ffn.dense(FORMS[form](pair))
+    alone, dense = model.decoder.emit(pair.z, 0, 0).routing, pair.ffn.dense(EXACT_FORMS[form](pair))
     for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
         expected = formula(form, pair, alone, b, t)
         assert_equal_weights({name: W.expand(3, 5, -1, -1)[b, t] for name, W in dense.items()}, expected)
@@ -167,11 +167,11 @@ def test_patches_of_single_tokens_are_what_their_formulas_say(case: Case, form: 
 def test_a_bias_is_what_its_formula_says(case: Case) -> None:
     model = shared(case.name)
     pair = pair_of(model)
-    alone, patch, W = model.decoder.emit(pair.z, 0, 0).routing, FORMS["bias"](pair), stored(pair.ffn)
+    alone, patch, W = model.decoder.emit(pair.z, 0, 0).routing, EXACT_FORMS["bias"](pair), stored(pair.ffn)
     assert not patch.weights
     for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
         ffn_z = W["down"] @ (hidden_scale(pair.ffn, alone, b, t) * silu_product(W, pair.z[b, t]))
-        torch.testing.assert_close(patch.biases["down"][b, t], pair.outC[b, t] - pair.v[b, t] - ffn_z)
+        torch.testing.assert_close(patch.biases["down"][b, t], pair.out_ctx[b, t] - pair.v[b, t] - ffn_z)
 
 
 @every_case
@@ -180,18 +180,18 @@ def test_a_bias_is_what_its_formula_says(case: Case) -> None:
 def test_static_patches_are_what_their_formulas_say(case: Case, form: str) -> None:
     model = shared(case.name)
     pair = pair_of(model)
-    patch, W = FORMS[form](pair), stored(pair.ffn)
+    patch, W = EXACT_FORMS[form](pair), stored(pair.ffn)
     routing = pair.emitted.routing if form == "static" else model.decoder.emit(pair.z, 0, 0).routing
     dense = pair.ffn.dense(replace(patch, routing=None))
     for b in range(3):
         expected = dict(W)
         if form == "static":
             for name in ("gate", "up"):
-                read = torch.stack([emitted(pair, b, t)[name] @ pair.zC[b, t] for t in range(5)], 1)
+                read = torch.stack([emitted(pair, b, t)[name] @ pair.z_ctx[b, t] for t in range(5)], 1)
                 expected[name] = W[name] + (read - W[name] @ pair.z[b].T) @ torch.linalg.pinv(pair.z[b].T)
         units = [hidden_scale(pair.ffn, routing, b, t) * silu_product(expected, pair.z[b, t]) for t in range(5)]
         H = torch.stack(units, 1)
-        missing = (pair.outC - pair.v)[b].T - W["down"] @ H
+        missing = (pair.out_ctx - pair.v)[b].T - W["down"] @ H
         expected["down"] = W["down"] + missing @ torch.linalg.pinv(H)
         assert_equal_weights({name: total.expand(3, -1, -1)[b] for name, total in dense.items()}, expected)
 
@@ -206,12 +206,12 @@ def test_experts_share_the_residual_with_the_smallest_norm(case: Case) -> None:
     pair = pair_of(shared(case.name))
     ffn, routing = pair.ffn, pair.emitted.routing
     assert routing is not None
-    down = FORMS["shear"](pair).weights["down"].dense(ffn.weight("down"))
+    down = EXACT_FORMS["shear"](pair).weights["down"].dense(ffn.weight("down"))
     for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
-        shift, zC = (pair.vC - pair.v)[b, t], pair.zC[b, t]
+        shift, z_ctx = (pair.v_ctx - pair.v)[b, t], pair.z_ctx[b, t]
         chosen = list(zip(routing.index[b, t].flatten().tolist(), routing.weight[b, t].flatten(), strict=True))
         gate, up = (W.unflatten(0, (ffn.blocks, -1)) for W in (ffn.gate, ffn.up))
-        units = {e: F.silu(gate[e] @ zC) * (up[e] @ zC) for e, _ in chosen}
+        units = {e: F.silu(gate[e] @ z_ctx) * (up[e] @ z_ctx) for e, _ in chosen}
         total = sum(weight**2 * units[e].square().sum() for e, weight in chosen)
         expected = torch.zeros(ffn.dim, ffn.blocks, ffn.hidden_per_block).double()
         for e, weight in chosen:
@@ -232,7 +232,7 @@ def test_the_router_sees_the_context_where_its_input_is_patched(case: Case) -> N
     assert pair.emitted.routing is not None
     contextual, reduced = (r.weight.flatten(2) for r in (pair.emitted.routing, alone))
     assert (contextual - reduced).abs().max() > MISS
-    for form, patch_of in FORMS.items():
+    for form, patch_of in EXACT_FORMS.items():
         routing = patch_of(pair).routing
         assert routing is not None
         expected = contextual if form in ("shear", "static") else reduced
@@ -248,7 +248,7 @@ def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Ca
     _, used = model.decoder(tokens_of(model)[:, ~SCATTERED], n_kept, positions=positions)
     at = torch.arange(9)
     pair = pair_of(model, removed=SCATTERED)
-    alone, expected = (pair.ffn.dense(patch.at(at)) for patch in (pair.alone(), used[0]))
+    alone, expected = (pair.ffn.dense(patch.per_token(at)) for patch in (pair.emit_without_context(), used[0]))
     for name, W in expected.items():
         torch.testing.assert_close(alone[name], W, rtol=0, atol=1e-12)
 
@@ -261,7 +261,7 @@ def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Ca
 def test_where_nothing_goes_no_weight_changes(case: Case) -> None:
     model = shared(case.name)
     tokens = tokens_of(model)[:, 7:]
-    for form in FORMS:
+    for form in EXACT_FORMS:
         patches = exact(model.decoder, tokens, torch.zeros(5, dtype=torch.bool), form)
         for block, patch in zip(model.decoder.blocks, patches, strict=True):
             dense = block.ffn.dense(replace(patch, routing=None))
@@ -330,7 +330,11 @@ def assert_exact_at_depth(model: Model, tokens: Tensor, removed: Tensor, n_conte
 
 @pytest.mark.parametrize(
     ("family", "dtype", "forms"),
-    [("transformer", torch.float32, FORMS), ("moe", torch.float32, FORMS), ("hypernet", torch.float64, FORMS)],
+    [
+        ("transformer", torch.float32, EXACT_FORMS),
+        ("moe", torch.float32, EXACT_FORMS),
+        ("hypernet", torch.float64, EXACT_FORMS),
+    ],
 )
 @torch.no_grad()
 def test_24_layers(family: str, dtype: torch.dtype, forms: Iterable[str]) -> None:
@@ -410,7 +414,7 @@ def test_one_static_patch_serves_as_many_tokens_as_its_input_has_dimensions(
 def test_tokens_of_one_expert_share_its_hidden_units() -> None:
     model = build_deep("moe", 1, top_k=1).double()
     tokens, removed = different_tokens(2, 70), torch.arange(70) < 10
-    routing = pair_of(model, tokens, removed).alone().routing
+    routing = pair_of(model, tokens, removed).emit_without_context().routing
     assert routing is not None
     counts = F.one_hot(routing.index.squeeze(-1), 4).sum(1)
     rank = int(counts.clamp(max=20).sum(-1).min())
@@ -473,9 +477,9 @@ def test_a_token_with_small_hidden_units_would_spoil_the_others() -> None:
     with pytest.raises(
         ValueError, match=r"the hidden units of the FFN of 5 tokens have rank 4 in torch.float64 \(row 1"
     ):
-        FORMS["static_output"](replace(pair, z=z_BTD))
-    patch = FORMS["output"](replace(pair, z=z_BTD))
-    torch.testing.assert_close(pair.v + pair.ffn(z_BTD, patch), pair.outC, rtol=0, atol=1e-12)
+        EXACT_FORMS["static_output"](replace(pair, z=z_BTD))
+    patch = EXACT_FORMS["output"](replace(pair, z=z_BTD))
+    torch.testing.assert_close(pair.v + pair.ffn(z_BTD, patch), pair.out_ctx, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -523,11 +527,11 @@ def test_no_matrix_per_token_is_formed(name: str) -> None:
     limit = max(2 * 64 * 320 * (rank + 1), 320 * 320)
     assert 50 * limit <= 2 * 60 * 320 * 320  # B·T·o·i
     # what a family emits enters these two forms alone; the others see its routing
-    forms = ("shear", "static") if family == "hypernet" else FORMS
+    forms = ("shear", "static") if family == "hypernet" else EXACT_FORMS
     for form in forms:
         with at_most(limit):
             patches = model.deltas(tokens, removed) if form == "shear" else exact(model.decoder, tokens, removed, form)
             model(tokens[:, 4:], patches=patches, positions=torch.arange(4, 64))
         if form == "shear":  # the recorder sees what it should
             with pytest.raises(AssertionError), at_most(limit):
-                model.decoder.blocks[0].ffn.dense(replace(patches[0], routing=None).at(torch.arange(60)))
+                model.decoder.blocks[0].ffn.dense(replace(patches[0], routing=None).per_token(torch.arange(60)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.core.delta import LowRank, Patch, Shear
+from zoo.core.delta import InputShift, LowRank, Patch
 from zoo.papers import precision
 from zoo.papers.precision import CONTROL, MENU, PLAIN
 
@@ -24,11 +24,11 @@ def test_every_patch_is_exact_in_float64_and_no_patch_is_not() -> None:
 
 def test_cast_stores_every_number_in_the_given_precision() -> None:
     ones = torch.ones(1, 1, 3, dtype=torch.float64)
-    patch = Patch(input=Shear(ones, ones), weights={"down": LowRank(ones, ones)}, biases={"up": ones}, chunk=1)
+    patch = Patch(input=InputShift(ones, ones), weights={"down": LowRank(ones, ones)}, biases={"up": ones}, chunk=1)
     low = precision.cast(patch, torch.bfloat16)
     down = low.weights["down"]
     assert {t.dtype for t in (low.input.a, low.input.shift, down.u, down.v, low.biases["up"])} == {torch.bfloat16}
-    assert (low.chunk, low.routing, down.core) == (1, None, None)
+    assert (low.chunk, low.routing, down.gate) == (1, None, None)
 
 
 def test_low_precision_and_elementwise_scales_cost_what_the_figure_says() -> None:

@@ -264,7 +264,7 @@ def test_globs_links_and_packed_files_are_read_as_those_of_text(file: str, tmp_p
     assert [set(everything(made, split)) for split in SPLITS] == expected
     again = prompts(files=[file])
     again.prepare()
-    assert made.state() == again.state()
+    assert made.state_dict() == again.state_dict()
 
 
 def test_sequences_of_a_file_have_no_group_and_metrics_have_no_parts(file: str) -> None:
@@ -420,10 +420,10 @@ def test_the_reference_is_the_entropy_of_the_bytes_of_targets(small: None, file:
     made = prompts(files=[file], target=50)
     targets = [target for _, _, target in everything(made, "train")]
     p = entropy(targets, lambda target: [START])
-    assert made.references() == {"best fixed byte distribution": pytest.approx(loss(p))}
+    assert made.baselines() == {"best fixed byte distribution": pytest.approx(loss(p))}
     mixture: Counter[int] = Counter()
     for domain in DOMAINS:
         texts = documents(domain, "train")
         blocks = [text[i : i + SIZE] for text in texts for i in range(0, len(text) - SIZE + 1, SIZE)]
         mixture.update({byte: p / 4 for byte, p in entropy([block[-A:] for block in blocks]).items()})
-    assert prompts().references() == {"best fixed byte distribution": pytest.approx(loss(mixture))}
+    assert prompts().baselines() == {"best fixed byte distribution": pytest.approx(loss(mixture))}

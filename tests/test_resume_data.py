@@ -118,7 +118,7 @@ def test_the_text_of_another_python_is_refused(cache: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("state", ["x", [3], ["../" * 21 + "x"], {"a": 1}, ["a" * 63 + "\n"]])
 def test_a_corpus_of_a_checkpoint_is_a_list_of_hashes(state: Any) -> None:
     with pytest.raises(ValueError, match="the corpus of this task is a list of hashes of "):
-        TASKS["text"](TEXT, 0).restore({"corpus": state})
+        TASKS["text"](TEXT, 0).load_state_dict({"corpus": state})
 
 
 def test_a_folder_of_another_kind_is_no_corpus(cache: Path) -> None:
@@ -132,24 +132,24 @@ def test_a_folder_of_another_kind_is_no_corpus(cache: Path) -> None:
     expected = TASKS["text"](TEXT | here, 0).batch("train", 0, 2)
     for kind in ("bpe", "ids", "prompts"):
         task = TASKS["text"](TEXT | here, 0)
-        task.restore({"corpus": [digests[kind]]})
+        task.load_state_dict({"corpus": [digests[kind]]})
         with pytest.warns(match="the checkpoint was trained on other text"):
             assert torch.equal(task.batch("train", 0, 2).tokens, expected.tokens)
     for several in ([digests["files"]] * 2, [digests["files"]] * 10**5):
         with pytest.raises(ValueError, match="is a list of hashes of"):
-            TASKS["text"](TEXT | here, 0).restore({"corpus": several})
+            TASKS["text"](TEXT | here, 0).load_state_dict({"corpus": several})
 
 
 def test_a_model_needs_no_text_and_an_older_checkpoint_no_digest(cache: Path) -> None:
     folder = begun({**TEXT, "files": [str(stories(Path("a.jsonl")))]})
     last = Path(folder, "checkpoints/last.ckpt")
     content = torch.load(last, weights_only=True)
-    assert zoo.load(folder).task.state() == content["task"]
+    assert zoo.load(folder).task.state_dict() == content["task"]
     content["task"] = {}
     torch.save(content, last)
     emptied(cache)
     run(resume=folder)
     Path("a.jsonl").unlink()
     emptied(cache)
-    assert list(zoo.load(folder).task.state()) == ["corpus"]
+    assert list(zoo.load(folder).task.state_dict()) == ["corpus"]
     assert not cache.exists()

@@ -7,7 +7,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from test_past import BY_NAME, build, ids, recall
+from test_cache import BY_NAME, build, ids, recall
 from torch import Tensor
 
 from zoo.core import sampling

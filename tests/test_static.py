@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo import load, train
 from zoo.core.delta import LowRank, Patch, Routing, Sum
 from zoo.lens.queries import sample_queries
-from zoo.lens.static import FORMS, Moments, answer, first, fit, relative_error
+from zoo.lens.static import STATIC_FORMS, Moments, answer, first, fit, relative_error
 from zoo.models import Model
 from zoo.tasks import TASKS
 
@@ -39,7 +39,7 @@ def solved(a: Tensor, y: Tensor, form: str, ridge: float) -> tuple[Tensor, Tenso
     """M (o,i) and b (o)."""
     moments = Moments()
     moments.add(a, y)
-    low_rank, bias = moments.solve(FORMS[form], ridge)
+    low_rank, bias = moments.solve(STATIC_FORMS[form], ridge)
     return low_rank.dense(torch.empty(0))[0], bias[0]
 
 
@@ -110,7 +110,7 @@ def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int, d
     a, y = (t.to(dtype) for t in samples(count, rank))
     moments = Moments()
     moments.add(a, y)
-    low_rank, _ = moments.solve(FORMS["matrix"], 0.0)
+    low_rank, _ = moments.solve(STATIC_FORMS["matrix"], 0.0)
     assert low_rank.u.shape == (1, OUTPUTS, expected)
     assert low_rank.v.shape == (1, INPUTS, expected)
 
@@ -118,12 +118,12 @@ def test_the_rank_is_that_of_the_samples(count: int, rank: int, expected: int, d
 def test_zero_states_get_no_matrix() -> None:
     moments = Moments()
     moments.add(torch.zeros(5, INPUTS), torch.ones(5, OUTPUTS))
-    low_rank, bias = moments.solve(FORMS["affine"], 1e-3)
+    low_rank, bias = moments.solve(STATIC_FORMS["affine"], 1e-3)
     assert low_rank.u.shape[-1] == 0
     torch.testing.assert_close(bias, torch.ones(1, OUTPUTS).double())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STATIC_FORMS)
 @pytest.mark.parametrize("sizes", [[1, 1, 1], [5, 60, 2], [64, 0, 3]])
 def test_a_stream_gives_what_one_batch_gives(form: str, sizes: list[int]) -> None:
     a, y = samples(sum(sizes))
@@ -134,7 +134,7 @@ def test_a_stream_gives_what_one_batch_gives(form: str, sizes: list[int]) -> Non
     assert len(moments.triangle) <= 1 + INPUTS + OUTPUTS  # however many samples
     whole = torch.cat([torch.ones(sum(sizes), 1), a, y], 1)
     torch.testing.assert_close(moments.triangle.mT @ moments.triangle, whole.mT @ whole, rtol=0, atol=1e-9)
-    low_rank, bias = moments.solve(FORMS[form], 1e-3)
+    low_rank, bias = moments.solve(STATIC_FORMS[form], 1e-3)
     M, b = solved(a, y, form, 1e-3)
     torch.testing.assert_close(low_rank.dense(a)[0], M, rtol=0, atol=1e-10)
     torch.testing.assert_close(bias[0], b, rtol=0, atol=1e-10)
@@ -232,7 +232,7 @@ SEGMENT = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STATIC_FORMS)
 @pytest.mark.parametrize("case", SEGMENT, ids=lambda case: case.name)
 @torch.no_grad()
 def test_what_a_hypernetwork_emits_is_the_static_patch(case: Case, form: str) -> None:
@@ -246,7 +246,7 @@ def test_what_a_hypernetwork_emits_is_the_static_patch(case: Case, form: str) ->
     for block, patch, full in zip(model.decoder.blocks, patches, emitted, strict=True):
         for name, delta in full.weights.items():
             W = block.ffn.weight(name)
-            torch.testing.assert_close(patch.weights[name].dense(W), delta.at(torch.tensor([n])).dense(W)[:, 0])
+            torch.testing.assert_close(patch.weights[name].dense(W), delta.per_token(torch.tensor([n])).dense(W)[:, 0])
     assert relative_error(model.decoder, others, n, [Patch()] * 2) > 1e-2
 
 
@@ -316,7 +316,7 @@ def test_without_ridge_as_many_samples_as_dimensions_are_the_worst_choice(form: 
 
 
 @pytest.mark.parametrize("name", ["transformer-regression", "hypernet-running", "moe-token"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STATIC_FORMS)
 @torch.no_grad()
 def test_batches_of_queries_give_what_one_gives(name: str, form: str) -> None:
     model = build(BY_NAME[name])
@@ -350,7 +350,7 @@ def test_samples_are_queries_where_they_are_blind_to_each_other_else_rows() -> N
         assert first(model.decoder, tokens, n, 3).shape == shape
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STATIC_FORMS)
 @pytest.mark.parametrize(
     "name", ["transformer-regression", "hypernet-segment-full", "hypernet-running", "moe-token", "moe-context-linear"]
 )

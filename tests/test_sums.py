@@ -55,8 +55,8 @@ def gradient(model: Model, parts: int, world: int) -> Tensor:
 def test_parts_and_processes_have_the_gradient_of_the_whole(name: str, parts: int, world: int, tmp_path: Path) -> None:
     model = on_file(BY_NAME[name], tmp_path)
     if name.startswith("moe"):
-        seat: Any = model.decoder.context_to_delta
-        seat.shares = [torch.tensor([0.1, 0.2, 0.3, 0.4])] * 2
+        context_to_delta: Any = model.decoder.context_to_delta
+        context_to_delta.shares = [torch.tensor([0.1, 0.2, 0.3, 0.4])] * 2
     whole, cut = gradient(model, 1, 1), gradient(model, parts, world)
     assert float((cut - whole).norm() / whole.norm()) < 1e-6
 
@@ -86,7 +86,7 @@ def test_the_validation_loss_is_the_mean_over_what_is_scored(tmp_path: Path) -> 
     model, rows = run(tmp_path / "run")
     batches = list(Stream(model.task, "validation", 16, 1))
     model.task.prepare()
-    total = sum(float(model.task.errors(model(b.tokens, b.n_context), b).sum().detach()) for b in batches)
+    total = sum(float(model.task.token_losses(model(b.tokens, b.n_context), b).sum().detach()) for b in batches)
     scored = sum(int(model.task.scored(b).sum()) for b in batches)
     assert 0 < scored < sum(b.targets.numel() for b in batches)
     assert rows[-1]["validation_loss"] == pytest.approx(total / scored, rel=1e-5)
@@ -177,12 +177,12 @@ def test_statistics_of_experts_leave_filling_out(name: str, tmp_path: Path) -> N
         task: Task = Prompts(options, 0)
         batch = task.batch("test", 0, 6)
         patches = model.decoder(batch.tokens, context)[1]
-        seat: Any = model.decoder.context_to_delta
+        context_to_delta: Any = model.decoder.context_to_delta
         load, entropy = ExpertLoad(4), RouterEntropy()
         load.update(patches[0], model.decoder.blocks[0].ffn)
         entropy.update(patches[0], model.decoder.blocks[0].ffn)
         assert int(load.counts.sum()) == int((batch.tokens != FILLING).sum()) * 2
-        found.append([*load.counts.tolist(), float(entropy.compute()), float(seat.aux_loss(patches, 0))])
+        found.append([*load.counts.tolist(), float(entropy.compute()), float(context_to_delta.aux_loss(patches, 0))])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0] == pytest.approx(found[2], rel=1e-6)
 

@@ -53,7 +53,7 @@ def test_the_loss_is_the_mean_of_the_errors_with_its_gradient(name: str) -> None
     if name == "prompts":
         batch.targets[:, ::3] = IGNORE
     output = torch.randn(4, made.tokens, made.output_dim, requires_grad=True)
-    errors, loss, scored = made.errors(output, batch), made.loss(output, batch), made.scored(batch)
+    errors, loss, scored = made.token_losses(output, batch), made.loss(output, batch), made.scored(batch)
     assert scored.shape == errors.shape == batch.targets.shape
     assert scored.all() == (name != "prompts")
     assert not errors[~scored].any()
@@ -84,7 +84,7 @@ def test_variance_of_y_is_the_stated_one(options: dict[str, Any]) -> None:
     assert batch.targets.mean().item() == pytest.approx(0, abs=0.05)
     assert batch.targets.var().item() == pytest.approx(made.variance, rel=0.04)
     assert nmse(made, batch)["nmse_zero"] == pytest.approx(1, rel=0.04)
-    assert made.references() == {"predicting zero": made.variance}
+    assert made.baselines() == {"predicting zero": made.variance}
 
 
 def solve(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -165,4 +165,4 @@ def test_noise_is_uniform_and_independent_with_floor_ln_v() -> None:
     values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 5), batch)
     for name in ("nats", "nats_floor"):
         assert values[name].mean().item() == pytest.approx(math.log(5))
-    assert list(made.references().values()) == [math.log(5)]
+    assert list(made.baselines().values()) == [math.log(5)]

@@ -182,7 +182,7 @@ def test_baselines_of_a_markov_source(cache: Path, monkeypatch: pytest.MonkeyPat
     rate = -(stationary[:, None] * transition * np.log2(transition)).sum()
     entropy = -(stationary * np.log(stationary)).sum()
     assert values["bits_per_byte_trigram"].mean().item() == pytest.approx(rate, rel=0.03)
-    assert made.references()["best fixed byte distribution"] == pytest.approx(entropy, rel=0.01)
+    assert made.baselines()["best fixed byte distribution"] == pytest.approx(entropy, rel=0.01)
     assert rate < 0.9 * entropy / math.log(2)  # or the two would not be told apart
 
 
@@ -193,7 +193,7 @@ def test_the_reference_is_the_entropy_of_the_even_mixture(small: None) -> None:
         for token in range(257):
             p[token] += (train == token).sum() / len(train) / 4
     expected = -sum(x * math.log(x) for x in p if x)
-    assert text().references() == {"best fixed byte distribution": pytest.approx(expected)}
+    assert text().baselines() == {"best fixed byte distribution": pytest.approx(expected)}
 
 
 # byte pairs
@@ -257,7 +257,7 @@ def test_the_second_start_neither_trains_nor_encodes(written: None, monkeypatch:
         monkeypatch.setitem(DOMAINS, domain, refuse)
     again = text(**PAIRS)
     assert torch.equal(again.batch("train", 3, 8).tokens, expected.tokens)
-    assert again.state() == first.state()
+    assert again.state_dict() == first.state_dict()
 
 
 def test_another_tokenizer_has_ids_of_its_own(written: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,11 +273,11 @@ def test_another_tokenizer_has_ids_of_its_own(written: None, cache: Path, monkey
 
 
 def test_a_damaged_tokenizer_is_trained_again(written: None, cache: Path) -> None:
-    expected = text(**PAIRS).state()
+    expected = text(**PAIRS).state_dict()
     (path,) = cache.glob("bpe-*/tokenizer.json")
     content = path.read_bytes()
     path.write_bytes(content.replace(b"[", b"{", 1))
-    assert text(**PAIRS).state() == expected
+    assert text(**PAIRS).state_dict() == expected
     assert path.read_bytes() == content
 
 
@@ -314,7 +314,7 @@ def test_bits_are_those_of_bytes_whatever_the_tokens(written: None, options: dic
     assert values["bits_per_byte_trigram"].tolist() == pytest.approx(counted, rel=1e-5)
     n_bytes = len(made.decode(batch.targets.flatten().tolist()))
     assert len(values["bits_per_byte"]) == n_bytes
-    total = made.errors(output, batch)[batch.targets != START].sum().item() / math.log(2) / n_bytes
+    total = made.token_losses(output, batch)[batch.targets != START].sum().item() / math.log(2) / n_bytes
     assert values["bits_per_byte"].mean().item() == pytest.approx(total)
     parts = [values[f"bits_per_byte_{domain}"] for domain in DOMAINS]
     assert [len(part) for part in parts] == [
@@ -336,18 +336,18 @@ def test_the_reference_of_byte_pairs_is_of_tokens(written: None) -> None:
     p = np.zeros(400)
     for splits in made.ids:
         p += np.bincount(splits["train"], minlength=400) / len(splits["train"]) / 4
-    assert made.references() == {"best fixed token distribution": pytest.approx(-sum(x * math.log(x) for x in p if x))}
+    assert made.baselines() == {"best fixed token distribution": pytest.approx(-sum(x * math.log(x) for x in p if x))}
 
 
 def test_a_state_gives_the_tokenizer_without_text_or_cache(
     written: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = text(**PAIRS, domains=["law"])
-    state, expected = before.state(), before.encode("a déjà vu")
+    state, expected = before.state_dict(), before.encode("a déjà vu")
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(module, "DOMAINS", {})
     made = text(**PAIRS, domains=["law"])
-    made.restore(json.loads(json.dumps(state)))
+    made.load_state_dict(json.loads(json.dumps(state)))
     assert made.encode("a déjà vu") == expected
     assert made.decode(expected).decode() == "a déjà vu"
     assert not (tmp_path / "elsewhere").exists()
@@ -356,7 +356,7 @@ def test_a_state_gives_the_tokenizer_without_text_or_cache(
 def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
     made, few = text(**PAIRS), text(**{**PAIRS, "vocabulary": 300})
     before = made.batch("test", 0, 4)
-    made.restore(few.state())
+    made.load_state_dict(few.state_dict())
     assert torch.equal(made.batch("test", 0, 4).tokens, few.batch("test", 0, 4).tokens)
     assert not torch.equal(made.batch("test", 0, 4).tokens, before.tokens)
 
@@ -378,4 +378,4 @@ def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
 )
 def test_a_foreign_state_is_refused(options: dict[str, Any], state: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        text(**options).restore(state)
+        text(**options).load_state_dict(state)

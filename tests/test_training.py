@@ -114,7 +114,7 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     assert {"python", "zoo", "torch", "lightning", "commit"} == set(metrics["versions"])
     baselines = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_ridge", "nmse_zero"]
     assert list(metrics["test"]) == baselines
-    assert metrics["headline"] == "nmse"
+    assert metrics["main_metric"] == "nmse"
     assert all(math.isfinite(value) for value in metrics["test"].values())
     assert metrics["test"]["nmse_ridge"] < 1e-6 < metrics["test"]["nmse"]
 
@@ -128,7 +128,7 @@ BITS = ["bits_per_byte", "bits_per_byte_trigram"]
 def test_tasks_of_running_text(tmp_path: Path, task: str, names: list[str]) -> None:
     metrics = small(tmp_path / "run", "moe", task)
     assert list(metrics["test"]) == names
-    assert metrics["test"][metrics["headline"]] > 0
+    assert metrics["test"][metrics["main_metric"]] > 0
 
 
 def test_the_returned_metrics_are_those_of_the_file(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_tested_model_is_the_best_validated_one(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     model = zoo.load(tmp_path / "run").requires_grad_(False)
     batches = [model.task.batch("test", k, 8) for k in range(2)]
-    nmse = torch.stack([model.task.errors(model(b.tokens, b.n_context), b) for b in batches]).mean() / 3
+    nmse = torch.stack([model.task.token_losses(model(b.tokens, b.n_context), b) for b in batches]).mean() / 3
     assert metrics["test"]["nmse"] == pytest.approx(float(nmse), rel=1e-5)
 
 

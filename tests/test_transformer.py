@@ -45,8 +45,8 @@ def mixtral_case() -> Case:
 
 
 def experts(model: Model, layer: int) -> dict[str, Tensor]:
-    seat: Any = model.decoder.context_to_delta
-    return peers.experts(model.decoder.blocks[layer].ffn, seat.routers[layer])
+    context_to_delta: Any = model.decoder.context_to_delta
+    return peers.experts(model.decoder.blocks[layer].ffn, context_to_delta.routers[layer])
 
 
 def mixtral_config(model: Model) -> MixtralConfig:

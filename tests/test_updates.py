@@ -113,7 +113,7 @@ def test_a_patched_matrix_is_that_of_the_network(case: Case, part: Part) -> None
     emitted = model.decoder(tokens, n_context)[1]
     totals = model.deltas(tokens, torch.arange(tokens.shape[1]) < n_context)
     for layer, total, own in zip(record(model, tokens, n_context), totals, emitted, strict=True):
-        patch = total if part == "total" else own.at(torch.arange(n_context, tokens.shape[1]))
+        patch = total if part == "total" else own.per_token(torch.arange(n_context, tokens.shape[1]))
         for name, dense in layer.ffn.dense(patch).items():
             matrix = layer.matrix(name, part)
             close(matrix.dense(), dense.expand_as(matrix.dense()))
@@ -136,8 +136,8 @@ def test_updates_are_relative_to_the_query_alone(case: Case, part: Part) -> None
     emitted = model.decoder(tokens, n_context)[1]
     changes = updates(model, tokens, n_context, part)
     for block, change, total, own, null in zip(model.decoder.blocks, changes, totals, emitted, alone, strict=True):
-        patch = total if part == "total" else own.at((~removed).nonzero().squeeze(1))
-        before = block.ffn.dense(null.at(torch.arange(query.shape[1])))
+        patch = total if part == "total" else own.per_token((~removed).nonzero().squeeze(1))
+        before = block.ffn.dense(null.per_token(torch.arange(query.shape[1])))
         for name, dense in block.ffn.dense(patch).items():
             difference = (dense - before[name]).expand(*query.shape[:2], *dense.shape[-2:])
             close(change[name].dense(), difference)

@@ -86,7 +86,7 @@ def plain(value: Any, where: str = "", depth: int = 8) -> Any:
     raise ValueError(f"{where or 'an option'}={show(value)} cannot be stored: give a number, a text, a list or a dict")
 
 
-def strict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A `cls` from the plain values of group `where`, "" at the top; raises ValueError for unknown keys, wrong types
     and values that are not allowed."""
     if not isinstance(values, Mapping):
@@ -145,7 +145,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def positive(where: str, **values: float) -> None:
+def require_positive(where: str, **values: float) -> None:
     """Raises ValueError for the first value that is not above zero."""
     for name, value in values.items():
         if not value > 0:

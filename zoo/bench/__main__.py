@@ -15,7 +15,7 @@ from typing import Any
 from zoo.console import command
 
 SECTIONS = {
-    "seats": "one FFN with its seat against a dense FFN of equal active FLOPs, plain matrix products, and peers",
+    "layers": "one FFN with its family against a dense FFN of equal active FLOPs, plain matrix products, and peers",
     "memory": "what an FFN keeps for its backward pass",
     "growth": "cost against the number of experts, the rank and the length, with fits",
     "steps": "whole training steps: peers, the limit of the matrix products, the families",
@@ -24,9 +24,9 @@ SECTIONS = {
 
 
 SIZES = (
-    ("dim", 256, "width of the model in seats, memory and growth, a multiple of 16"),
+    ("dim", 256, "width of the model in layers, memory and growth, a multiple of 16"),
     ("hidden", 512, "units of an expert, or of the dense FFN, there; a multiple of 4"),
-    ("tokens", 2048, "tokens that the experts of seats share, a multiple of 512"),
+    ("tokens", 2048, "tokens that the experts of layers share, a multiple of 512"),
 )
 MARKS = ("<!-- bench -->", "<!-- /bench -->")
 
@@ -81,15 +81,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--device {options.device} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    from zoo.bench import growth, seats
+    from zoo.bench import growth, layers
     from zoo.bench.timing import measure
     from zoo.files import to_json, write
     from zoo.training.memory import keep_freed_memory
 
     kept = keep_freed_memory()  # as train.py does
     typed = shlex.join(["python", "-m", "zoo.bench", *(sys.argv[1:] if argv is None else argv)])
-    sizes = seats.Sizes(options.dim, options.hidden, options.tokens)
-    rows: list[Any] = list(seats.memory(sizes, device)) if "memory" in names else []
+    sizes = layers.Sizes(options.dim, options.hidden, options.tokens)
+    rows: list[Any] = list(layers.memory(sizes, device)) if "memory" in names else []
     about = {**machine(device, options.threads), "freed memory": "kept" if kept else "given back"}
     cases = list(chosen(names, sizes, device, options.quick, options.compile))
     with tqdm(total=len(cases) * rounds, unit="round", disable=None) as bar:
@@ -110,11 +110,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def chosen(names: list[str], sizes: Any, device: Any, quick: bool, compiled: bool) -> Iterator[Any]:
-    from zoo.bench import growth, seats, steps
+    from zoo.bench import growth, layers, steps
 
     for name in names:
-        if name == "seats":
-            yield from seats.seats(sizes, device, quick)
+        if name == "layers":
+            yield from layers.cases(sizes, device, quick)
         elif name == "growth":
             yield from growth.growth(sizes, device, quick)
         elif name == "steps":

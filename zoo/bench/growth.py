@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoo.bench import seats
+from zoo.bench import layers
 from zoo.bench.timing import Case, Row
 
 TOKENS, PER_EXPERT = 4096, 128
@@ -21,19 +21,19 @@ RANK = "rank"
 LENGTHS = {name: f"{name} by length" for name in ("attention", "moe", "hypernet")}
 
 
-def growth(sizes: seats.Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
+def growth(sizes: layers.Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
     """Experts at constant n and K, the rank of an update, the length of sequences at a constant number of tokens."""
     experts = (8, 32) if quick else (8, 16, 32, 64, 128)
     states = {e: torch.randn(1, PER_EXPERT * e, sizes.dim, device=device) for e in experts}
-    yield Case("growth", EXPERTS, str(experts[0]), {str(e): seats.routed(sizes, z, e, 1) for e, z in states.items()})
+    yield Case("growth", EXPERTS, str(experts[0]), {str(e): layers.routed(sizes, z, e, 1) for e, z in states.items()})
     ranks = (1, 64) if quick else (1, 4, 8, 16, 32, 64)
     z = torch.randn(8, 128, sizes.dim, device=device)
-    yield Case("growth", RANK, str(ranks[0]), {str(r): seats.emitted(sizes, z, r, None) for r in ranks})
+    yield Case("growth", RANK, str(ranks[0]), {str(r): layers.emitted(sizes, z, r, None) for r in ranks})
     lengths = (128, 2048) if quick else (128, 256, 512, 1024, 2048)
     states = {T: torch.randn(TOKENS // T, T, sizes.dim, device=device) for T in lengths}
-    yield _by_length("attention", {str(T): seats.attention(z) for T, z in states.items()})
-    yield _by_length("moe", {str(T): seats.routed(sizes, z, 16, 1) for T, z in states.items()})
-    yield _by_length("hypernet", {str(T): seats.emitted(sizes, z, 8, 64) for T, z in states.items()})
+    yield _by_length("attention", {str(T): layers.attention(z) for T, z in states.items()})
+    yield _by_length("moe", {str(T): layers.routed(sizes, z, 16, 1) for T, z in states.items()})
+    yield _by_length("hypernet", {str(T): layers.emitted(sizes, z, 8, 64) for T, z in states.items()})
 
 
 def _by_length(name: str, work: dict) -> Case:

@@ -115,18 +115,18 @@ def bare_step(model: Model) -> Callable[[Any], Any]:
     """What the trainer does with a batch, and nothing else."""
     configured: Any = model.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    seat = model.decoder.context_to_delta
+    context_to_delta = model.decoder.context_to_delta
 
     def work(batch: Any) -> None:
         output, patches = model.decoder(batch.tokens, batch.n_context)
-        loss = model.task.loss(output, batch) + (seat.aux_loss(patches, 0) if seat else 0.0)
+        loss = model.task.loss(output, batch) + (context_to_delta.aux_loss(patches, 0) if context_to_delta else 0.0)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), model.optim.clip)
         optimizer.step()
         schedule.step()
-        if seat:
-            seat.after_step()
+        if context_to_delta:
+            context_to_delta.after_step()
 
     return work
 

@@ -16,7 +16,7 @@ from zoo.core.delta import Patch
 
 
 @dataclass
-class Past:
+class LayerCache:
     """Empty before the first pass; attention, summaries and families write into it.
 
     tokens: how many there were. keys, values (B,G,T,d): those that the next token attends to, keys rotated. total,
@@ -46,12 +46,12 @@ class Past:
         return k_BGTd, v_BGTd
 
 
-def check_past(past: Sequence[Past], layers: int, tokens: int, n_context: int) -> None:
-    """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow `past`."""
-    if len(past) != layers:
-        raise ValueError(f"{len(past)} pasts for {layers} layers: pass what new_past() gives")
-    before = past[0].tokens
+def check_cache(cache: Sequence[LayerCache], layers: int, tokens: int, n_context: int) -> None:
+    """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow `cache`."""
+    if len(cache) != layers:
+        raise ValueError(f"{len(cache)} caches for {layers} layers: pass what new_cache() gives")
+    before = cache[0].tokens
     if before and (tokens != 1 or n_context):
         raise ValueError(f"{tokens} tokens with n_context={n_context} after {before} others: pass the next token alone")
     if not before and n_context == tokens:
-        raise ValueError(f"all {tokens} tokens are context: the first call with a past needs one token after it")
+        raise ValueError(f"all {tokens} tokens are context: the first call with a cache needs one token after it")

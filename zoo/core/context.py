@@ -14,65 +14,65 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from zoo.config import show
-from zoo.core.cache import Past
+from zoo.core.cache import LayerCache
 from zoo.core.delta import Patch
-from zoo.core.layers import fold
+from zoo.core.layers import split_chunks
 
 SOURCES = ("segment", "chunk", "running", "token")
 
 
-class Summary(NamedTuple):
+class ContextMean(NamedTuple):
     """The mean state of each context: mean (*,D), and filled (*,1), 0 where the context is empty."""
 
     mean: Tensor
-    filled: Tensor
+    nonempty: Tensor
 
 
-def summarise(
+def context_mean(
     z_BTD: Tensor,
     source: str,
     n_context: int,
     chunk: int | None = None,
-    past: Past | None = None,
+    cache: LayerCache | None = None,
     real: Tensor | None = None,
-) -> Summary:
+) -> ContextMean:
     """Mean of the states that make up a context; no state later than the token it serves ever enters.
 
     segment: the first n_context tokens, for all that follow: (B,D). chunk: for chunk s, all tokens of chunks < s:
     (B,S,D). running: tokens up to and including t: (B,T,D). token: the state of t alone, after attention: (B,T,D).
-    past: the states before z, which is then one token; the states of z are added to it. real (B,T): False for places
+    cache: the states before z, which is then one token; the states of z are added to it. real (B,T): False for places
     that hold no token, which no mean takes in.
     """
-    past = Past() if past is None else past
+    cache = LayerCache() if cache is None else cache
     counted_BT1 = torch.ones_like(z_BTD[..., :1]) if real is None else real.unsqueeze(-1).to(z_BTD)
     if source == "token":
-        return Summary(z_BTD, counted_BT1)
+        return ContextMean(z_BTD, counted_BT1)
     # sums over thousands of tokens lose the small addends in bfloat16
     dtype = torch.promote_types(z_BTD.dtype, torch.float32)
     count_BT1 = counted_BT1.to(dtype)
     states_BTD = z_BTD.to(dtype) if real is None else z_BTD * count_BT1
     if source == "segment":
-        if not past.tokens:
-            past.total, past.count = (t[:, :n_context].sum(1, keepdim=True) for t in (states_BTD, count_BT1))
-        total, count = past.total[:, 0], past.count[:, 0]
+        if not cache.tokens:
+            cache.total, cache.count = (t[:, :n_context].sum(1, keepdim=True) for t in (states_BTD, count_BT1))
+        total, count = cache.total[:, 0], cache.count[:, 0]
     elif source == "running":
-        total, count = (before + t.cumsum(1) for before, t in ((past.total, states_BTD), (past.count, count_BT1)))
-        past.total, past.count = total[:, -1:], count[:, -1:]
+        total, count = (before + t.cumsum(1) for before, t in ((cache.total, states_BTD), (cache.count, count_BT1)))
+        cache.total, cache.count = total[:, -1:], count[:, -1:]
     elif source == "chunk" and chunk:
-        begun = past.tokens % chunk  # how many tokens of the first chunk are in the past
+        begun = cache.tokens % chunk  # how many tokens of the first chunk came before
         complete = (begun + z_BTD.shape[1]) // chunk
-        total, past.total, past.partial = _before(states_BTD, chunk, complete, past.total, past.partial)
-        count, past.count, past.begun = _before(count_BT1, chunk, complete, past.count, past.begun)
+        total, cache.total, cache.partial = _before(states_BTD, chunk, complete, cache.total, cache.partial)
+        count, cache.count, cache.begun = _before(count_BT1, chunk, complete, cache.count, cache.begun)
     else:
         raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")
-    return Summary((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
+    return ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
 
 
 def _before(
     t_BTn: Tensor, chunk: int, complete: int, total: Tensor | float, partial: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums before each chunk (B,S,n); those of all complete chunks, and of the one that is not, (B,1,n)."""
-    sums_BSn = partial + fold(t_BTn, chunk).sum(2)
+    sums_BSn = partial + split_chunks(t_BTn, chunk).sum(2)
     # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
     before_BSn = total + F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
     whole = total + sums_BSn[:, :complete].sum(1, keepdim=True)
@@ -80,18 +80,18 @@ def _before(
 
 
 class ContextToDelta(nn.Module, ABC):
-    """The seat of a family in the decoder: from the states before each FFN to the patch of that FFN."""
+    """A family within the decoder: from the states before each FFN to the patch of that FFN."""
 
     reads_query: bool = True
     """False where the patch of a query is made from the separate context alone, the same for all queries."""
 
     @abstractmethod
     def forward(
-        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
         """The patch of layer `layer` for states z (B,T,D) whose first n_context tokens are a separate context.
 
-        past: what the layer keeps of the tokens before z, which is then one token, with n_context = 0. real (B,T):
+        cache: what the layer keeps of the tokens before z, which is then one token, with n_context = 0. real (B,T):
         False for places that hold no token and must change nothing; None where all do.
         """
 
@@ -113,11 +113,11 @@ class ContextToDelta(nn.Module, ABC):
     def after_step(self) -> None:
         """Called once after each optimiser step, on every process; nothing to do for most families."""
 
-    def state(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the weights to go on as if nothing had happened, as plain values."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         """Takes over what state() gave, or nothing; raises ValueError for what it cannot have given."""
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got {show(state)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.core.cache import Past, check_past
+from zoo.core.cache import LayerCache, check_cache
 from zoo.core.context import ContextToDelta
 from zoo.core.delta import Patch
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
@@ -20,7 +20,7 @@ from zoo.core.norm import RMSNorm
 
 
 class Decoder(nn.Module):
-    """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; optionally a seat that patches the FFNs.
+    """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
     vocabulary: number of token ids, or None for continuous tokens of `token_dim` numbers. independent_queries: tokens
     after the context all stand at the same position and do not see each other. attend_context: they see the context.
@@ -112,17 +112,17 @@ class Decoder(nn.Module):
         return self.head(self.norm(x_BTD))
 
     def emit(
-        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
         """The patch that the family itself emits; empty for the transformer."""
         if self.context_to_delta is None:
             return Patch()
-        more = {name: value for name, value in (("past", past), ("real", real)) if value is not None}
+        more = {name: value for name, value in (("cache", cache), ("real", real)) if value is not None}
         return self.context_to_delta(z_BTD, layer, n_context, **more)
 
-    def new_past(self) -> list[Past]:
+    def new_cache(self) -> list[LayerCache]:
         """What forward fills with the first tokens and extends with each further one."""
-        return [Past() for _ in self.blocks]
+        return [LayerCache() for _ in self.blocks]
 
     def forward(
         self,
@@ -131,23 +131,23 @@ class Decoder(nn.Module):
         patches: Sequence[Patch] | None = None,
         positions: Tensor | None = None,
         added: Sequence[Patch] | None = None,
-        past: Sequence[Past] | None = None,
+        cache: Sequence[LayerCache] | None = None,
     ) -> tuple[Tensor, list[Patch]]:
         """Output (B,T,V) for tokens (B,T) or (B,T,token_dim), and the patch that each layer used.
 
         n_context: how many leading tokens are a separate context. patches: one per layer, total: nothing else is
         emitted. added: one per layer, weights and biases on top of what the family emits. positions (T,): where the
-        tokens stand; default as if nothing but `past` came before. past: from new_past(), changed in place: the first
-        call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
+        tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in place: the
+        first call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
         """
         check_tokens(tokens, n_context)
-        real = self.real(tokens) if past is None else None
+        real = self.real(tokens) if cache is None else None
         layout = self.layout(tokens.shape[1], n_context, tokens.device, real)
-        if past is not None:
+        if cache is not None:
             if self.independent_queries:
-                raise ValueError("a past needs tokens in sequence, but the queries of this task are independent")
-            check_past(past, len(self.blocks), tokens.shape[1], n_context)
-            layout = replace(layout, positions=past[0].tokens + layout.positions)
+                raise ValueError("a cache needs tokens in sequence, but the queries of this task are independent")
+            check_cache(cache, len(self.blocks), tokens.shape[1], n_context)
+            layout = replace(layout, positions=cache[0].tokens + layout.positions)
         if positions is not None:
             layout = replace(layout, positions=positions)
         for given in (patches, added):
@@ -155,11 +155,11 @@ class Decoder(nn.Module):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
 
         def run(x_BTD: Tensor, layer: int) -> tuple[Tensor, Patch]:
-            kept = None if past is None else past[layer]
+            kept = None if cache is None else cache[layer]
 
             def patch_of(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
                 patch = self.emit(z_BTD, layer, n_context, kept, real) if patches is None else patches[layer]
-                return patch if added is None else patch.plus(added[layer])
+                return patch if added is None else patch.merged_with(added[layer])
 
             x_BTD, patch = self.blocks[layer](x_BTD, layout, patch_of, kept)
             if kept is not None:
@@ -167,8 +167,8 @@ class Decoder(nn.Module):
             return x_BTD, patch
 
         x_BTD, used = self.embed(tokens), []
-        # a past is changed in place: a layer with one must run once
-        again = self.activation_checkpointing and self.training and past is None
+        # a cache is changed in place: a layer with one must run once
+        again = self.activation_checkpointing and self.training and cache is None
         for layer in range(len(self.blocks)):
             x_BTD, patch = checkpoint(run, x_BTD, layer, use_reentrant=False) if again else run(x_BTD, layer)
             used.append(patch)

@@ -46,14 +46,14 @@ class Delta(ABC):
         """ΔW itself, (*,o,i), for tests and analysis; raises ValueError where it differs from token to token."""
 
     @abstractmethod
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Delta:
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Delta:
         """The same update with one matrix for each of `tokens` (T,), leading dims (B,T)."""
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """u (*,o,R) and v (*,i,R) with ΔW = u vᵀ, or None where no factors smaller than ΔW exist."""
         return None
 
-    def _core(self, W: Tensor) -> Tensor:
+    def _small(self, W: Tensor) -> Tensor:
         """A matrix with the singular values of ΔW: R×R where there are factors, else ΔW."""
         factors = self.factors(W)
         wide = torch.promote_types(W.dtype, torch.float32)  # no decomposition of bfloat16 exists
@@ -64,11 +64,11 @@ class Delta(ABC):
 
     def norm(self, W: Tensor) -> Tensor:
         """Frobenius norm of ΔW, (*)."""
-        return torch.linalg.matrix_norm(self._core(W))
+        return torch.linalg.matrix_norm(self._small(W))
 
     def svdvals(self, W: Tensor) -> Tensor:
         """Singular values of ΔW in descending order, (*,min(R,o,i)); all others are zero."""
-        return torch.linalg.svdvals(self._core(W))
+        return torch.linalg.svdvals(self._small(W))
 
     def __add__(self, other: LowRank) -> Delta:
         return Sum(self, other)
@@ -80,11 +80,11 @@ class LowRank(Delta):
 
     u: Tensor
     v: Tensor
-    core: Tensor | None = None
+    gate: Tensor | None = None
 
     def _code(self, x: Tensor) -> Tensor:
         code_TR = x @ self.v
-        return code_TR if self.core is None else code_TR * self.core
+        return code_TR if self.gate is None else code_TR * self.gate
 
     def extra(self, x: Tensor) -> Tensor:
         """ΔW x alone, (*,T,o)."""
@@ -94,23 +94,23 @@ class LowRank(Delta):
         lead = x.shape[:-2]
         if not lead or self.u.shape[:-2] != lead or transformed():  # one update for many inputs is not repeated
             return F.linear(x, W) + self.extra(x)
-        return low_rank_linear(W, x, self.u, self.v, self.core)
+        return low_rank_linear(W, x, self.u, self.v, self.gate)
 
     def dense(self, W: Tensor) -> Tensor:
         u, v = self.factors(W)
         return u @ v.mT
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> LowRank:
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> LowRank:
         u, v = _rows(self.u, tokens, chunk), _rows(self.v, tokens, chunk)
-        return LowRank(u if self.core is None else u * _tokens(self.core, tokens, chunk).unsqueeze(-2), v)
+        return LowRank(u if self.gate is None else u * _tokens(self.gate, tokens, chunk).unsqueeze(-2), v)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        _refuse_core(self)
+        _refuse_gate(self)
         return self.u, self.v
 
     def __add__(self, other: LowRank) -> Delta:
-        _refuse_core(self)
-        _refuse_core(other)
+        _refuse_gate(self)
+        _refuse_gate(other)
         if self.u.shape[:-2] != other.u.shape[:-2]:
             return Sum(self, other)  # one update for many others: its factors are not repeated
         return LowRank(torch.cat([self.u, other.u], -1), torch.cat([self.v, other.v], -1))
@@ -122,34 +122,34 @@ class Scale(Delta):
 
     rows: Tensor
     columns: Tensor
-    core: Tensor | None = None
+    gate: Tensor | None = None
 
     def _factor(self, scale: Tensor) -> Tensor:
         scale = scale.unsqueeze(-2)
-        return scale if self.core is None else 1 + self.core * (scale - 1)
+        return scale if self.gate is None else 1 + self.gate * (scale - 1)
 
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
         return F.linear(x * self._factor(self.columns), W) * self._factor(self.rows)
 
     def dense(self, W: Tensor) -> Tensor:
-        _refuse_core(self)
+        _refuse_gate(self)
         return W * _outer(self.rows, self.columns) - W
 
     def norm(self, W: Tensor) -> Tensor:
         # Σ W²(rc−1)² with rc−1 = a + b + ab: exactly 0 for no scaling, and nothing of size (*,o,i) is formed
-        _refuse_core(self)
+        _refuse_gate(self)
         wide = torch.promote_types(W.dtype, torch.float32)
         a, b, square = (t.to(wide) for t in (self.rows - 1, self.columns - 1, W.square()))
         rows = (a.square() * square.sum(1)).sum(-1) + (b.square() * square.sum(0)).sum(-1)
         cross = ((a @ square) * (2 * b)).sum(-1) + ((a.square() @ square) * (b.square() + 2 * b)).sum(-1)
         return (rows + cross + ((a @ square) * (2 * b.square())).sum(-1)).clamp(min=0).sqrt()
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Scale:
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Scale:
         rows, columns = _rows(self.rows, tokens, chunk), _rows(self.columns, tokens, chunk)
-        if self.core is None:
+        if self.gate is None:
             return Scale(rows, columns)
-        core = _tokens(self.core, tokens, chunk)
-        return Scale(1 + core * (rows - 1), 1 + core * (columns - 1))
+        gate = _tokens(self.gate, tokens, chunk)
+        return Scale(1 + gate * (rows - 1), 1 + gate * (columns - 1))
 
 
 @dataclass(frozen=True)
@@ -157,23 +157,23 @@ class Full(Delta):
     """ΔW = matrix (*,o,i); core (*,T,1) masks or gates it token by token."""
 
     matrix: Tensor
-    core: Tensor | None = None
+    gate: Tensor | None = None
 
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
         extra = x @ self.matrix.mT
-        return F.linear(x, W) + (extra if self.core is None else extra * self.core)
+        return F.linear(x, W) + (extra if self.gate is None else extra * self.gate)
 
     def dense(self, W: Tensor) -> Tensor:
-        _refuse_core(self)
+        _refuse_gate(self)
         return self.matrix
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Full:
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Full:
         matrix = _rows(self.matrix, tokens, chunk)
-        return Full(matrix if self.core is None else matrix * _tokens(self.core, tokens, chunk).unsqueeze(-1))
+        return Full(matrix if self.gate is None else matrix * _tokens(self.gate, tokens, chunk).unsqueeze(-1))
 
 
 @dataclass(frozen=True)
-class Formed(Delta):
+class Replaced(Delta):
     """W + ΔW = matrix (*,o,i), formed and stored in the place of W: its rounding is that of real weights."""
 
     matrix: Tensor
@@ -184,12 +184,12 @@ class Formed(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return self.matrix - W
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Formed:
-        return Formed(_rows(self.matrix, tokens, chunk))
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Replaced:
+        return Replaced(_rows(self.matrix, tokens, chunk))
 
 
 @dataclass(frozen=True)
-class Shear(Delta):
+class InputShift(Delta):
     """ΔV = (V shift) aᵀ/|a|² for every matrix V that reads x: a (*,i) is read as a + shift (*,i).
 
     The implicit weight update of a context (Dherin et al. 2025, arXiv 2507.16003), stored once for all readers.
@@ -198,13 +198,13 @@ class Shear(Delta):
     a: Tensor
     shift: Tensor
 
-    def move(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """x + shift·(a·x)/|a|² for x (*,T,i): what the patched readers see."""
         a = self.a.unsqueeze(-1)
         return x + (x @ a) / (self.a.square().sum(-1)[..., None, None]) * self.shift.unsqueeze(-2)
 
     def linear(self, W: Tensor, x: Tensor) -> Tensor:
-        return F.linear(self.move(x), W)
+        return F.linear(self.apply(x), W)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         v = self.a / self.a.square().sum(-1, keepdim=True)
@@ -214,8 +214,8 @@ class Shear(Delta):
         u, v = self.factors(W)
         return u @ v.mT
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Shear:
-        return Shear(_rows(self.a, tokens, chunk), _rows(self.shift, tokens, chunk))
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> InputShift:
+        return InputShift(_rows(self.a, tokens, chunk), _rows(self.shift, tokens, chunk))
 
 
 @dataclass(frozen=True)
@@ -231,12 +231,12 @@ class Sum(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return self.first.dense(W) + self.second.dense(W)
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Sum:
-        return Sum(self.first.at(tokens, chunk), self.second.at(tokens, chunk))
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Sum:
+        return Sum(self.first.per_token(tokens, chunk), self.second.per_token(tokens, chunk))
 
 
-def _refuse_core(delta: LowRank | Scale | Full) -> None:
-    if delta.core is not None:
+def _refuse_gate(delta: LowRank | Scale | Full) -> None:
+    if delta.gate is not None:
         raise ValueError(f"this {type(delta).__name__} differs from token to token: take delta.at(tokens) first")
 
 
@@ -253,11 +253,11 @@ class Routing:
         zeros = self.weight.new_zeros(*self.index.shape[:-1], blocks)
         return zeros.scatter_add(-1, self.index, self.weight)
 
-    def over(self, dims: torch.Size) -> Routing:
+    def expand_to(self, dims: torch.Size) -> Routing:
         """One choice for many tokens as one for each, (*,T) = dims."""
         return Routing(*(t.expand(*dims, -1) for t in (self.index, self.weight, self.logits)))
 
-    def at(self, tokens: Tensor, chunk: int | None = None) -> Routing:
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Routing:
         index, weight, logits = (_tokens(t, tokens, chunk) for t in (self.index, self.weight, self.logits))
         return Routing(index.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(2))
 
@@ -272,32 +272,32 @@ class Patch:
     choices of blocks (*,T), statistics take in, None for all; not those of empty contexts and places without a token.
     """
 
-    input: Shear | None = None
+    input: InputShift | None = None
     weights: Mapping[str, Delta] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
     chunk: int | None = None
     counted: Tensor | None = None
 
-    def at(self, tokens: Tensor) -> Patch:
+    def per_token(self, tokens: Tensor) -> Patch:
         """One patch for each of `tokens` (T,): leading dims (B,T), chunk 1."""
         return Patch(
-            input=self.input and self.input.at(tokens, self.chunk),
-            weights={name: delta.at(tokens, self.chunk) for name, delta in self.weights.items()},
+            input=self.input and self.input.per_token(tokens, self.chunk),
+            weights={name: delta.per_token(tokens, self.chunk) for name, delta in self.weights.items()},
             biases={name: _rows(bias, tokens, self.chunk) for name, bias in self.biases.items()},
-            routing=self.routing and self.routing.at(tokens, self.chunk),
+            routing=self.routing and self.routing.per_token(tokens, self.chunk),
             chunk=1,
         )
 
-    def add(self, name: str, delta: LowRank) -> Patch:
+    def with_delta(self, name: str, delta: LowRank) -> Patch:
         """This patch with `delta` added to the update of the matrix `name`."""
         total = self.weights[name] + delta if name in self.weights else delta
         return replace(self, weights={**self.weights, name: total})
 
-    def plus(self, other: Patch) -> Patch:
+    def merged_with(self, other: Patch) -> Patch:
         """This patch and `other`, which holds low-rank updates and biases alone; leading dims broadcast."""
         total = self
         for name, delta in other.weights.items():
-            total = total.add(name, delta)  # type: ignore[arg-type]
+            total = total.with_delta(name, delta)  # type: ignore[arg-type]
         biases = {name: total.biases[name] + b if name in total.biases else b for name, b in other.biases.items()}
         return replace(total, biases={**total.biases, **biases})

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from zoo.config import lookup
 from zoo.core.decoder import Decoder, check_tokens
-from zoo.core.delta import Formed, LowRank, Patch, Routing, Shear
+from zoo.core.delta import InputShift, LowRank, Patch, Replaced, Routing
 from zoo.core.layers import FeedForward
 
 
@@ -54,7 +54,7 @@ def replace_context(
     decoder: Decoder,
     tokens: Tensor,
     removed: Tensor,
-    patch_of: Callable[[Pair], Patch],
+    patch_of: Callable[[LayerStates], Patch],
     n_context: int | None = None,
     parallel: bool = False,
 ) -> list[Patch]:
@@ -76,41 +76,41 @@ def replace_context(
     real = decoder.real(tokens)
     full = decoder.layout(tokens.shape[1], n_context, tokens.device, real)
     reduced = full.keep(kept)
-    xC_BTD = decoder.embed(tokens)
-    x_BTD = xC_BTD[:, kept]
+    x_ctx_BTD = decoder.embed(tokens)
+    x_BTD = x_ctx_BTD[:, kept]
     patches = []
     kept_real = None if real is None else real[:, kept]
 
-    def run(xC_BTD: Tensor, x_BTD: Tensor, layer: int) -> tuple[Tensor, Tensor, Patch]:
+    def run(x_ctx_BTD: Tensor, x_BTD: Tensor, layer: int) -> tuple[Tensor, Tensor, Patch]:
         block = decoder.blocks[layer]
-        vC_BTD, zC_BTD, outC_BTD, emitted = block.states(
-            xC_BTD, full, lambda z: decoder.emit(z, layer, n_context, real=real)
+        v_ctx_BTD, z_ctx_BTD, out_ctx_BTD, emitted = block.states(
+            x_ctx_BTD, full, lambda z: decoder.emit(z, layer, n_context, real=real)
         )
 
         def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            pair = Pair(
+            pair = LayerStates(
                 layer=layer,
                 ffn=block.ffn,
-                emitted=emitted.at(kept),
-                alone=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
-                vC=vC_BTD[:, kept],
-                zC=zC_BTD[:, kept],
-                outC=outC_BTD[:, kept],
+                emitted=emitted.per_token(kept),
+                emit_without_context=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
+                v_ctx=v_ctx_BTD[:, kept],
+                z_ctx=z_ctx_BTD[:, kept],
+                out_ctx=out_ctx_BTD[:, kept],
                 v=v_BTD,
                 z=z_BTD,
             )
             return patch_of(pair)
 
-        return outC_BTD, *block(x_BTD, reduced, replaced)
+        return out_ctx_BTD, *block(x_BTD, reduced, replaced)
 
     for layer in range(len(decoder.blocks)):
-        xC_BTD, x_BTD, patch = run(xC_BTD, xC_BTD[:, kept] if parallel else x_BTD, layer)
+        x_ctx_BTD, x_BTD, patch = run(x_ctx_BTD, x_ctx_BTD[:, kept] if parallel else x_BTD, layer)
         patches.append(patch)
     return patches
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerStates:
     """One layer's states at the kept tokens, (B,T,D), with the whole context (C) and without what was removed.
 
     v enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emitted: the family's patch with
@@ -120,10 +120,10 @@ class Pair:
     layer: int
     ffn: FeedForward
     emitted: Patch
-    alone: Callable[[], Patch]
-    vC: Tensor
-    zC: Tensor
-    outC: Tensor
+    emit_without_context: Callable[[], Patch]
+    v_ctx: Tensor
+    z_ctx: Tensor
+    out_ctx: Tensor
     v: Tensor
     z: Tensor
 
@@ -135,13 +135,13 @@ class Pair:
         return state / square
 
 
-def shear_and_down(pair: Pair) -> Patch:
+def shear_and_down(pair: LayerStates) -> Patch:
     """The emitted patch, every reader sheared from z to zC, and the missing residual as a rank-1 update of `down`."""
     pair.along("state before", pair.z)
-    patch = replace(pair.emitted, input=Shear(pair.z, pair.zC - pair.z))
+    patch = replace(pair.emitted, input=InputShift(pair.z, pair.z_ctx - pair.z))
     h_BTF = pair.ffn.hidden(pair.z, patch)
-    residual = LowRank((pair.vC - pair.v).unsqueeze(-1), pair.along("hidden units of", h_BTF).unsqueeze(-1))
-    return patch.add("down", residual)
+    residual = LowRank((pair.v_ctx - pair.v).unsqueeze(-1), pair.along("hidden units of", h_BTF).unsqueeze(-1))
+    return patch.with_delta("down", residual)
 
 
 def exact(
@@ -159,50 +159,50 @@ def exact(
     replace_context. Raises ValueError, with the layer, where no exact patch of this form exists, and for an
     unknown form.
     """
-    patch_of = lookup(form, FORMS, "form")
+    patch_of = lookup(form, EXACT_FORMS, "form")
 
-    def matrices_of(pair: Pair) -> Patch:
+    def matrices_of(pair: LayerStates) -> Patch:
         patch = patch_of(pair)
         shared = patch.routing if patch.chunk is None else None  # many tokens, a choice of blocks for each
         W = pair.ffn.dense(replace(patch, routing=None) if shared else patch)
-        weights = {name: Formed(matrix) for name, matrix in W.items()}
+        weights = {name: Replaced(matrix) for name, matrix in W.items()}
         return Patch(weights=weights, biases=patch.biases, routing=shared, chunk=patch.chunk)
 
     return replace_context(decoder, tokens, removed, matrices_of if formed else patch_of, n_context, parallel)
 
 
-def output(pair: Pair) -> Patch:
+def output(pair: LayerStates) -> Patch:
     """`down` alone, rank 1: (outC − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
     patch = Patch(routing=_routing_alone(pair), chunk=1)
     h_BTF = pair.ffn.hidden(pair.z, patch)
     along_BTF = pair.along("hidden units of", h_BTF)
-    return patch.add("down", LowRank(_missing(pair, h_BTF).unsqueeze(-1), along_BTF.unsqueeze(-1)))
+    return patch.with_delta("down", LowRank(_missing(pair, h_BTF).unsqueeze(-1), along_BTF.unsqueeze(-1)))
 
 
-def bias(pair: Pair) -> Patch:
+def bias(pair: LayerStates) -> Patch:
     """A bias of `down` alone, outC − v − FFN(z): what the context adds to the stream at this token."""
     patch = Patch(routing=_routing_alone(pair), chunk=1)
     return replace(patch, biases={"down": _missing(pair, pair.ffn.hidden(pair.z, patch))})
 
 
-def static(pair: Pair) -> Patch:
+def static(pair: LayerStates) -> Patch:
     """The smallest updates of gate, up and down that serve all T tokens of a sequence: at most D of them."""
     patch = Patch(routing=_shared(pair.emitted.routing))
     inverse_BDT = _inverse(pair, "states before", pair.z)
-    for name in pair.ffn.readers:
+    for name in pair.ffn.input_matrices:
         W, delta = pair.ffn.weight(name), pair.emitted.weights.get(name)
-        zC_BT1D = pair.zC.unsqueeze(2)
-        read_BT1o = F.linear(zC_BT1D, W) if delta is None else delta.linear(W, zC_BT1D)
-        patch = patch.add(name, LowRank((read_BT1o.squeeze(2) - F.linear(pair.z, W)).mT, inverse_BDT))
+        z_ctx_BT1D = pair.z_ctx.unsqueeze(2)
+        read_BT1o = F.linear(z_ctx_BT1D, W) if delta is None else delta.linear(W, z_ctx_BT1D)
+        patch = patch.with_delta(name, LowRank((read_BT1o.squeeze(2) - F.linear(pair.z, W)).mT, inverse_BDT))
     return _static_down(pair, patch)
 
 
-def static_output(pair: Pair) -> Patch:
+def static_output(pair: LayerStates) -> Patch:
     """The smallest update of `down` alone that serves all T tokens: at most F, fewer where few experts run."""
     return _static_down(pair, Patch(routing=_shared(_routing_alone(pair))))
 
 
-FORMS: dict[str, Callable[[Pair], Patch]] = {
+EXACT_FORMS: dict[str, Callable[[LayerStates], Patch]] = {
     "shear": shear_and_down,
     "output": output,
     "bias": bias,
@@ -211,21 +211,21 @@ FORMS: dict[str, Callable[[Pair], Patch]] = {
 }
 
 
-def _static_down(pair: Pair, patch: Patch) -> Patch:
+def _static_down(pair: LayerStates, patch: Patch) -> Patch:
     h_BTF = pair.ffn.hidden(pair.z, patch)
-    return patch.add("down", LowRank(_missing(pair, h_BTF).mT, _inverse(pair, "hidden units of", h_BTF)))
+    return patch.with_delta("down", LowRank(_missing(pair, h_BTF).mT, _inverse(pair, "hidden units of", h_BTF)))
 
 
-def _missing(pair: Pair, h_BTF: Tensor) -> Tensor:
+def _missing(pair: LayerStates, h_BTF: Tensor) -> Tensor:
     """What the stored `down` leaves between hidden units h and the contextual output, (B,T,D)."""
-    return pair.outC - pair.v - F.linear(h_BTF, pair.ffn.weight("down"))
+    return pair.out_ctx - pair.v - F.linear(h_BTF, pair.ffn.weight("down"))
 
 
-def _routing_alone(pair: Pair) -> Routing | None:
+def _routing_alone(pair: LayerStates) -> Routing | None:
     """The choice of blocks, per token, that the kept tokens alone lead to."""
     if pair.emitted.routing is None:
         return None
-    return pair.alone().at(torch.arange(pair.z.shape[1], device=pair.z.device)).routing
+    return pair.emit_without_context().per_token(torch.arange(pair.z.shape[1], device=pair.z.device)).routing
 
 
 def _shared(routing: Routing | None) -> Routing | None:
@@ -233,7 +233,7 @@ def _shared(routing: Routing | None) -> Routing | None:
     return routing and Routing(*(t.squeeze(2) for t in (routing.index, routing.weight, routing.logits)))
 
 
-def _inverse(pair: Pair, what: str, state_BTn: Tensor) -> Tensor:
+def _inverse(pair: LayerStates, what: str, state_BTn: Tensor) -> Tensor:
     """X⁺ (B,n,T) for states as rows of X: R ↦ RᵀX⁺ᵀ is the smallest matrix that maps each row of X to that of R.
 
     Raises ValueError where no matrix maps them independently: more than n tokens, or dependent ones. States are taken

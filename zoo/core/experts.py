@@ -72,29 +72,29 @@ def _backward(ctx: Any, dy_No: Tensor) -> tuple[Tensor | None, Tensor | None, No
 
 _rows_by_blocks.register_autograd(_backward, setup_context=_remember)
 
-PRODUCTS: dict[str, Product] = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
+GROUPED_MATMULS: dict[str, Product] = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
 
 
-class Order(NamedTuple):
+class Permutation(NamedTuple):
     """Where choice k of token t stands among the rows: choice (N), t·K + k of each row; row (T,K), its inverse."""
 
     choice: Tensor
     row: Tensor
 
 
-def sort_by_block(index_TK: Tensor) -> Order:
+def sort_by_block(index_TK: Tensor) -> Permutation:
     """Rows by the block that they chose, those of one block as the tokens stand."""
     choice_N = index_TK.flatten().argsort(stable=True)
     row_N = torch.empty_like(choice_N).scatter_(0, choice_N, torch.arange(len(choice_N), device=choice_N.device))
-    return Order(choice_N, row_N.view(index_TK.shape))
+    return Permutation(choice_N, row_N.view(index_TK.shape))
 
 
-def dispatch(x_TD: Tensor, order: Order) -> Tensor:
+def dispatch(x_TD: Tensor, order: Permutation) -> Tensor:
     """Each token's row once for each of its choices, sorted: (N,D)."""
     return _Dispatch.apply(x_TD, *order)
 
 
-def combine(y_ND: Tensor, weight_TK: Tensor, order: Order) -> Tensor:
+def combine(y_ND: Tensor, weight_TK: Tensor, order: Permutation) -> Tensor:
     """The weighted sum of the rows of each token, (T,D)."""
     return _Combine.apply(y_ND, weight_TK.to(y_ND.dtype), *order)
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zoo.core.cache import Past
+from zoo.core.cache import LayerCache
 from zoo.core.delta import Patch, Routing
-from zoo.core.experts import PRODUCTS, backend_for, combine, dispatch, sort_by_block
+from zoo.core.experts import GROUPED_MATMULS, backend_for, combine, dispatch, sort_by_block
 from zoo.core.norm import RMSNorm
 from zoo.core.transforms import transformed
 
@@ -62,14 +62,14 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, kv_heads * self.width, bias=False)
         self.o = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
         q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
         k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
-        if past is not None:
-            k_BGTd, v_BGTd = past.extend(k_BGTd, v_BGTd, layout.mask)
+        if cache is not None:
+            k_BGTd, v_BGTd = cache.extend(k_BGTd, v_BGTd, layout.mask)
         # of torch's kernels only the plain one knows every transform
         with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
             y_BHTd = F.scaled_dot_product_attention(
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
-def fold(x_BTD: Tensor, chunk: int | None) -> Tensor:
+def split_chunks(x_BTD: Tensor, chunk: int | None) -> Tensor:
     """(B,T,D) as (B,S,c,D), the last chunk filled with zeros, a lone one cut to c = T; unchanged if chunk is None."""
     if chunk is None:
         return x_BTD
@@ -101,7 +101,7 @@ class FeedForward(nn.Module):
     weights or backend is "reference", else only for the chosen blocks (rows sorted by block, one product per block).
     """
 
-    readers = ("gate", "up")
+    input_matrices = ("gate", "up")
 
     def __init__(self, dim: int, hidden: int, blocks: int = 1, backend: str = "auto"):
         super().__init__()
@@ -120,7 +120,7 @@ class FeedForward(nn.Module):
         return y + patch.biases[name].unsqueeze(-2) if name in patch.biases else y
 
     def _hidden(self, x: Tensor, patch: Patch) -> Tensor:
-        x = patch.input.move(x) if patch.input else x
+        x = patch.input.apply(x) if patch.input else x
         h = F.silu(self._apply_matrix("gate", x, patch)) * self._apply_matrix("up", x, patch)
         if patch.routing:
             h = h * patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1).to(h.dtype)
@@ -128,29 +128,29 @@ class FeedForward(nn.Module):
 
     def hidden(self, z_BTD: Tensor, patch: Patch) -> Tensor:
         """What `down` reads under `patch`, s included: (B,T,E·F)."""
-        h = self._hidden(fold(z_BTD, patch.chunk), patch)
+        h = self._hidden(split_chunks(z_BTD, patch.chunk), patch)
         return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
 
     def forward(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
         """The network's output for z (B,T,D) with its weights patched."""
         patch = patch or Patch()
-        x = fold(z_BTD, patch.chunk)
+        x = split_chunks(z_BTD, patch.chunk)
         sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
         if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
-            y = self._chosen_blocks(patch.input.move(x) if patch.input else x, patch.routing)
+            y = self._chosen_blocks(patch.input.apply(x) if patch.input else x, patch.routing)
         else:
             y = self._apply_matrix("down", self._hidden(x, patch), patch)
         return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
 
     def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
-        routing = routing.over(x.shape[:-1])
+        routing = routing.expand_to(x.shape[:-1])
         index_TK, weight_TK = (t.reshape(-1, t.shape[-1]) for t in (routing.index, routing.weight))
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
         counts_E = counts_E.scatter_add(0, index_TK.flatten(), torch.ones_like(index_TK.flatten()))
         order = sort_by_block(index_TK)
         x_ND = dispatch(x.reshape(-1, self.dim), order)
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
-        product = PRODUCTS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
+        product = GROUPED_MATMULS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
         return combine(product(h_NF, down_EFD, counts_E), weight_TK, order).view(x.shape)
 
@@ -160,7 +160,7 @@ class FeedForward(nn.Module):
         for name in ("gate", "up", "down"):
             W = self.weight(name)
             total = W + patch.weights[name].dense(W) if name in patch.weights else W
-            if patch.input and name in self.readers:
+            if patch.input and name in self.input_matrices:
                 total = total + patch.input.dense(total)
             weights[name] = total
         if patch.routing:
@@ -181,14 +181,18 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = ffn
 
-    def attend(self, x_BTD: Tensor, layout: Layout, past: Past | None = None) -> Tensor:
-        return x_BTD + self.attention(self.norm1(x_BTD), layout, past)
+    def attend(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        return x_BTD + self.attention(self.norm1(x_BTD), layout, cache)
 
     def forward(
-        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor, Tensor], Patch], past: Past | None = None
+        self,
+        x_BTD: Tensor,
+        layout: Layout,
+        patch_of: Callable[[Tensor, Tensor], Patch],
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Patch]:
         """What leaves the block, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
-        v_BTD = self.attend(x_BTD, layout, past)
+        v_BTD = self.attend(x_BTD, layout, cache)
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)
         return v_BTD + self.ffn(z_BTD, patch), patch

@@ -15,19 +15,19 @@ from torch import Tensor
 from zoo.core.experts import product_dtype
 
 
-def low_rank_linear(W: Tensor, x: Tensor, u: Tensor, v: Tensor, core: Tensor | None) -> Tensor:
+def low_rank_linear(W: Tensor, x: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """W x + u (core ∘ vᵀx) for W (o,i), x (*,T,i), u (*,o,R), v (*,i,R), core (*,T,R): (*,T,o).
 
     Differentiable in reverse mode, any number of times; for torch.func and forward mode see zoo.core.transforms.
     """
     if x.dim() > 3:
         x_NTi, u, v = (t.flatten(0, -3) for t in (x, u, v))
-        return low_rank_linear(W, x_NTi, u, v, core if core is None else core.flatten(0, -3)).unflatten(0, x.shape[:-2])
+        return low_rank_linear(W, x_NTi, u, v, gate if gate is None else gate.flatten(0, -3)).unflatten(0, x.shape[:-2])
     if torch.is_autocast_enabled(x.device.type):  # which does not reach a gradient that is not autograd's
         dtype = product_dtype(x)
         W, x, u, v = (t.to(dtype) for t in (W, x, u, v))
-        core = core if core is None else core.to(dtype)
-    return _LowRankLinear.apply(W, x, u, v, core)
+        gate = gate if gate is None else gate.to(dtype)
+    return _LowRankLinear.apply(W, x, u, v, gate)
 
 
 class _LowRankLinear(torch.autograd.Function):

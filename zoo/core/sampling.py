@@ -1,4 +1,4 @@
-"""One token after the other from any family: each step runs the newest token alone, see zoo.core.layers.Past.
+"""One token after the other from any family: each step runs the newest token alone, see zoo.core.cache.LayerCache.
 
 Axes: B batch, T tokens, V vocabulary, K likeliest tokens.
 """
@@ -37,10 +37,10 @@ def generate(
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     """The next `count` ids of each row, (B) at a time; arguments as checked by `check`."""
-    past = decoder.new_past()
+    cache = decoder.new_cache()
     for _ in range(count):
         with torch.no_grad(), evaluating(decoder):
-            logits_BV = decoder(tokens_BT, n_context, past=past)[0][:, -1]
+            logits_BV = decoder(tokens_BT, n_context, cache=cache)[0][:, -1]
             ids_B = choose(logits_BV, temperature, top_k, generator)
         yield ids_B
         tokens_BT, n_context = ids_B[:, None], 0

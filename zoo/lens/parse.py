@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from zoo.config import lookup, show
-from zoo.core.delta import Delta, Full, LowRank, Patch, Routing, Scale, Shear, Sum
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Patch, Routing, Scale, Sum
 from zoo.core.layers import Block, FeedForward
 from zoo.training.untrusted import finite
 
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (LowRank, Scale, Full, Shear)}
+KINDS: dict[str, type] = {"LowRank": LowRank, "Scale": Scale, "Full": Full, "Shear": InputShift}
+FIELDS = {"core": "gate"}
+"""Names in files stay what they were when the first file was written: KINDS and FIELDS are those of today."""
 AXES = {"u": "or", "v": "ir", "rows": "o", "columns": "i", "matrix": "oi", "a": "i", "shift": "i", "bias": "o"}
-AXES |= {"index": "tk", "weight": "tk", "logits": "te", "core": "tr"}
+AXES |= {"index": "tk", "weight": "tk", "logits": "te", "gate": "tr"}
 TERMS = 16  # of a sum
 
 
@@ -52,20 +54,20 @@ class Layer:
         if chunk is not None and not (type(chunk) is int and chunk > 0):
             raise ValueError(f"chunk {show(chunk)} of layer {name} is no number of tokens")
         self.name, self.ffn, self.chunk = name, ffn, chunk
-        self.matrices = {matrix: ffn.weight(matrix) for matrix in (*ffn.readers, "down")}
+        self.matrices = {matrix: ffn.weight(matrix) for matrix in (*ffn.input_matrices, "down")}
         self.leads: set[tuple[int, ...]] = set()
 
     def patch(self, node: dict[str, Any]) -> Patch:
-        readers: dict[str, Any] = {"weights": self.delta, "biases": self.bias}
-        parts: dict[str, Any] = {part: {} for part in readers}
-        for part, read in readers.items():
+        input_matrices: dict[str, Any] = {"weights": self.delta, "biases": self.bias}
+        parts: dict[str, Any] = {part: {} for part in input_matrices}
+        for part, read in input_matrices.items():
             for matrix, value in _group(node.get(part, {}), f"{self.name}.{part}").items():
                 W = lookup(matrix, self.matrices, f"{self.name}.{part}: the matrix")
                 parts[part][matrix] = read(f"{self.name}.{part}.{matrix}", value, W)
         shear: Any = None
         if "input" in node:
             shear = self.delta(f"{self.name}.input", node["input"], self.matrices["gate"])
-            if not isinstance(shear, Shear):
+            if not isinstance(shear, InputShift):
                 raise ValueError(f"{self.name}.input is a {type(shear).__name__}; only a Shear acts on the input")
         routing = self.routing(f"{self.name}.routing", node["routing"]) if "routing" in node else None
         full = {lead for lead in self.leads if len(lead) == (1 if self.chunk is None else 2)}
@@ -91,12 +93,13 @@ class Layer:
             raise ValueError(f"{name} must be of one kind, got {show(list(kinds))}")
         ((kind, values),) = kinds.items()
         cls = lookup(kind, KINDS, f"{name}: the kind")
+        values = {FIELDS.get(field, field): value for field, value in _group(values, name).items()}
         needed = {field.name for field in fields(cls) if field.default is MISSING}
-        if needed - set(_group(values, name)) or values.keys() - {field.name for field in fields(cls)}:
+        if needed - values.keys() or values.keys() - {field.name for field in fields(cls)}:
             raise ValueError(f"{name}.{kind} must hold {', '.join(sorted(needed))}, got {show(list(values))}")
         sizes = {"o": W.shape[0], "i": W.shape[1], **({} if cls is LowRank else {"r": 1})}
         values = self.record(f"{name}.{kind}", values, sizes, dict.fromkeys(values, (W.dtype,)))
-        if cls is Shear and not values["a"].square().sum(-1).all():
+        if cls is InputShift and not values["a"].square().sum(-1).all():
             raise ValueError(f"{name}.{kind}.a is zero, no shear starts there")
         return cls(**values)
 
@@ -123,7 +126,7 @@ class Layer:
             if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes[field]:
                 found = tensor.dtype if isinstance(tensor, Tensor) else "no tensor"
                 raise ValueError(f"{where} must be of {' or '.join(map(str, dtypes[field]))}, got {found}")
-            if field == "core" and tensor.shape[-1:] == (1,):
+            if field == "gate" and tensor.shape[-1:] == (1,):
                 axes = "t1"  # one number for all ranks
             at = tensor.dim() - len(axes)
             lead, last = tuple(tensor.shape[: max(at, 0)]), tensor.shape[max(at, 0) :]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zoo.config import VERSION, one_line, show
 from zoo.core.delta import Delta, Patch, Sum
 from zoo.files import whole
-from zoo.lens.parse import KINDS, read_patches
+from zoo.lens.parse import FIELDS, KINDS, read_patches
 from zoo.models import Model
 from zoo.training import untrusted
 
@@ -134,13 +134,14 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _tensors(patches: Sequence[Patch]) -> dict[str, Tensor]:
     """All tensors of the patches by their name in a file."""
     tensors: dict[str, Tensor] = {}
+    kinds = {kind: name for name, kind in KINDS.items()}
     for layer, patch in enumerate(patches):
         deltas = {f"{layer}.weights.{name}": delta for name, delta in patch.weights.items()}
         if patch.input:
             deltas[f"{layer}.input"] = patch.input
         for name, delta in deltas.items():
             for place, term in enumerate(_terms(delta)):
-                tensors |= _fields(f"{name}.{place}.{type(term).__name__}", term)
+                tensors |= _fields(f"{name}.{place}.{kinds[type(term)]}", term)
         tensors |= {f"{layer}.biases.{name}": bias for name, bias in patch.biases.items()}
         if patch.routing:
             tensors |= _fields(f"{layer}.routing", patch.routing)
@@ -156,5 +157,6 @@ def _terms(delta: Delta) -> list[Delta]:
 
 
 def _fields(prefix: str, record: Any) -> dict[str, Tensor]:
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    stored = {field: name for name, field in FIELDS.items()}
+    values = {stored.get(field.name, field.name): getattr(record, field.name) for field in fields(record)}
     return {f"{prefix}.{name}": value for name, value in values.items() if value is not None}

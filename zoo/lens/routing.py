@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import Patch, Routing, Shear
-from zoo.core.exact import Pair, replace_context, shear_and_down
+from zoo.core.delta import InputShift, Patch, Routing
+from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.models import Model
-from zoo.models.moe import ExpertLoad, RoutedDelta, RouterEntropy
+from zoo.models.moe import ExpertLoad, ExpertRouting, RouterEntropy
 from zoo.tasks import Batch
 
 SHUFFLES = 20
@@ -42,8 +42,8 @@ class Usage(NamedTuple):
 @torch.no_grad()
 def usage(model: Model, batches: Iterable[Batch]) -> Usage:
     """The use of experts on `batches` of any task; raises ValueError for a model without experts or without batches."""
-    seat = _experts(model)
-    E = seat.config.experts
+    context_to_delta = _experts(model)
+    E = context_to_delta.config.experts
     loads = [ExpertLoad(E).to(model.device) for _ in model.decoder.blocks]
     entropies = [RouterEntropy().to(model.device) for _ in model.decoder.blocks]
     counts: list[Tensor] = []  # (L,B,E) of each batch
@@ -77,11 +77,11 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
     )
 
 
-def _experts(model: Model) -> RoutedDelta:
-    seat = model.decoder.context_to_delta
-    if not isinstance(seat, RoutedDelta):
+def _experts(model: Model) -> ExpertRouting:
+    context_to_delta = model.decoder.context_to_delta
+    if not isinstance(context_to_delta, ExpertRouting):
         raise ValueError(f"model.name={model.config.name} has no experts: only a moe routes tokens")
-    return seat
+    return context_to_delta
 
 
 def expert_sets(routing: Routing, experts: int) -> Tensor:
@@ -134,11 +134,11 @@ def switched(model: Model, tokens: Tensor, n_context: int) -> Switched:
     E = _experts(model).config.experts
     shares: list[Tensor] = []
 
-    def patch_of(pair: Pair) -> Patch:
+    def patch_of(pair: LayerStates) -> Patch:
         assert pair.emitted.routing
         contextual = expert_sets(pair.emitted.routing, E).squeeze(2)
-        shear = Shear(pair.z, pair.zC - pair.z)
-        states = {"reduced": pair.z, "sheared": shear.move(pair.z.unsqueeze(2)).squeeze(2)}
+        shear = InputShift(pair.z, pair.z_ctx - pair.z)
+        states = {"reduced": pair.z, "sheared": shear.apply(pair.z.unsqueeze(2)).squeeze(2)}
         changed = []
         for z in states.values():
             routing = model.decoder.emit(z, pair.layer, 0).routing

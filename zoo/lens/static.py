@@ -38,7 +38,7 @@ class Form(NamedTuple):
     bias: bool
 
 
-FORMS = {
+STATIC_FORMS = {
     "vector": Form(input=True, matrix=False, bias=True),
     "matrix": Form(input=True, matrix=True, bias=False),
     "affine": Form(input=True, matrix=True, bias=True),
@@ -101,23 +101,23 @@ def fit(
     Equal first tokens of running text have equal states but different targets: let queries start differently.
     Raises ValueError for an unknown form, a negative ridge, no samples, or different contexts.
     """
-    what = lookup(form, FORMS, "form of a static patch")
+    what = lookup(form, STATIC_FORMS, "form of a static patch")
     if ridge < 0:
         raise ValueError(f"ridge={ridge} must not be negative")
     patches: list[Patch] = []
     for layer, block in enumerate(decoder.blocks):
-        for matrices in (FeedForward.readers, ("down",)) if what.input else (("down",),):
+        for matrices in (FeedForward.input_matrices, ("down",)) if what.input else (("down",),):
             moments = Moments()
             for tokens in _same_context(batches, n_context):
                 patches = patches or _start(decoder, tokens[:1], n_context)
                 seen = _states(decoder, tokens, n_context, patches, layer)
                 if matrices == ("down",):
                     h_BTF = block.ffn.hidden(seen.z, seen.patch)
-                    moments.add(h_BTF, seen.outC - seen.v - block.ffn(seen.z, seen.patch))
+                    moments.add(h_BTF, seen.out_ctx - seen.v - block.ffn(seen.z, seen.patch))
                 else:
-                    moments.add(seen.z, seen.zC - seen.z)
+                    moments.add(seen.z, seen.z_ctx - seen.z)
             low_rank, bias = moments.solve(what, ridge)
-            patches[layer] = patches[layer].plus(_update(block.ffn, matrices, what, low_rank, bias))
+            patches[layer] = patches[layer].merged_with(_update(block.ffn, matrices, what, low_rank, bias))
     return patches
 
 
@@ -157,8 +157,8 @@ class _States(NamedTuple):
 
     v: Tensor
     z: Tensor
-    zC: Tensor
-    outC: Tensor
+    z_ctx: Tensor
+    out_ctx: Tensor
     patch: Patch
 
 
@@ -168,19 +168,19 @@ def _states(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[
     full = decoder.layout(tokens.shape[1], n_context, tokens.device, real)
     asked = None if real is None else real[:, n_context:]
     alone = full.keep(torch.arange(n_context, tokens.shape[1], device=tokens.device))
-    xC_BTD = decoder.embed(tokens)
-    x_BTD = xC_BTD[:, n_context:]
+    x_ctx_BTD = decoder.embed(tokens)
+    x_BTD = x_ctx_BTD[:, n_context:]
     for index, block in enumerate(decoder.blocks[: layer + 1]):
 
         def patch_of(z_BTD: Tensor, index: int = index) -> Patch:
             if not reads_query(decoder):
                 return patches[index]
-            return decoder.emit(z_BTD, index, 0, real=asked).plus(patches[index])
+            return decoder.emit(z_BTD, index, 0, real=asked).merged_with(patches[index])
 
         v_BTD, z_BTD, x_BTD, patch = block.states(x_BTD, alone, patch_of)
         emit = partial(decoder.emit, layer=index, n_context=n_context, real=real)
-        _, zC_BTD, xC_BTD, _ = block.states(xC_BTD, full, emit)
-    return _States(v_BTD, z_BTD, zC_BTD[:, n_context:], xC_BTD[:, n_context:], patch)
+        _, z_ctx_BTD, x_ctx_BTD, _ = block.states(x_ctx_BTD, full, emit)
+    return _States(v_BTD, z_BTD, z_ctx_BTD[:, n_context:], x_ctx_BTD[:, n_context:], patch)
 
 
 def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
@@ -192,7 +192,7 @@ def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
 
 def _whole(emitted: Patch) -> Patch:
     """The update that all queries of one sequence get, without the mask that keeps it off the context's own tokens."""
-    weights = {name: replace(delta, core=None) for name, delta in emitted.weights.items()}  # type: ignore[type-var]
+    weights = {name: replace(delta, gate=None) for name, delta in emitted.weights.items()}  # type: ignore[type-var]
     routing = emitted.routing
     if routing:
         routing = Routing(routing.index[:, -1:], routing.weight[:, -1:], routing.logits[:, -1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.lens.updates import MATRICES, PARTS, Matrix, changes, record
 from zoo.models import Model
-from zoo.models.hypernet import EmittedDelta
+from zoo.models.hypernet import HypernetDelta
 from zoo.tasks import Batch
 
 
@@ -114,11 +114,13 @@ def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
 
     Raises ValueError for a model without a code.
     """
-    seat = model.decoder.context_to_delta
-    if not isinstance(seat, EmittedDelta):
+    context_to_delta = model.decoder.context_to_delta
+    if not isinstance(context_to_delta, HypernetDelta):
         raise ValueError(f"model.name={model.config.name} has no code: only a hypernetwork makes one of its context")
     read: list[Tensor] = []
-    hook = seat.generator.code_norm.register_forward_hook(lambda module, inputs, output: read.append(output))
+    hook = context_to_delta.generator.code_norm.register_forward_hook(
+        lambda module, inputs, output: read.append(output)
+    )
     try:
         model(tokens, n_context)
     finally:
@@ -168,12 +170,14 @@ def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3, seed: int
 
 @torch.no_grad()
 def context_gap(model: Model, batch: Batch) -> Tensor:
-    """Error with another sequence's context minus error with the right one, per prediction, in units of the headline.
+    """Error with another sequence's context minus error with the right one, per prediction, in its units.
 
     Raises ValueError for a task that reports no error with a wrong context.
     """
-    headline = model.task.headline
+    main_metric = model.task.main_metric
     values = model.task.evaluate(lambda tokens, n: model(tokens, n), batch)
-    if f"{headline}_wrong_context" not in values:
-        raise ValueError(f"task.name={model.task.config.name} reports no {headline}_wrong_context: {', '.join(values)}")
-    return values[f"{headline}_wrong_context"] - values[headline]
+    if f"{main_metric}_wrong_context" not in values:
+        raise ValueError(
+            f"task.name={model.task.config.name} reports no {main_metric}_wrong_context: {', '.join(values)}"
+        )
+    return values[f"{main_metric}_wrong_context"] - values[main_metric]

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import Delta, Full, LowRank, Patch, Scale, Shear, Sum
-from zoo.core.exact import Pair, replace_context, shear_and_down
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Patch, Scale, Sum
+from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.core.layers import FeedForward
 from zoo.models import Model
 
-MATRICES = (*FeedForward.readers, "down")
+MATRICES = (*FeedForward.input_matrices, "down")
 Part = Literal["total", "emitted"]
 PARTS: tuple[Part, ...] = ("total", "emitted")
 """total: what stands for the whole context; emitted: what the family itself emits, without the part of attention."""
@@ -149,7 +149,7 @@ def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Matr
             assert new is not None
             u, v = (torch.cat([t, f.expand(*lead, -1, -1)], -1) for t, f in zip((u, v), new, strict=True))
     matrix = Matrix(W, rows, columns, u, v, full)
-    if patch.input and name in ffn.readers:
+    if patch.input and name in ffn.input_matrices:
         matrix = _sheared(matrix, patch.input)
     if patch.routing and name == "down":
         s = patch.routing.scales(ffn.blocks).squeeze(-2).repeat_interleave(ffn.hidden_per_block, -1).unsqueeze(-1)
@@ -164,7 +164,7 @@ def _terms(delta: Delta | None) -> list[Delta]:
     return [] if delta is None else [delta]
 
 
-def _sheared(matrix: Matrix, shear: Shear) -> Matrix:
+def _sheared(matrix: Matrix, shear: InputShift) -> Matrix:
     """A (I + shift aᵀ/|a|²) for the matrix A."""
     u = matrix.apply(shear.shift.unsqueeze(-2)).mT
     v = (shear.a / shear.a.square().sum(-1, keepdim=True)).unsqueeze(-1)
@@ -185,7 +185,7 @@ class Layer(NamedTuple):
 
     def reads(self, name: str) -> Tensor:
         """What the matrix `name` reads in the patched pass without the context, (B,Q,i); `down` before any routing."""
-        return self.z if name in self.ffn.readers else self.ffn.hidden(self.z, replace(self.total, routing=None))
+        return self.z if name in self.ffn.input_matrices else self.ffn.hidden(self.z, replace(self.total, routing=None))
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
     """
     layers: list[Layer] = []
 
-    def patch_of(pair: Pair) -> Patch:
+    def patch_of(pair: LayerStates) -> Patch:
         layers.append(Layer(pair.ffn, pair.z, shear_and_down(pair), pair.emitted))
         return layers[-1].total
 

@@ -1,4 +1,4 @@
-"""What every model of the zoo is: a decoder with a seat for a family, its losses, metrics and optimiser.
+"""A model of the zoo: a decoder, what a family adds to it, its losses, metrics and optimiser.
 
 Axes: B sequences, T tokens, V output numbers.
 """
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from zoo.config import lookup, positive, strict
+from zoo.config import from_dict, lookup, require_positive
 from zoo.core import sampling
 from zoo.core.context import ContextToDelta
 from zoo.core.decoder import Decoder
@@ -40,7 +40,7 @@ class ModelConfig:
 
     def resolve(self, task: Task) -> ModelConfig:
         """This with every open default written down; raises ValueError for sizes that do not fit each other."""
-        positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
+        require_positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if self.dim % (2 * self.heads):
             raise ValueError(
@@ -70,7 +70,7 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
+        require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
         if self.batch_size % self.accumulate:
             raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
         if self.warmup is None:
@@ -110,10 +110,10 @@ class Model(L.LightningModule):
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
         self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
-        self.config = strict(self.Config, model, "model").resolve(self.task)
+        self.config = from_dict(self.Config, model, "model").resolve(self.task)
         if self.config.name != self.Config.name:
             raise ValueError(f"model.name={self.config.name} is not {type(self).__name__}, which is {self.Config.name}")
-        self.optim = strict(OptimConfig, optim, "optim")
+        self.optim = from_dict(OptimConfig, optim, "optim")
         self.save_hyperparameters(
             {"model": _plain(self.config), "task": _plain(self.task.config), "optim": _plain(self.optim), "seed": seed}
         )
@@ -123,9 +123,9 @@ class Model(L.LightningModule):
         self.losses = {}
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.test_metrics: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
-        seat = self.decoder.context_to_delta
+        context_to_delta = self.decoder.context_to_delta
         self.layer_metrics: Sequence[Mapping[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
-            nn.ModuleDict(seat.metrics() if seat else {}) for _ in range(self.config.layers)
+            nn.ModuleDict(context_to_delta.metrics() if context_to_delta else {}) for _ in range(self.config.layers)
         )
 
     def decoder_options(self) -> dict[str, Any]:
@@ -187,8 +187,8 @@ class Model(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, patches = self.decoder(batch.tokens, batch.n_context)
         loss = self.task.loss(output, batch)
-        seat = self.decoder.context_to_delta
-        aux = seat.aux_loss(patches, batch.part) if seat else 0.0
+        context_to_delta = self.decoder.context_to_delta
+        aux = context_to_delta.aux_loss(patches, batch.part) if context_to_delta else 0.0
         if batch.read:  # a part with more real tokens weighs more
             aux = aux * (batch.tokens != FILLING).sum() / batch.read
         losses = {"loss": loss.detach(), **({"aux_loss": aux.detach()} if torch.is_tensor(aux) else {})}
@@ -198,7 +198,7 @@ class Model(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output, patches = self.decoder(batch.tokens, batch.n_context)
         # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
-        self.validation_loss.update(self.task.errors(output, batch)[self.task.scored(batch)])
+        self.validation_loss.update(self.task.token_losses(output, batch)[self.task.scored(batch)])
         for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
             for metric in metrics.values():
                 metric.update(patch, block.ffn)
@@ -231,14 +231,14 @@ class Model(L.LightningModule):
             self.decoder.context_to_delta.after_step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["task"] = self.task.state()
+        checkpoint["task"] = self.task.state_dict()
         if self.decoder.context_to_delta:
-            checkpoint["family"] = self.decoder.context_to_delta.state()
+            checkpoint["family"] = self.decoder.context_to_delta.training_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.task.restore(checkpoint.get("task", {}))
+        self.task.load_state_dict(checkpoint.get("task", {}))
         if self.decoder.context_to_delta:
-            self.decoder.context_to_delta.restore(checkpoint.get("family", {}))
+            self.decoder.context_to_delta.load_training_state(checkpoint.get("family", {}))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = list(self.decoder.parameters())

@@ -7,12 +7,12 @@ activations are left out. Axes: T tokens of a sequence, D model, L layers.
 from __future__ import annotations
 
 from zoo.models import Model
-from zoo.models.moe import RoutedDelta
+from zoo.models.moe import ExpertRouting
 
 
 def parameters(model: Model) -> dict[str, int]:
     """Parameters by part; `total` counts each once, `active` leaves out experts that a token does not use."""
-    decoder, seat = model.decoder, model.decoder.context_to_delta
+    decoder, context_to_delta = model.decoder, model.decoder.context_to_delta
     ffn = sum(p.numel() for block in decoder.blocks for p in block.ffn.parameters())
     parts = {
         "embedding": sum(p.numel() for p in decoder.embedding.parameters()),
@@ -20,7 +20,7 @@ def parameters(model: Model) -> dict[str, int]:
         "ffn": ffn,
         "norms": decoder.norm.weight.numel() * (1 + 2 * len(decoder.blocks)),
         "head": 0 if model.config.tied else sum(p.numel() for p in decoder.head.parameters()),
-        "context_to_delta": sum(p.numel() for p in seat.parameters()) if seat else 0,
+        "context_to_delta": sum(p.numel() for p in context_to_delta.parameters()) if context_to_delta else 0,
     }
     total = sum(p.numel() for p in model.parameters())
     assert total == sum(parts.values()), f"parts {parts} do not add up to {total} parameters"
@@ -29,10 +29,12 @@ def parameters(model: Model) -> dict[str, int]:
 
 def _used(model: Model) -> float:
     """The share of FFN blocks that one token uses."""
-    seat = model.decoder.context_to_delta
-    if not isinstance(seat, RoutedDelta):
+    context_to_delta = model.decoder.context_to_delta
+    if not isinstance(context_to_delta, ExpertRouting):
         return 1.0
-    return (seat.config.top_k + seat.config.shared) / (seat.config.experts + seat.config.shared)
+    return (context_to_delta.config.top_k + context_to_delta.config.shared) / (
+        context_to_delta.config.experts + context_to_delta.config.shared
+    )
 
 
 def flops_per_token(model: Model) -> float:
@@ -47,5 +49,5 @@ def flops_per_token(model: Model) -> float:
     mask = decoder.layout(task.tokens, task.n_context).mask
     pairs = task.tokens * (task.tokens + 1) / 2 if mask is None else int(mask.sum())
     scores = 4 * config.dim * config.layers * pairs / task.tokens
-    seat = decoder.context_to_delta
-    return 2 * matrices + scores + (seat.flops_per_token(task.tokens) if seat else 0.0)
+    context_to_delta = decoder.context_to_delta
+    return 2 * matrices + scores + (context_to_delta.flops_per_token(task.tokens) if context_to_delta else 0.0)

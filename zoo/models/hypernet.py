@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from zoo.config import positive
-from zoo.core.cache import Past
-from zoo.core.context import ContextToDelta, Summary, summarise
+from zoo.config import require_positive
+from zoo.core.cache import LayerCache
+from zoo.core.context import ContextMean, ContextToDelta, context_mean
 from zoo.core.delta import Delta, Full, LowRank, Patch, Scale
 from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
@@ -47,7 +47,7 @@ class HypernetConfig(ModelConfig):
     def resolve(self, task: Task) -> HypernetConfig:
         config = super().resolve(task)
         assert isinstance(config, HypernetConfig)
-        positive("model", code_dim=self.code_dim)
+        require_positive("model", code_dim=self.code_dim)
         context = self.context or ("segment" if task.n_context else "chunk")
         if (context == "segment") != bool(task.n_context):
             raise ValueError(
@@ -79,7 +79,7 @@ class HypernetConfig(ModelConfig):
         return replace(config, context=context, rank=rank, chunk=chunk, attend_context=attend)
 
 
-class Head(nn.Linear):
+class FactorHead(nn.Linear):
     """A linear map from a code (*,C) to the numbers of one factor, (*,shape)."""
 
     def __init__(self, code_dim: int, shape: tuple[int, ...], std: float):
@@ -112,34 +112,36 @@ class Generator(nn.Module):
         for name in config.matrices:
             o, i = sizes[name]
             if config.emission == "low_rank":  # products with factors that lie transposed in memory are faster
-                self.heads[f"{name}_u"] = Head(C, (R, o), 0.0)
-                self.heads[f"{name}_v"] = Head(C, (R, i), (C * i) ** -0.5)
+                self.heads[f"{name}_u"] = FactorHead(C, (R, o), 0.0)
+                self.heads[f"{name}_v"] = FactorHead(C, (R, i), (C * i) ** -0.5)
             elif config.emission == "full":
-                self.heads[f"{name}_full"] = Head(C, (o, i), 0.0)
+                self.heads[f"{name}_full"] = FactorHead(C, (o, i), 0.0)
             else:
-                self.heads[f"{name}_rows"] = Head(C, (o,), 0.0)
-                self.heads[f"{name}_columns"] = Head(C, (i,), 0.0)
+                self.heads[f"{name}_rows"] = FactorHead(C, (o,), 0.0)
+                self.heads[f"{name}_columns"] = FactorHead(C, (i,), 0.0)
 
-    def forward(self, summary: Summary, layer: int, core: Tensor | None) -> dict[str, Delta]:
+    def forward(self, summary: ContextMean, layer: int, gate: Tensor | None) -> dict[str, Delta]:
         shift = self.layer(torch.full((), layer, device=summary.mean.device))
         code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + shift)
-        small = code * (summary.filled * code.shape[-1] ** -0.5)  # no context, no code: heads without bias give ΔW = 0
+        small = code * (
+            summary.nonempty * code.shape[-1] ** -0.5
+        )  # no context, no code: heads without bias give ΔW = 0
         deltas: dict[str, Delta] = {}
         for name in self.matrices:
             if self.emission == "low_rank":
                 u = self.heads[f"{name}_u"](small).mT
                 v = self.heads[f"{name}_v"](code).mT
-                deltas[name] = LowRank(u, v, None if core is None else core.expand(*core.shape[:-1], u.shape[-1]))
+                deltas[name] = LowRank(u, v, None if gate is None else gate.expand(*gate.shape[:-1], u.shape[-1]))
             elif self.emission == "full":
-                deltas[name] = Full(self.heads[f"{name}_full"](small), core)
+                deltas[name] = Full(self.heads[f"{name}_full"](small), gate)
             else:
                 rows = 1 + self.heads[f"{name}_rows"](small)
                 columns = 1 + self.heads[f"{name}_columns"](small)
-                deltas[name] = Scale(rows, columns, core)
+                deltas[name] = Scale(rows, columns, gate)
         return deltas
 
 
-class EmittedDelta(ContextToDelta):
+class HypernetDelta(ContextToDelta):
     """One generator for all layers, fed with the mean state of the context at each layer."""
 
     def __init__(self, config: HypernetConfig):
@@ -150,25 +152,25 @@ class EmittedDelta(ContextToDelta):
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
     def forward(
-        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
         config = self.config
         assert config.context is not None
         chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
-        summary = summarise(z_BTD, config.context, n_context, config.chunk, past, real)
-        if past is not None and past.patch is not None and past.within(chunk):
-            return past.patch
+        summary = context_mean(z_BTD, config.context, n_context, config.chunk, cache, real)
+        if cache is not None and cache.patch is not None and cache.within(chunk):
+            return cache.patch
         if self.constant is not None:
-            summary = Summary(self.constant.expand_as(summary.mean), torch.ones_like(summary.filled))
-        core = None
+            summary = ContextMean(self.constant.expand_as(summary.mean), torch.ones_like(summary.nonempty))
+        gate = None
         if n_context and config.context == "segment":
             # the context's own tokens pass the FFN as it is; one product over all rows keeps the baseline's rounding
             B, T, _ = z_BTD.shape
-            core = (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
-        counted = summary.filled.squeeze(-1).bool()
-        patch = Patch(weights=self.generator(summary, layer, core), chunk=chunk, counted=counted)
-        if past is not None and chunk != 1:
-            past.patch = patch.at(torch.tensor([z_BTD.shape[1] - 1], device=z_BTD.device))
+            gate = (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
+        counted = summary.nonempty.squeeze(-1).bool()
+        patch = Patch(weights=self.generator(summary, layer, gate), chunk=chunk, counted=counted)
+        if cache is not None and chunk != 1:
+            cache.patch = patch.per_token(torch.tensor([z_BTD.shape[1] - 1], device=z_BTD.device))
         return patch
 
     def flops_per_token(self, tokens: int) -> float:
@@ -197,7 +199,7 @@ class RelativeNorm(MeanMetric):
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
         delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
-        whole = replace(delta, core=None)  # type: ignore[type-var]
+        whole = replace(delta, gate=None)  # type: ignore[type-var]
         size = whole.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
         super().update(size, 1.0 if patch.counted is None else patch.counted.expand_as(size))
 
@@ -214,4 +216,4 @@ class Hypernet(Model):
         return {**super().decoder_options(), "attend_context": self.config.attend_context is not False}
 
     def make_context_to_delta(self) -> ContextToDelta:
-        return EmittedDelta(self.config)
+        return HypernetDelta(self.config)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from zoo.config import positive
-from zoo.core.cache import Past
-from zoo.core.context import ContextToDelta, summarise
+from zoo.config import require_positive
+from zoo.core.cache import LayerCache
+from zoo.core.context import ContextToDelta, context_mean
 from zoo.core.delta import Patch, Routing
 from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
@@ -58,7 +58,7 @@ class MoEConfig(ModelConfig):
     def resolve(self, task: Task) -> MoEConfig:
         config = super().resolve(task)
         assert isinstance(config, MoEConfig)
-        positive("model", experts=self.experts, top_k=self.top_k)
+        require_positive("model", experts=self.experts, top_k=self.top_k)
         if self.top_k > self.experts:
             raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}")
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
@@ -122,7 +122,7 @@ class Router(nn.Module):
         return Routing(index_BTK, weight_BTK, logits_BTE)
 
 
-class RoutedDelta(ContextToDelta):
+class ExpertRouting(ContextToDelta):
     """One router per layer. counts: choices in this step, by layer, which is no buffer: DDP would overwrite it; shares:
     of each expert in the step before, by layer."""
 
@@ -141,29 +141,31 @@ class RoutedDelta(ContextToDelta):
         self.counts: dict[int, Tensor] = {}
         self.shares: list[Tensor] = []
 
-    def _state(self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None, real: Tensor | None) -> Tensor:
+    def _state(
+        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None, real: Tensor | None
+    ) -> Tensor:
         """What the router reads at each token, (B,T,D)."""
         if self.norms is None or self.empty is None:
             return z_BTD
         T = z_BTD.shape[1]
         if self.config.chunk:
-            mean, filled = summarise(z_BTD, "chunk", 0, self.config.chunk, past, real)
-            mean, filled = (t.repeat_interleave(self.config.chunk, 1)[:, :T] for t in (mean, filled))
+            mean, nonempty = context_mean(z_BTD, "chunk", 0, self.config.chunk, cache, real)
+            mean, nonempty = (t.repeat_interleave(self.config.chunk, 1)[:, :T] for t in (mean, nonempty))
         else:
             # the context's own tokens route on what they have seen so far, queries on all of it
             context = None if real is None else real[:, :n_context]
-            seen = summarise(z_BTD[:, :n_context], "running", 0, real=context)
-            whole = summarise(z_BTD, "segment", n_context, past=past, real=real)
-            mean, filled = (
+            seen = context_mean(z_BTD[:, :n_context], "running", 0, real=context)
+            whole = context_mean(z_BTD, "segment", n_context, cache=cache, real=real)
+            mean, nonempty = (
                 torch.cat([of_context, of_all[:, None].expand(-1, T - n_context, -1)], 1)
                 for of_context, of_all in zip(seen, whole, strict=True)
             )
-        return torch.where(filled > 0, self.norms[layer](mean), self.empty[layer])
+        return torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
 
     def forward(
-        self, z_BTD: Tensor, layer: int, n_context: int, past: Past | None = None, real: Tensor | None = None
+        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
-        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, past, real)), counted=real)
+        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, cache, real)), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
@@ -197,12 +199,12 @@ class RoutedDelta(ContextToDelta):
                 router.bias += self.config.bias_rate * (count_E.mean() - count_E).sign()
                 router.bias -= router.bias.mean()
 
-    def state(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         return {"shares": [share_E.tolist() for share_E in self.shares]}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         shares, config = state.get("shares", []), self.config
-        super().restore({name: value for name, value in state.items() if name != "shares"})
+        super().load_training_state({name: value for name, value in state.items() if name != "shares"})
         rows = [len(row) if isinstance(row, list) else 0 for row in shares] if isinstance(shares, list) else [0]
         numbers = [x for row in shares for x in row] if set(rows) <= {config.experts} else [None]
         if len(rows) not in (0, config.layers) or not all(isinstance(x, float) and 0 <= x <= 1 for x in numbers):
@@ -283,4 +285,4 @@ class MoE(Model):
         return {**super().decoder_options(), "blocks": config.experts + config.shared, "backend": config.backend}
 
     def make_context_to_delta(self) -> ContextToDelta:
-        return RoutedDelta(self.config)
+        return ExpertRouting(self.config)

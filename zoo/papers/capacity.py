@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from zoo.core.decoder import Decoder
 from zoo.core.delta import Full, Patch
-from zoo.core.exact import Pair, replace_context
+from zoo.core.exact import LayerStates, replace_context
 from zoo.lens.figure import Figure, Lines, Series
 
 DIM, HIDDEN, VOCABULARY = 32, 80, 256
@@ -35,19 +35,19 @@ def decoder(seed: int, layers: int) -> Decoder:
     return model
 
 
-def input_side(pair: Pair) -> Patch:
+def input_side(pair: LayerStates) -> Patch:
     """One patch for all tokens: readers see z + Mz with M z = zC − z fitted, `down` adds vC − v; exact to m = D."""
-    move_BDD = (torch.linalg.pinv(pair.z) @ (pair.zC - pair.z)).mT
-    patch = Patch(weights={name: Full(pair.ffn.weight(name) @ move_BDD) for name in pair.ffn.readers})
-    return _down(pair, patch, pair.vC - pair.v)
+    move_BDD = (torch.linalg.pinv(pair.z) @ (pair.z_ctx - pair.z)).mT
+    patch = Patch(weights={name: Full(pair.ffn.weight(name) @ move_BDD) for name in pair.ffn.input_matrices})
+    return _down(pair, patch, pair.v_ctx - pair.v)
 
 
-def output_side(pair: Pair) -> Patch:
+def output_side(pair: LayerStates) -> Patch:
     """One patch for all tokens: `down` adds all that is missing from the block's output; exact to m = F."""
-    return _down(pair, Patch(), pair.outC - pair.v - pair.ffn(pair.z))
+    return _down(pair, Patch(), pair.out_ctx - pair.v - pair.ffn(pair.z))
 
 
-def _down(pair: Pair, patch: Patch, missing_BmD: Tensor) -> Patch:
+def _down(pair: LayerStates, patch: Patch, missing_BmD: Tensor) -> Patch:
     update_BDF = (torch.linalg.pinv(pair.ffn.hidden(pair.z, patch)) @ missing_BmD).mT
     return replace(patch, weights={**patch.weights, "down": Full(update_BDF)})
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoo.core.decoder import Decoder
-from zoo.core.delta import LowRank, Patch, Scale, Shear
-from zoo.core.exact import Pair, bias, output, replace_context, shear_and_down
+from zoo.core.delta import InputShift, LowRank, Patch, Scale
+from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
 from zoo.lens.figure import Bars, Figure, Series
 from zoo.papers.capacity import DIM, HIDDEN, VOCABULARY, decoder
 
@@ -26,22 +26,24 @@ PLAIN, CONTROL = "the block itself, with its context", "control: no patch"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def scale_and_down(pair: Pair) -> Patch:
+def scale_and_down(pair: LayerStates) -> Patch:
     """The norm's scale, element by element, so that z becomes zC, and vC − v through `down`."""
-    columns = pair.zC / pair.z
-    readers = {name: Scale(torch.ones_like(pair.ffn.weight(name)[:, 0]), columns) for name in pair.ffn.readers}
-    patch = replace(pair.emitted, weights=readers)
+    columns = pair.z_ctx / pair.z
+    input_matrices = {
+        name: Scale(torch.ones_like(pair.ffn.weight(name)[:, 0]), columns) for name in pair.ffn.input_matrices
+    }
+    patch = replace(pair.emitted, weights=input_matrices)
     column = pair.along("hidden units of", pair.ffn.hidden(pair.z, patch))
-    return patch.add("down", LowRank((pair.vC - pair.v).unsqueeze(-1), column.unsqueeze(-1)))
+    return patch.with_delta("down", LowRank((pair.v_ctx - pair.v).unsqueeze(-1), column.unsqueeze(-1)))
 
 
-def three_biases(pair: Pair) -> Patch:
+def three_biases(pair: LayerStates) -> Patch:
     """Biases of gate, up and down; no matrix changes."""
-    biases = {name: (pair.zC - pair.z) @ pair.ffn.weight(name).mT for name in pair.ffn.readers}
-    return replace(pair.emitted, biases={**biases, "down": pair.vC - pair.v})
+    biases = {name: (pair.z_ctx - pair.z) @ pair.ffn.weight(name).mT for name in pair.ffn.input_matrices}
+    return replace(pair.emitted, biases={**biases, "down": pair.v_ctx - pair.v})
 
 
-MENU: dict[str, Callable[[Pair], Patch]] = {
+MENU: dict[str, Callable[[LayerStates], Patch]] = {
     "shear of gate and up, rank 1 of down": shear_and_down,
     "rank 1 of down alone": output,
     "norm scale, rank 1 of down": scale_and_down,
@@ -66,18 +68,18 @@ def _unit(y: Tensor, eps: float = 1e-6) -> Tensor:
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
 
 
-def post_norm_menu(pair: Pair, scale_D: Tensor) -> dict[str, tuple[Patch, Tensor]]:
+def post_norm_menu(pair: LayerStates, scale_D: Tensor) -> dict[str, tuple[Patch, Tensor]]:
     """Patches of v + scale ∘ r(ffn(z)), r(y) = y/rms(y), as in Gemma: what the FFN gets, and the new scale.
 
     The last one turns the FFN's output towards what the residual needs, so the scale hardly has to change.
     """
-    shear = Patch(input=Shear(pair.z, pair.zC - pair.z), chunk=1)
+    shear = Patch(input=InputShift(pair.z, pair.z_ctx - pair.z), chunk=1)
     h, y = pair.ffn.hidden(pair.z, shear), pair.ffn(pair.z, shear)
-    goal = pair.vC - pair.v + scale_D * _unit(y)
+    goal = pair.v_ctx - pair.v + scale_D * _unit(y)
     aim = goal * scale_D / (scale_D.square() + 0.05 * scale_D.square().mean())
     rms_aim, rms_y = (t.square().mean(-1, keepdim=True).sqrt() for t in (aim, y))
     turn = LowRank((rms_y * aim / rms_aim - y).unsqueeze(-1), pair.along("hidden units of", h).unsqueeze(-1))
-    turned = shear.add("down", turn)
+    turned = shear.with_delta("down", turn)
     return {
         "shear, scale alone": (shear, goal / _unit(y)),
         "shear, rank 1 of down, scale": (turned, goal / _unit(pair.ffn(pair.z, turned))),
@@ -85,11 +87,11 @@ def post_norm_menu(pair: Pair, scale_D: Tensor) -> dict[str, tuple[Patch, Tensor
     }
 
 
-def _pair(model: Decoder, tokens_BT: Tensor, removed_T: Tensor) -> Pair:
+def _pair(model: Decoder, tokens_BT: Tensor, removed_T: Tensor) -> LayerStates:
     """The states of the only layer, with and without the tokens marked as removed."""
-    pairs: list[Pair] = []
+    pairs: list[LayerStates] = []
 
-    def keep(pair: Pair) -> Patch:
+    def keep(pair: LayerStates) -> Patch:
         pairs.append(pair)
         return pair.emitted
 
@@ -106,20 +108,20 @@ def _errors(seed: int, context: int, dtype: torch.dtype) -> tuple[dict[str, floa
 
     low, low_scale_D = copy.deepcopy(exact).to(dtype), scale_D.to(dtype)
     block, x_BTD = low.blocks[0], low.embed(tokens_BT)
-    vC = block.attend(x_BTD, low.layout(context + 1, 0))[:, -1:]
+    v_ctx = block.attend(x_BTD, low.layout(context + 1, 0))[:, -1:]
     v = block.attend(x_BTD[:, -1:], low.layout(1, 0))
-    zC, z = block.norm2(vC), block.norm2(v)
-    gated = {PLAIN: vC + block.ffn(zC)}
+    z_ctx, z = block.norm2(v_ctx), block.norm2(v)
+    gated = {PLAIN: v_ctx + block.ffn(z_ctx)}
     for name, patch_of in MENU.items():
         gated[name] = v + block.ffn(z, cast(patch_of(pair), dtype))
-    scaled = {PLAIN: vC + low_scale_D * _unit(block.ffn(zC))}
+    scaled = {PLAIN: v_ctx + low_scale_D * _unit(block.ffn(z_ctx))}
     for name, (patch, new_scale) in post_norm_menu(pair, scale_D).items():
         scaled[name] = v + new_scale.to(dtype) * _unit(block.ffn(z, cast(patch, dtype)))
 
     def relative(outputs: dict[str, Tensor], wanted: Tensor) -> dict[str, float]:
         return {name: ((out.double() - wanted).norm() / wanted.norm()).item() for name, out in outputs.items()}
 
-    return relative(gated, pair.outC), relative(scaled, pair.vC + scale_D * _unit(pair.ffn(pair.zC)))
+    return relative(gated, pair.out_ctx), relative(scaled, pair.v_ctx + scale_D * _unit(pair.ffn(pair.z_ctx)))
 
 
 @torch.no_grad()

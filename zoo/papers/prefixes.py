@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from zoo.core.delta import LowRank, Shear
+from zoo.core.delta import InputShift, LowRank
 from zoo.core.layers import Layout
 
 ContextualLayer = Callable[[Tensor, Layout], Tensor]
@@ -41,14 +41,14 @@ def _states(layer: ContextualLayer, context: Tensor, query: Tensor, kept: list[T
     return torch.stack([layer(tokens[:, mask], layout.keep(mask))[:, -1] for mask in kept])
 
 
-def growing(a: Tensor) -> Shear:
+def growing(a: Tensor) -> InputShift:
     """ΔW_i of every prefix, leading dims (n+1,B), from a_0 … a_n (n+1,B,i): ΔW_i a_0 = W (a_i − a_0), rank 1.
 
     Token by token it is the delta rule with one key, W ← W + (u − W k) kᵀ, k = a_0/|a_0|, u = W_0 a_{i+1}/|a_0|: one
     step of least mean squares on ½|W a_0 − W_0 a_{i+1}|² with the rate 1/|a_0|². Raises ValueError where a_0 is zero.
     """
     _refuse_zero(a[:1])
-    return Shear(a[:1].expand_as(a), a - a[:1])
+    return InputShift(a[:1].expand_as(a), a - a[:1])
 
 
 def shrinking(W: Tensor, s: Tensor) -> list[LowRank]:

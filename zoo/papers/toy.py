@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-from zoo.core.delta import Shear
+from zoo.core.delta import InputShift
 from zoo.tasks.base import Batch
 from zoo.tasks.regression import Regression
 
@@ -94,10 +94,10 @@ class Toy(nn.Module):
         """Predictions with the context, (B,Q)."""
         return self.read(self.contextual(context_BCP, query_BQP))
 
-    def delta(self, context_BCP: Tensor, query_BQP: Tensor) -> Shear:
+    def delta(self, context_BCP: Tensor, query_BQP: Tensor) -> InputShift:
         """The update of W that stands for the context, one per query."""
         a_BQD = self.contextual(context_BCP[:, :0], query_BQP)
-        return Shear(a_BQD, self.contextual(context_BCP, query_BQP) - a_BQD)
+        return InputShift(a_BQD, self.contextual(context_BCP, query_BQP) - a_BQD)
 
     def through_delta(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
         """Predictions from the queries alone with the dense weights W + ΔW, (B,Q)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.core.delta import Shear
+from zoo.core.delta import InputShift
 from zoo.lens.figure import Figure, Lines, Series
 from zoo.papers.toy import BATCH_SIZE, LR, Toy, build, loss, parts, task, train
 
@@ -108,7 +108,7 @@ def increments(model: Toy, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
     """
     query_B1P = query_BQP[:, :1]
     states = [model.contextual(context_BCP[:, :i], query_B1P)[:, 0] for i in range(context_BCP.shape[1] + 1)]
-    steps = [Shear(states[0], new - old) for old, new in pairwise(states[1:])]
+    steps = [InputShift(states[0], new - old) for old, new in pairwise(states[1:])]
     return torch.stack([step.norm(model.inner.weight) for step in steps], 1)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.config import strict
+from zoo.config import from_dict
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
@@ -56,7 +56,7 @@ class Task(ABC):
     """One training problem. Subclasses set the attributes below in __init__ and define batch, errors and evaluate."""
 
     Config: ClassVar[type]
-    headline: ClassVar[str]
+    main_metric: ClassVar[str]
     """The test metric that sums up a run."""
     unit: ClassVar[str] = "nats per token"
     """Of the loss."""
@@ -71,7 +71,7 @@ class Task(ABC):
     tokens: int
 
     def __init__(self, options: dict[str, Any], seed: int):
-        self.config: Any = strict(self.Config, options, "task")
+        self.config: Any = from_dict(self.Config, options, "task")
         self.seed = seed
 
     def generator(self, split: str, k: int) -> torch.Generator:
@@ -83,11 +83,11 @@ class Task(ABC):
         """Gets the data ready before a run starts; raises ValueError where it cannot be had."""
         return
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the options, as plain values, such as a tokenizer."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint; raises ValueError for what state() cannot have given."""
         if state:
             raise ValueError(f"task.name={self.config.name} has no state, got {', '.join(map(str, state))}")
@@ -105,7 +105,7 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of each prediction (B,Q), 0 where nothing is predicted."""
 
     def scored(self, batch: Batch) -> Tensor:
@@ -116,10 +116,10 @@ class Task(ABC):
         """What is trained on: the sum of the errors over `batch.scored`, so that the mean over parts is the mean over
         the predictions of the global batch; without a shape made of values, for which a GPU is waited for."""
         total = batch.scored or self.scored(batch).sum().clamp(min=1)
-        return self.errors(output, batch).sum() / total
+        return self.token_losses(output, batch).sum() / total
 
     @abstractmethod
-    def references(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         """Losses to read a learning curve by, such as that of a trivial prediction."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.config import positive
+from zoo.config import require_positive
 from zoo.tasks.base import Batch, Predict, Task, nats
 
 
@@ -26,11 +26,11 @@ class Noise(Task):
     """Next-token prediction in nats; the floor is ln V."""
 
     Config = NoiseConfig
-    headline = "nats"
+    main_metric = "nats"
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
-        positive("task", vocabulary=self.config.vocabulary, tokens=self.config.tokens)
+        require_positive("task", vocabulary=self.config.vocabulary, tokens=self.config.tokens)
         self.vocabulary = self.output_dim = self.config.vocabulary
         self.tokens = self.config.tokens
 
@@ -39,12 +39,12 @@ class Noise(Task):
         ids = torch.randint(self.config.vocabulary, shape, generator=self.generator(split, k))
         return Batch(ids[:, :-1], ids[:, 1:], 0)
 
-    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         return nats(output, batch.targets)
 
-    def references(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         return {"floor, ln V": math.log(self.config.vocabulary)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        errors = self.errors(predict(batch.tokens, 0), batch)
+        errors = self.token_losses(predict(batch.tokens, 0), batch)
         return {"nats": errors, "nats_floor": torch.full_like(errors, math.log(self.config.vocabulary))}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoo.config import positive
+from zoo.config import require_positive
 from zoo.tasks.base import Batch, Predict, Task
 
 
@@ -41,7 +41,7 @@ class Regression(Task):
     """Predict y of Q queries from C pairs; errors are squared, and divided by the variance of y where reported."""
 
     Config = RegressionConfig
-    headline = "nmse"
+    main_metric = "nmse"
     unit = "squared error"
     independent_queries = True
     output_dim = 1
@@ -49,12 +49,12 @@ class Regression(Task):
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        positive("task", dimension=config.dimension, points=config.points, queries=config.queries)
+        require_positive("task", dimension=config.dimension, points=config.points, queries=config.queries)
         for function, (option, default) in OWN_OPTION.items():
             value = getattr(config, option)
             if function == config.function:
                 value = default if value is None else value
-                positive("task", **{option: value})
+                require_positive("task", **{option: value})
                 object.__setattr__(config, option, value)
             elif value is not None:
                 raise ValueError(f"task.{option}={value} needs task.function={function}, not {config.function}")
@@ -94,7 +94,7 @@ class Regression(Task):
         tokens[:, self.n_context :, -1] = 0
         return tokens, y_BT[:, self.n_context :]
 
-    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()
 
     def ridge(self, batch: Batch) -> Tensor:
@@ -107,7 +107,7 @@ class Regression(Task):
         query_BQd = batch.tokens[:, batch.n_context :, :-1].double()
         return (query_BQd @ w_Bd1).squeeze(-1)
 
-    def references(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         return {"predicting zero": float(self.variance)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
@@ -115,9 +115,9 @@ class Regression(Task):
         assert batch.wrong_context is not None
         wrong = torch.cat([batch.wrong_context, tokens[:, n:]], 1)
         errors = {
-            "nmse": self.errors(predict(tokens, n), batch),
-            "nmse_without_context": self.errors(predict(tokens[:, n:], 0), batch),
-            "nmse_wrong_context": self.errors(predict(wrong, n), batch),
+            "nmse": self.token_losses(predict(tokens, n), batch),
+            "nmse_without_context": self.token_losses(predict(tokens[:, n:], 0), batch),
+            "nmse_wrong_context": self.token_losses(predict(wrong, n), batch),
             "nmse_ridge": (self.ridge(batch) - batch.targets).square(),
             "nmse_zero": batch.targets.square(),
         }

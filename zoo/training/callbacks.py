@@ -40,7 +40,7 @@ def _logged(trainer: L.Trainer, batch_idx: int, log_every: int) -> bool:
     return _step_done(trainer, batch_idx) and trainer.global_step % log_every == 0
 
 
-class Clock(Callback):
+class RunState(Callback):
     """Seconds of training over all parts of a resumed run; marks checkpoints with schema, versions and options.
 
     started_with: what else checkpoints say of the start: trainer, logger, placement."""

@@ -86,7 +86,7 @@ NOT_NEEDED: dict[str, tuple[type, ...]] = {
 }
 
 
-class Files(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """How the trainer writes and reads checkpoints: whole or not at all, and at today's schema."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from zoo.config import lookup, plain, positive, show, strict
+from zoo.config import from_dict, lookup, plain, require_positive, show
 from zoo.console import say
 from zoo.files import home, to_json, write
 from zoo.models import MODELS, Model, flops
@@ -34,7 +34,7 @@ from zoo.tasks import Task
 from zoo.tasks.text import sources
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
-from zoo.training.callbacks import Clock, FiniteLoss, LastCheckpoint, MetricsFile
+from zoo.training.callbacks import FiniteLoss, LastCheckpoint, MetricsFile, RunState
 from zoo.training.data import Data
 from zoo.training.progress import Progress
 from zoo.training.run_folder import announced, default, taken
@@ -125,7 +125,7 @@ def _run(
             if key in {field.name for field in fields(kind)}:
                 raise ValueError(f"{key} is an option of {group}: did you mean {group}.{key}?")
     resumed = checkpoint.find(config["resume"], "last") if config.get("resume") else None
-    options, saved = _resume(config, resumed) if resumed else (strict(RunConfig, config, ""), {})
+    options, saved = _resume(config, resumed) if resumed else (from_dict(RunConfig, config, ""), {})
     begun_with = saved.get("zoo", {})
     trainer = arguments(trainer, begun_with.get("trainer"))
     for part, count in (("val", options.validation_batches), ("test", options.test_batches)):
@@ -135,7 +135,7 @@ def _run(
     log = logger_of({} if isinstance(logger, list) else plain(logger, "logger"), begun_with.get("logger"))
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"seed={show(options.seed)} must lie between 0 and {2**32 - 1}")
-    positive(
+    require_positive(
         "",
         validate_every=options.validate_every,
         log_every=options.log_every,
@@ -163,7 +163,7 @@ def _run(
         enable_version_counter=False,
         save_on_train_epoch_end=False,
     )
-    clock = Clock({**asdict(options), "resume": None, "out": None}, command())
+    clock = RunState({**asdict(options), "resume": None, "out": None}, command())
     rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
     callbacks = [clock, FiniteLoss(), rows, saver, LastCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
@@ -208,7 +208,7 @@ def _run(
         if engine.is_global_zero:
             write(folder / "metrics.json", to_json(metrics, 2) + "\n")
             with optional("curve.png"):
-                report.curve(folder, report.title(metrics), model.task.unit, model.task.references())
+                report.curve(folder, report.title(metrics), model.task.unit, model.task.baselines())
             with optional("the table"):
                 say(report.closing(metrics))
     return metrics
@@ -224,7 +224,7 @@ def _resume(config: Mapping[str, Any], file: Path) -> tuple[RunConfig, dict[str,
             f"resume={config['resume']} continues in its own folder, {folder}: leave out={config['out']} away"
         )
     saved = checkpoint.read(file, resume=True)
-    options = strict(RunConfig, saved["zoo"]["config"], "")
+    options = from_dict(RunConfig, saved["zoo"]["config"], "")
     asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
     for group in ("model", "task", "optim"):  # null leaves an option open: it is what the run made of it
         asked[group] = {name: value for name, value in (asked.get(group) or {}).items() if value is not None}
@@ -243,10 +243,10 @@ def _same_data(task: Task, options: RunConfig, saved: dict[str, Any]) -> None:
     """Raises ValueError where the data is not what the run was begun with."""
     state = saved.get("task", {})
     if options.task == saved["zoo"]["config"]["task"]:  # else what lies at the new place must be the same
-        task.restore(state)
+        task.load_state_dict(state)
     with warnings.catch_warnings(action="ignore"):  # what prepare() warns of, restore() refuses
         task.prepare()
-    task.restore(state)
+    task.load_state_dict(state)
 
 
 def command() -> str:
@@ -264,7 +264,7 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, tested: Path) -> dict[str, Any]:
+def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: RunState, tested: Path) -> dict[str, Any]:
     count = flops.parameters(model)
     tokens = engine.global_step * model.optim.batch_size * model.task.tokens
     return {
@@ -290,7 +290,7 @@ def _metrics(model: Model, options: RunConfig, engine: L.Trainer, clock: Clock, 
         "config": clock.config
         | dict(model.hparams)
         | {name: clock.started_with[name] for name in ("trainer", "logger")},
-        "headline": model.task.headline,
+        "main_metric": model.task.main_metric,
         "test": {name: float(value) for name, value in engine.callback_metrics.items()},
     }
 

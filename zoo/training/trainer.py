@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zoo.config import lookup, one_line, plain, show, strict
+from zoo.config import from_dict, lookup, one_line, plain, show
 from zoo.models import Model
 from zoo.training import checkpoint
 
@@ -151,7 +151,7 @@ def make(
     if clash:
         option = DECIDED_BY.get(clash[0])
         raise ValueError(f"trainer.{clash[0]} is {f'decided by the option {option}' if option else 'fixed here'}")
-    given["plugins"] = [checkpoint.Files(), *_alone(), *(given.get("plugins") or [])]
+    given["plugins"] = [checkpoint.AtomicCheckpointIO(), *_alone(), *(given.get("plugins") or [])]
     if given["precision"] == "16-true":
         raise ValueError(
             "trainer.precision=16-true trains nothing: the squares of gradients that AdamW keeps are zero in float16; "
@@ -255,7 +255,7 @@ def logger_of(given: Mapping[str, Any], saved: Any = None) -> FilesConfig | Wand
     if isinstance(saved, dict) and given.get("name", saved.get("name")) == saved.get("name"):
         options = {**saved, **given}
     name = options.get("name", "files")
-    config: FilesConfig | WandbConfig = strict(lookup(name, LOGGERS, "logger"), options, "logger")
+    config: FilesConfig | WandbConfig = from_dict(lookup(name, LOGGERS, "logger"), options, "logger")
     return replace(config, id=secrets.token_hex(4)) if isinstance(config, WandbConfig) and not config.id else config
 
 

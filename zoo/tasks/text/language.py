@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.config import positive
+from zoo.config import require_positive
 from zoo.tasks.base import Batch, Predict, nats
 from zoo.tasks.text import corpus, sources, tokenizer
 from zoo.tasks.text.corpus import START, split_documents
@@ -78,12 +78,12 @@ class Text(CorpusTask):
     """
 
     Config = TextConfig
-    headline = "bits_per_byte"
+    main_metric = "bits_per_byte"
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        positive("task", tokens=config.tokens)
+        require_positive("task", tokens=config.tokens)
         self._resolve()
         self.tokens, self.domains = config.tokens, config.domains or ()
         self.vocabulary = self.output_dim = config.vocabulary or START + 1
@@ -106,7 +106,7 @@ class Text(CorpusTask):
                 needed = " or ".join(f"task.{need}" for need in needs)
                 raise ValueError(f"task.{option}={getattr(config, option)} needs {needed}")
         if config.documents is not None:
-            positive("task", documents=config.documents)
+            require_positive("task", documents=config.documents)
         if config.domains is None and config.column is None:
             object.__setattr__(config, "column", "text")
         if config.tokenizer == "bytes" and config.vocabulary is not None:
@@ -177,15 +177,15 @@ class Text(CorpusTask):
     def prepare(self) -> None:
         _ = self.ids
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         merges = {"merges": self.tokenizer.merges} if self.config.tokenizer == "bpe" else {}
-        return merges | super().state()
+        return merges | super().state_dict()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a tokenizer; raises ValueError if it is broken, or not one for these options."""
         expected = {"merges"} if self.config.tokenizer == "bpe" else set()
         state = dict(state)
-        super().restore({"corpus": state.pop("corpus")} if "corpus" in state else {})
+        super().load_state_dict({"corpus": state.pop("corpus")} if "corpus" in state else {})
         if set(state) != expected:
             names = [", ".join(map(str, keys)) or "nothing" for keys in (expected, state)]
             raise ValueError(f"task.tokenizer={self.config.tokenizer} restores {names[0]}, got {names[1]}")
@@ -217,11 +217,11 @@ class Text(CorpusTask):
         window = torch.from_numpy(rows)
         return Batch(window[:, :-1], window[:, 1:], 0, group=torch.tensor([pick.source for pick in picks]))
 
-    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each token, ends of documents among them."""
         return nats(output, batch.targets)
 
-    def references(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         counts = np.stack([np.bincount(s["train"][:COUNTED], minlength=self.output_dim) for s in self.ids])
         p = (counts / counts.sum(1, keepdims=True)).mean(0)
         unit = "token" if self.tokenizer.merges else "byte"
@@ -244,7 +244,7 @@ class Text(CorpusTask):
         spread evenly over its bytes, so that means over bytes are bits per byte whatever the tokens are."""
         assert batch.group is not None
         lengths = self._lengths.to(batch.targets.device)[batch.targets].flatten()  # 0 of a start
-        each = (self.errors(predict(batch.tokens, 0), batch).flatten() / lengths).repeat_interleave(lengths)
+        each = (self.token_losses(predict(batch.tokens, 0), batch).flatten() / lengths).repeat_interleave(lengths)
         bits = {
             "bits_per_byte": each / math.log(2),
             "bits_per_byte_trigram": self._trigram_bits(batch).to(each.device),

@@ -59,12 +59,12 @@ class CorpusTask(FiniteTask):
         changed = [name for name, now, then in pairs if now != then] or self._names
         return f"the checkpoint was trained on other text than is found now for {'; '.join(changed)}"
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {} if self.digests is None else {"corpus": self.digests}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over which data to use; raises ValueError if it is not the data in use."""
-        super().restore({key: value for key, value in state.items() if key != "corpus"})
+        super().load_state_dict({key: value for key, value in state.items() if key != "corpus"})
         if "corpus" not in state:  # older checkpoints do not say
             return
         digests = state["corpus"]

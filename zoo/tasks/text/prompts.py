@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.config import positive
+from zoo.config import require_positive
 from zoo.core.layers import FILLING
 from zoo.tasks.base import SPLITS, Batch, Predict, nats
 from zoo.tasks.text import corpus, examples, sources
@@ -55,13 +55,13 @@ class Prompts(CorpusTask):
     """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
 
     Config = PromptsConfig
-    headline = "bits_per_byte"
+    main_metric = "bits_per_byte"
     vocabulary = output_dim = START + 1
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        positive("task", context=config.context, query=config.query, target=config.target)
+        require_positive("task", context=config.context, query=config.query, target=config.target)
         self.n_context = config.context
         self.filled = config.files is not None
         self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last byte
@@ -154,14 +154,14 @@ class Prompts(CorpusTask):
         """The tokens of a context: its last bytes, at most C."""
         return list(text.encode()[-self.n_context :])
 
-    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats of each byte of the targets, and of their ends."""
         return nats(output[:, -batch.targets.shape[1] :], batch.targets)
 
     def scored(self, batch: Batch) -> Tensor:
         return batch.targets != IGNORE
 
-    def references(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         shares = []
         for splits in self.sources.values():
             ids, edges, _ = splits["train"]
@@ -189,9 +189,9 @@ class Prompts(CorpusTask):
         read, asked = query.where(query != FILLING, START), batch.targets.clamp(0, START - 1)
         counted = self.trigram.bits(read.cpu().numpy(), asked.cpu().numpy())
         bits = {
-            "bits_per_byte": self.errors(predict(batch.tokens, n), batch) / math.log(2),
-            "bits_per_byte_without_context": self.errors(predict(query, 0), batch) / math.log(2),
-            "bits_per_byte_wrong_context": self.errors(predict(wrong, n), batch) / math.log(2),
+            "bits_per_byte": self.token_losses(predict(batch.tokens, n), batch) / math.log(2),
+            "bits_per_byte_without_context": self.token_losses(predict(query, 0), batch) / math.log(2),
+            "bits_per_byte_wrong_context": self.token_losses(predict(wrong, n), batch) / math.log(2),
             "bits_per_byte_trigram": torch.from_numpy(counted).float().to(scored.device),
         }
         bits = {name: values[scored] for name, values in bits.items()}

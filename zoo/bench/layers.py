@@ -1,4 +1,4 @@
-"""Benchmarks of one FFN with its family's seat, forward and backward, against a dense FFN and plain matrix products.
+"""Benchmarks of one FFN with its family, forward and backward, against a dense FFN and plain matrix products.
 
 Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K chosen, n = B·T·K/E tokens per expert.
 """
@@ -17,8 +17,8 @@ from zoo.bench import peers
 from zoo.bench.timing import Case, Row, backward, kernels, saved_bytes
 from zoo.core.delta import Patch
 from zoo.core.layers import Attention, FeedForward, Layout
-from zoo.models.hypernet import EmittedDelta, HypernetConfig
-from zoo.models.moe import MoEConfig, RoutedDelta
+from zoo.models.hypernet import HypernetConfig, HypernetDelta
+from zoo.models.moe import ExpertRouting, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ ONCE, CHUNKS = "one code per sequence of 128", "lagged chunks of 64"
 GROUPED = "transformers Mixtral, grouped_mm"
 
 
-def seats(sizes: Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(sizes: Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
     """The mixture by tokens per expert, and the hypernetwork by how often it emits."""
     for n in (256, 32) if quick else (512, 256, 128, 64, 32):
         yield mixture(sizes, n, 1, device)
@@ -53,13 +53,13 @@ def mixture(sizes: Sizes, n: int, top_k: int, device: torch.device) -> Case:
         "matrix products": products(z, top_k * sizes.hidden),
         "moe": work,
         "moe, kernels alone": kernels(work),
-        **peers.mixtures(module.ffn, module.seat.routers[0], top_k, z),
+        **peers.mixtures(module.ffn, module.context_to_delta.routers[0], top_k, z),
     }
     wanted = {512: 1.15, 256: 1.15, 128: 1.30, 32: 1.75}
     bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
     if GROUPED in variants:
         bars["moe", GROUPED] = 1.03
-    return Case("seats", f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars, tokens=sizes.tokens)
+    return Case("layers", f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars, tokens=sizes.tokens)
 
 
 def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
@@ -72,7 +72,7 @@ def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
     }
     variants |= {f"{name}, kernels alone": kernels(variants[name]) for name in (ONCE, CHUNKS)}
     bars = {(ONCE, "dense"): 1.35, (CHUNKS, "dense"): 1.5}
-    return Case("seats", "hypernet, rank 8, three matrices", "dense", variants, bars, tokens=8 * 128)
+    return Case("layers", "hypernet, rank 8, three matrices", "dense", variants, bars, tokens=8 * 128)
 
 
 def memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -106,45 +106,45 @@ def products(z: Tensor, hidden: int) -> Callable[[], Any]:
     return work
 
 
-class Seat(nn.Module):
-    """A seat and its FFN as one module of z (B,T,D)."""
+class PatchedFeedForward(nn.Module):
+    """The FFN and what updates it as one module of z (B,T,D)."""
 
-    def __init__(self, seat: Any, ffn: FeedForward, patch_of: Callable[[Any, Tensor], Patch]):
+    def __init__(self, context_to_delta: Any, ffn: FeedForward, patch_of: Callable[[Any, Tensor], Patch]):
         super().__init__()
-        self.seat, self.ffn, self.patch_of = seat, ffn, patch_of
+        self.context_to_delta, self.ffn, self.patch_of = context_to_delta, ffn, patch_of
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.ffn(z, self.patch_of(self.seat, z))
+        return self.ffn(z, self.patch_of(self.context_to_delta, z))
 
 
-def routing(sizes: Sizes, experts: int, top_k: int) -> Seat:
+def routing(sizes: Sizes, experts: int, top_k: int) -> PatchedFeedForward:
     config = MoEConfig(
         dim=sizes.dim, layers=1, hidden=sizes.hidden, experts=experts, top_k=top_k, renormalise=top_k > 1
     )
     ffn = FeedForward(sizes.dim, sizes.hidden, experts)
-    return Seat(RoutedDelta(config), ffn, lambda seat, z: seat(z, 0, 0))
+    return PatchedFeedForward(ExpertRouting(config), ffn, lambda context_to_delta, z: context_to_delta(z, 0, 0))
 
 
 def routed(sizes: Sizes, z: Tensor, experts: int, top_k: int) -> Callable[[], Any]:
     return backward(routing(sizes, experts, top_k).to(z.device), z)
 
 
-def emitting(sizes: Sizes, rank: int, chunk: int | None) -> Seat:
+def emitting(sizes: Sizes, rank: int, chunk: int | None) -> PatchedFeedForward:
     """The generator on the mean of each sequence, or of all earlier chunks, and the FFN it patches."""
     context: Literal["chunk", "segment"] = "chunk" if chunk else "segment"
     config = HypernetConfig(dim=sizes.dim, layers=1, hidden=sizes.hidden, rank=rank, context=context, chunk=chunk)
-    patch_of = _whole if chunk is None else lambda seat, z: seat(z, 0, 0)
-    return Seat(EmittedDelta(config), FeedForward(sizes.dim, sizes.hidden), patch_of)
+    patch_of = _whole if chunk is None else lambda context_to_delta, z: context_to_delta(z, 0, 0)
+    return PatchedFeedForward(HypernetDelta(config), FeedForward(sizes.dim, sizes.hidden), patch_of)
 
 
 def emitted(sizes: Sizes, z: Tensor, rank: int, chunk: int | None) -> Callable[[], Any]:
     return backward(emitting(sizes, rank, chunk).to(z.device), z)
 
 
-def _whole(seat: nn.Module, z: Tensor) -> Patch:
+def _whole(context_to_delta: nn.Module, z: Tensor) -> Patch:
     # as if the sequence were its own context: every token is patched, none is masked
-    patch = seat(z, 0, z.shape[1])
-    return replace(patch, weights={name: replace(delta, core=None) for name, delta in patch.weights.items()})
+    patch = context_to_delta(z, 0, z.shape[1])
+    return replace(patch, weights={name: replace(delta, gate=None) for name, delta in patch.weights.items()})
 
 
 def attention(z: Tensor) -> Callable[[], Any]:

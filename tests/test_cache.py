@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.core.cache import Past
+from zoo.core.cache import LayerCache
 from zoo.core.layers import FeedForward
 from zoo.core.sampling import choose
 from zoo.models import MODELS, Model
@@ -43,7 +43,7 @@ class Recall(Task):
     """Token ids with a separate context and queries in sequence."""
 
     Config = RecallConfig
-    headline = "nats"
+    main_metric = "nats"
     vocabulary = output_dim = START + 1
     n_context, tokens = 6, 14
 
@@ -51,10 +51,10 @@ class Recall(Task):
         ids = torch.randint(START, (size, self.tokens + 1), generator=self.generator(split, k))
         return Batch(ids[:, :-1], ids[:, 1 + self.n_context :], self.n_context)
 
-    def errors(self, output: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    references = evaluate = errors  # type: ignore[assignment]
+    baselines = evaluate = token_losses  # type: ignore[assignment]
 
     def encode(self, text: str) -> list[int]:
         return [START, *text.encode()]
@@ -133,9 +133,9 @@ def full_logits(model: Model, tokens: Tensor, prompt: int, n_context: int) -> Te
 @torch.no_grad()
 def cached_logits(model: Model, tokens: Tensor, prompt: int, n_context: int) -> Tensor:
     """The same from one token at a time."""
-    past = model.decoder.new_past()
-    logits = [model.decoder(tokens[:, :prompt], n_context, past=past)[0][:, -1]]
-    logits += [model.decoder(tokens[:, t : t + 1], past=past)[0][:, 0] for t in range(prompt, tokens.shape[1])]
+    cache = model.decoder.new_cache()
+    logits = [model.decoder(tokens[:, :prompt], n_context, cache=cache)[0][:, -1]]
+    logits += [model.decoder(tokens[:, t : t + 1], cache=cache)[0][:, 0] for t in range(prompt, tokens.shape[1])]
     return torch.stack(logits, 1)
 
 
@@ -195,7 +195,7 @@ def test_bfloat16_is_near(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["hypernet-chunk", "hypernet-chunk-scale-tied", "chunk-full"])
 def test_a_patch_that_stays_past_its_chunk_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Past, "within", lambda self, chunk: self.tokens > 0)
+    monkeypatch.setattr(LayerCache, "within", lambda self, chunk: self.tokens > 0)
     assert error(build(BY_NAME[name]), 6, 0) > MISS
 
 
@@ -204,7 +204,7 @@ def test_a_forgotten_context_is_seen(name: str, monkeypatch: pytest.MonkeyPatch)
     model = build(BY_NAME[name])
     original = type(model.decoder.context_to_delta).forward
 
-    def forgetful(self: Any, z: Tensor, layer: int, n_context: int, past: Past | None = None) -> Any:
+    def forgetful(self: Any, z: Tensor, layer: int, n_context: int, cache: LayerCache | None = None) -> Any:
         return original(self, z, layer, n_context)
 
     monkeypatch.setattr(type(model.decoder.context_to_delta), "forward", forgetful)
@@ -213,8 +213,8 @@ def test_a_forgotten_context_is_seen(name: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["segment", "segment-full-gqa", "segment-down"])
 def test_keys_of_a_context_that_nobody_attends_to_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Past.extend
-    monkeypatch.setattr(Past, "extend", lambda self, k, v, mask: original(self, k, v, None))
+    original = LayerCache.extend
+    monkeypatch.setattr(LayerCache, "extend", lambda self, k, v, mask: original(self, k, v, None))
     assert error(build(BY_NAME[name]), 9, 6) > MISS
 
 
@@ -222,28 +222,28 @@ def test_keys_of_a_context_that_nobody_attends_to_are_seen(name: str, monkeypatc
 
 
 @torch.no_grad()
-def kept(case: Case, steps: int) -> list[Past]:
+def kept(case: Case, steps: int) -> list[LayerCache]:
     model = shared(case.name)
-    past, tokens, n = model.decoder.new_past(), ids(model), model.task.n_context
-    model.decoder(tokens[:, : n + 2], n, past=past)
+    cache, tokens, n = model.decoder.new_cache(), ids(model), model.task.n_context
+    model.decoder(tokens[:, : n + 2], n, cache=cache)
     for t in range(n + 2, n + 2 + steps):
-        model.decoder(tokens[:, t : t + 1], past=past)
-    return past
+        model.decoder(tokens[:, t : t + 1], cache=cache)
+    return cache
 
 
 @every_case
 def test_what_is_kept(case: Case) -> None:
     model = shared(case.name)
-    for past in kept(case, 5):
+    for cache in kept(case, 5):
         n = model.task.n_context
         heads, width = model.config.kv_heads, 16 // 2
-        assert past.tokens == n + 7
-        attended = past.tokens if model.decoder.attend_context else 7
-        assert past.keys is not None
-        assert past.values is not None
-        assert past.keys.shape == past.values.shape == (3, heads, attended, width)
+        assert cache.tokens == n + 7
+        attended = cache.tokens if model.decoder.attend_context else 7
+        assert cache.keys is not None
+        assert cache.values is not None
+        assert cache.keys.shape == cache.values.shape == (3, heads, attended, width)
         others = [
-            value for name, value in vars(past).items() if name not in ("keys", "values") and torch.is_tensor(value)
+            value for name, value in vars(cache).items() if name not in ("keys", "values") and torch.is_tensor(value)
         ]
         assert all(value.shape in ((3, 1, 16), (3, 1, 1)) for value in others)  # sums, and of how many
 
@@ -284,14 +284,14 @@ COSTS += ["moe-token-top1-shared", "moe-context-chunk", "segment-full-gqa", "seg
 @torch.no_grad()
 def test_a_late_step_costs_what_an_early_one_does_attention_aside(name: str) -> None:
     model = build(BY_NAME[name]).requires_grad_(False)
-    past, tokens, n, costs = model.decoder.new_past(), ids(model, 42), model.task.n_context, {}
-    model.decoder(tokens[:, : n + 3], n, past=past)
+    cache, tokens, n, costs = model.decoder.new_cache(), ids(model, 42), model.task.n_context, {}
+    model.decoder(tokens[:, : n + 3], n, cache=cache)
     for t in range(n + 3, 42):
         count = FlopCounterMode(display=False) if t in (20, 21, 40, 41) else nullcontext()
         with count as counter, sdpa_kernel(SDPBackend.MATH):
-            model.decoder(tokens[:, t : t + 1], past=past)
+            model.decoder(tokens[:, t : t + 1], cache=cache)
         if counter:
-            keys = past[0].keys.shape[2]  # type: ignore[union-attr]
+            keys = cache[0].keys.shape[2]  # type: ignore[union-attr]
             costs[t] = counter.get_total_flops() - 3 * 4 * model.config.dim * model.config.layers * keys
     makes_updates = "chunk" in name and model.config.name == "hypernet"  # at 20 and 40
     assert costs[20] == costs[40]
@@ -299,14 +299,14 @@ def test_a_late_step_costs_what_an_early_one_does_attention_aside(name: str) -> 
     assert (costs[40] > costs[41]) == makes_updates
 
 
-def test_a_past_can_be_copied_to_branch_a_text() -> None:
+def test_a_cache_can_be_copied_to_branch_a_text() -> None:
     model = build(BY_NAME["hypernet-chunk"])
-    tokens, past = ids(model), model.decoder.new_past()
+    tokens, cache = ids(model), model.decoder.new_cache()
     with torch.no_grad():
-        model.decoder(tokens[:, :6], past=past)
-        branch = copy.deepcopy(past)
-        model.decoder(tokens[:, 6:7], past=past)
-        other = model.decoder(tokens[:, 9:10], past=branch)[0]
+        model.decoder(tokens[:, :6], cache=cache)
+        branch = copy.deepcopy(cache)
+        model.decoder(tokens[:, 6:7], cache=cache)
+        other = model.decoder(tokens[:, 9:10], cache=branch)[0]
         expected = model(torch.cat([tokens[:, :6], tokens[:, 9:10]], 1))[:, -1:]
     torch.testing.assert_close(other, expected)
 
@@ -314,20 +314,20 @@ def test_a_past_can_be_copied_to_branch_a_text() -> None:
 TOKENS = torch.zeros(2, 5, dtype=torch.long)
 
 
-def test_independent_queries_have_no_past() -> None:
+def test_independent_queries_have_no_cache() -> None:
     model = cases.build(cases.CASES[0])
     with pytest.raises(ValueError, match="the queries of this task are independent"):
-        model.decoder(cases.batch_of(model).tokens, 7, past=model.decoder.new_past())
+        model.decoder(cases.batch_of(model).tokens, 7, cache=model.decoder.new_cache())
 
 
-def test_calls_that_do_not_fit_the_past_are_refused() -> None:
+def test_calls_that_do_not_fit_the_cache_are_refused() -> None:
     decoder = build(BY_NAME["segment"]).decoder
-    past = decoder.new_past()
+    cache = decoder.new_cache()
     with pytest.raises(ValueError, match="all 5 tokens are context"):
-        decoder(TOKENS, 5, past=past)
-    with pytest.raises(ValueError, match="1 pasts for 2 layers"):
-        decoder(TOKENS, 3, past=past[:1])
-    decoder(TOKENS, 3, past=past)
+        decoder(TOKENS, 5, cache=cache)
+    with pytest.raises(ValueError, match="1 caches for 2 layers"):
+        decoder(TOKENS, 3, cache=cache[:1])
+    decoder(TOKENS, 3, cache=cache)
     for tokens, n_context in ((TOKENS, 0), (TOKENS[:, :1], 1)):
         with pytest.raises(ValueError, match=f"n_context={n_context} after 5 others: pass the next token alone"):
-            decoder(tokens, n_context, past=past)
+            decoder(tokens, n_context, cache=cache)
