@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.core.cache import LayerCache
-from zoo.core.context import SOURCES, context_mean
+from zoo.core.context import KINDS, Source
 
 pytestmark = pytest.mark.numeric
 
@@ -47,7 +47,7 @@ def as_entries(mean: Tensor) -> Tensor:
 @every_setting
 def test_mean_equals_a_loop_over_tokens(source: str, n_context: int, chunk: int | None) -> None:
     z = torch.randn(B, T, D, dtype=torch.float64)
-    mean, nonempty = context_mean(z, source, n_context, chunk)
+    mean, nonempty = Source(source, chunk).mean(z, n_context)
     reads = read_by(source, n_context, chunk)
     for b in range(B):
         for s, tokens in enumerate(reads):
@@ -62,11 +62,11 @@ def test_mean_equals_a_loop_over_tokens(source: str, n_context: int, chunk: int 
 @pytest.mark.parametrize("first", [5, 8])
 def test_one_token_at_a_time(source: str, n_context: int, chunk: int | None, first: int) -> None:
     z, cache, n_context = torch.randn(B, T, D, dtype=torch.float64), LayerCache(), min(n_context, first)
-    mean, nonempty = (as_entries(t) for t in context_mean(z, source, n_context, chunk))
-    context_mean(z[:, :first], source, n_context, chunk, cache)
+    mean, nonempty = (as_entries(t) for t in Source(source, chunk).mean(z, n_context))
+    Source(source, chunk).mean(z[:, :first], n_context, cache)
     for t in range(first, T):
         cache.tokens = t
-        found = [as_entries(t) for t in context_mean(z[:, t : t + 1], source, 0, chunk, cache)]
+        found = [as_entries(t) for t in Source(source, chunk).mean(z[:, t : t + 1], 0, cache)]
         entry = {"segment": 0, "chunk": t // (chunk or 1)}.get(source, t)
         assert found[0].shape == (B, 1, D)
         torch.testing.assert_close(found, [mean[:, [entry]], nonempty[:, [entry]]], rtol=0, atol=1e-14)
@@ -75,7 +75,7 @@ def test_one_token_at_a_time(source: str, n_context: int, chunk: int | None, fir
 @every_setting
 def test_gradient_reaches_exactly_the_tokens_of_the_context(source: str, n_context: int, chunk: int | None) -> None:
     z = torch.randn(B, T, D, requires_grad=True)
-    entries = as_entries(context_mean(z, source, n_context, chunk).mean)
+    entries = as_entries(Source(source, chunk).mean(z, n_context).mean)
     for s, tokens in enumerate(read_by(source, n_context, chunk)):
         (gradient,) = torch.autograd.grad(entries[:, s].sum(), z, retain_graph=True)
         assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(tokens)
@@ -85,18 +85,18 @@ def test_rows_do_not_mix() -> None:
     z = torch.randn(B, T, D)
     other = torch.cat([z[:1], torch.randn(1, T, D)])
     for source, n_context, chunk in SETTINGS:
-        before, after = (context_mean(x, source, n_context, chunk).mean for x in (z, other))
+        before, after = (Source(source, chunk).mean(x, n_context).mean for x in (z, other))
         assert torch.equal(before[0], after[0])
 
 
 def test_first_chunk_has_no_context() -> None:
-    mean, nonempty = context_mean(torch.randn(B, T, D), "chunk", 0, 4)
+    mean, nonempty = Source("chunk", 4).mean(torch.randn(B, T, D), 0)
     assert not mean[:, 0].any()
     assert nonempty[:, :, 0].tolist() == [[0, 1, 1, 1]] * B
 
 
 def test_empty_segment() -> None:
-    mean, nonempty = context_mean(torch.randn(B, T, D), "segment", 0)
+    mean, nonempty = Source("segment").mean(torch.randn(B, T, D), 0)
     assert not mean.any()
     assert not nonempty.any()
 
@@ -104,12 +104,12 @@ def test_empty_segment() -> None:
 @pytest.mark.parametrize(("source", "chunk"), [("segment", None), ("chunk", 100), ("running", None), ("token", None)])
 def test_bfloat16_sums_do_not_stall(source: str, chunk: int | None) -> None:
     # adding ones one by one in bfloat16 ends at 256
-    mean = context_mean(torch.ones(1, 3000, 1, dtype=torch.bfloat16), source, 3000, chunk).mean
+    mean = Source(source, chunk).mean(torch.ones(1, 3000, 1, dtype=torch.bfloat16), 3000).mean
     assert mean.dtype == torch.bfloat16
     assert as_entries(mean)[0, -1].item() == 1
 
 
 @pytest.mark.parametrize(("source", "chunk"), [("future", None), ("chunk", None)])
 def test_unknown_source_names_those_that_exist(source: str, chunk: int | None) -> None:
-    with pytest.raises(ValueError, match=f"'{source}' with chunk=None.*{', '.join(SOURCES)}"):
-        context_mean(torch.randn(B, T, D), source, 0, chunk)
+    with pytest.raises(ValueError, match=f"'{source}' with chunk=None.*{', '.join(KINDS)}"):
+        Source(source, chunk).mean(torch.randn(B, T, D), 0)

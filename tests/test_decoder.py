@@ -12,8 +12,8 @@ from cases import CASES, Case, batch_of, build, options_of, taking_turns
 from torch import Tensor
 
 from zoo.core.decoder import Decoder
-from zoo.core.delta import Patch
 from zoo.core.exact import replace_context, shear_and_down
+from zoo.core.patch import Patch
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric

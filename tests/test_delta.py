@@ -12,8 +12,9 @@ from cases import CASES, batch_of, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.delta import Delta, Full, InputShift, LowRank, Patch, Replaced, Routing, Scale, Sum
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Replaced, Scale, Sum
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch, Routing
 
 pytestmark = pytest.mark.numeric
 
@@ -24,20 +25,16 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-# from the leading dims *, and the core where there is one
-Make = Callable[[tuple[int, ...], Any], Delta]
-WITH_CORE: dict[str, Make] = {
-    "low-rank": lambda dims, gate: LowRank(draw(*dims, OUT, R), draw(*dims, IN, R), gate and gate(R)),
-    "scale": lambda dims, gate: Scale(draw(*dims, OUT), draw(*dims, IN), gate and gate(1)),
-    "full": lambda dims, gate: Full(draw(*dims, OUT, IN), gate and gate(1)),
-}
+Make = Callable[[tuple[int, ...]], Delta]  # from the leading dims *
 KINDS: dict[str, Make] = {
-    **WITH_CORE,
-    "formed": lambda dims, gate: Replaced(draw(*dims, OUT, IN)),
-    "shear": lambda dims, gate: InputShift(draw(*dims, IN), draw(*dims, IN)),
-    "low-rank + low-rank": lambda dims, gate: WITH_CORE["low-rank"](dims, None) + low_rank(dims),
-    "scale + low-rank": lambda dims, gate: WITH_CORE["scale"](dims, None) + low_rank(dims),
-    "full + low-rank + low-rank": lambda dims, gate: WITH_CORE["full"](dims, None) + low_rank(dims) + low_rank(dims),
+    "low-rank": lambda dims: low_rank(dims),
+    "scale": lambda dims: Scale(draw(*dims, OUT), draw(*dims, IN)),
+    "full": lambda dims: Full(draw(*dims, OUT, IN)),
+    "replaced": lambda dims: Replaced(draw(*dims, OUT, IN)),
+    "input shift": lambda dims: InputShift(draw(*dims, IN), draw(*dims, IN)),
+    "low-rank + low-rank": lambda dims: low_rank(dims) + low_rank(dims),
+    "scale + low-rank": lambda dims: KINDS["scale"](dims) + low_rank(dims),
+    "full + low-rank + low-rank": lambda dims: KINDS["full"](dims) + low_rank(dims) + low_rank(dims),
 }
 # leading dims of an update, and tokens that share one: None for all
 LEADS = {"sequence": ((B,), None), "chunk": ((B, S), C), "token": ((B, T), 1)}
@@ -62,7 +59,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @every_kind
 @every_lead
 def test_linear_equals_the_dense_matrix(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
-    delta, W, x = make(dims, None), draw(OUT, IN), draw(*dims, T if chunk is None else chunk, IN)
+    delta, W, x = make(dims), draw(OUT, IN), draw(*dims, T if chunk is None else chunk, IN)
     assert delta.dense(W).shape == (*dims, OUT, IN)
     close(delta.linear(W, x), multiplied(W, delta.dense(W), x))
     assert (delta.linear(W, x) - x @ W.T).abs().amin(-1).max() > 1e-2
@@ -72,33 +69,78 @@ def test_linear_equals_the_dense_matrix(make: Make, dims: tuple[int, ...], chunk
 @every_kind
 @every_lead
 def test_at_repeats_the_matrix_of_the_sequence_or_chunk(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
-    delta, W, tokens = make(dims, None), draw(OUT, IN), torch.tensor([0, 3, 4, 6])
+    delta, W, tokens = make(dims), draw(OUT, IN), torch.tensor([0, 3, 4, 6])
     dense = delta.dense(W)
     expected = torch.stack([dense if chunk is None else dense[:, t // chunk] for t in tokens], 1)
     close(delta.per_token(tokens, chunk).dense(W), expected)
 
 
-@pytest.mark.parametrize("make", WITH_CORE.values(), ids=WITH_CORE)
-@pytest.mark.parametrize(("dims", "chunk"), list(LEADS.values())[:2], ids=list(LEADS)[:2])
-def test_a_core_gates_each_token(make: Make, dims: tuple[int, ...], chunk: int | None) -> None:
-    width, gates = T if chunk is None else C, {}
+every_shared = pytest.mark.parametrize(("dims", "chunk"), list(LEADS.values())[:2], ids=list(LEADS)[:2])
 
-    def gate(rank: int) -> Tensor:
-        gates["gate"] = draw(*dims, width, rank)
-        gates["gate"][:, ..., 1, :] = 0
-        return gates["gate"]
 
-    delta, W, x = make(dims, gate), draw(OUT, IN), draw(*dims, width, IN)
-    y = delta.linear(W, x)
-    close(y[..., 1, :], x[..., 1, :] @ W.T)
-    tokens = torch.arange(T)
-    per_token = delta.per_token(tokens, chunk)
-    by_token = [t.flatten(1, -2)[:, :T] for t in (x, y)]
-    close(multiplied(W, per_token.dense(W), by_token[0].unsqueeze(2)).squeeze(2), by_token[1])
-    assert not per_token.dense(W)[:, 1].any()
-    for refused in (lambda: delta.dense(W), lambda: delta.norm(W), lambda: delta.svdvals(W)):
-        with pytest.raises(ValueError, match=r"differs from token to token: take delta\.at\(tokens\) first"):
-            refused()
+def act_token_by_token(delta: Delta, dims: tuple[int, ...], chunk: int | None, served: Tensor | None) -> Delta:
+    """Asserts that per_token gives the matrices by which `delta` acts on each token; returns it."""
+    W, x = draw(OUT, IN), draw(*dims, T if chunk is None else C, IN)
+    y, each = delta.linear(W, x, served), delta.per_token(torch.arange(T), chunk, served)
+    x_BTi, y_BTo = (t.flatten(1, -2)[:, :T] for t in (x, y))
+    close(multiplied(W, each.dense(W), x_BTi.unsqueeze(2)).squeeze(2), y_BTo)
+    return each
+
+
+def zero_at_one(*shape: int) -> Tensor:
+    gate = draw(*shape)
+    gate[..., 1, :] = 0
+    return gate
+
+
+@every_shared
+def test_a_gate_weighs_the_factors_of_each_token(dims: tuple[int, ...], chunk: int | None) -> None:
+    plain, W = low_rank(dims), draw(OUT, IN)
+    delta = LowRank(plain.u, plain.v, zero_at_one(*dims, T if chunk is None else C, R))
+    each = act_token_by_token(delta, dims, chunk, None)
+    assert not each.dense(W)[:, 1].any()
+    close(delta.norm(W).flatten(1)[:, :T], torch.linalg.matrix_norm(each.dense(W)))
+    for refused in (delta.dense, delta.svdvals):
+        with pytest.raises(ValueError, match=r"differs from token to token: take delta\.per_token\(tokens\) first"):
+            refused(W)
+    for total in (delta + plain, plain + delta):
+        assert isinstance(total, LowRank)
+        of_plain = plain.per_token(torch.arange(T), chunk)
+        close(act_token_by_token(total, dims, chunk, None).dense(W), each.dense(W) + of_plain.dense(W))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "replaced"])
+@every_shared
+def test_a_mask_keeps_an_update_off_tokens(name: str, dims: tuple[int, ...], chunk: int | None) -> None:
+    delta, W, served = KINDS[name](dims), draw(OUT, IN), torch.ones(*dims, T if chunk is None else C, 1).double()
+    served[..., 1, :] = 0
+    each, whole = act_token_by_token(delta, dims, chunk, served), delta.per_token(torch.arange(T), chunk)
+    off = torch.arange(T) % (chunk or T) == 1
+    assert not each.dense(W)[:, off].any()
+    close(each.dense(W)[:, ~off], whole.dense(W)[:, ~off])
+
+
+def test_a_matrix_in_the_place_of_another_serves_some_tokens_too() -> None:
+    delta, W, x = Replaced(draw(B, OUT, IN)), draw(OUT, IN), draw(B, T, IN)
+    served = (torch.arange(T) > 2).double()[None, :, None].expand(B, T, 1)
+    close(delta.linear(W, x, served), torch.cat([x[:, :3] @ W.mT, delta.linear(W, x[:, 3:])], 1))
+
+
+def test_what_is_added_to_a_patch_serves_all_tokens() -> None:
+    """Its own update keeps to those it served: a mask is no gate, and none of the sum."""
+    served = (torch.arange(T) > 2).double()[None, :, None].expand(B, T, 1)
+    for kind in ("low-rank", "scale", "full"):
+        own, more, W, x = KINDS[kind]((B,)), low_rank((1,)), draw(OUT, IN), draw(B, T, IN)
+        total = Patch(weights={"gate": own}, served=served).merged_with(Patch(weights={"gate": more}))
+        assert total.served is None
+        close(total.weights["gate"].linear(W, x), own.linear(W, x, served) + more.extra(x))
+        each = total.per_token(torch.arange(T)).weights["gate"]
+        expected = own.per_token(torch.arange(T), None, served).dense(W) + more.dense(W).unsqueeze(1)
+        close(each.dense(W), expected)
+    biased = Patch(biases={"gate": draw(B, OUT)}, served=served)
+    with pytest.raises(ValueError, match="is added to in its weights alone"):
+        biased.merged_with(Patch())
+    close(biased.per_token(torch.arange(T)).biases["gate"], biased.biases["gate"][:, None] * served)
 
 
 def test_low_rank_updates_concatenate_their_ranks() -> None:
@@ -106,10 +148,6 @@ def test_low_rank_updates_concatenate_their_ranks() -> None:
     total = first + second
     assert total.u.shape[-1] == 2 * R
     close(total.dense(W), first.dense(W) + second.dense(W))
-    gated = LowRank(first.u, first.v, draw(B, T, R))
-    for pair in ((gated, second), (second, gated)):
-        with pytest.raises(ValueError, match="take delta"):
-            pair[0] + pair[1]
 
 
 def test_a_sum_is_relative_to_the_same_matrix() -> None:
@@ -140,7 +178,7 @@ def test_routing_scatters_weights_to_blocks() -> None:
 def test_a_dense_routing_must_be_of_one_token() -> None:
     ffn = FeedForward(IN, OUT, blocks=4)
     patch = Patch(routing=Routing(torch.zeros(B, T, 1, dtype=torch.long), torch.ones(B, T, 1), torch.ones(B, T, 4)))
-    with pytest.raises(ValueError, match=r"take patch\.at\(tokens\) first"):
+    with pytest.raises(ValueError, match=r"take patch\.per_token\(tokens\) first"):
         ffn.dense(patch)
     assert ffn.dense(patch.per_token(torch.arange(T)))["down"].shape == (B, T, IN, 4 * OUT)
 

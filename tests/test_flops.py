@@ -122,7 +122,7 @@ def generation(model: Model) -> float:
     """FLOPs per token of making ΔW: what is left when applying it, the limit of many queries, is taken out."""
     context_to_delta = model.decoder.context_to_delta
     assert context_to_delta
-    return context_to_delta.flops_per_token(model.task.tokens) - context_to_delta.flops_per_token(10**12)
+    return context_to_delta.flops_per_token(model.task.tokens, 0) - context_to_delta.flops_per_token(10**12, 0)
 
 
 def test_generation_is_shared_by_all_tokens_of_a_context() -> None:
@@ -136,7 +136,7 @@ def test_generation_is_shared_by_the_tokens_of_a_chunk() -> None:
     def context_to_delta(**options: Any) -> float:
         model = make("hypernet", "noise", **options)
         assert model.decoder.context_to_delta
-        return model.decoder.context_to_delta.flops_per_token(12)
+        return model.decoder.context_to_delta.flops_per_token(12, 0)
 
     every_token = context_to_delta(context="token")
     assert context_to_delta(context="running") == every_token

@@ -10,7 +10,7 @@ import torch
 from cases import Case, batch_of, options_of
 from torch import Tensor
 
-from zoo.core.context import ContextMean, context_mean
+from zoo.core.context import ContextMean, Source
 from zoo.core.delta import Full, LowRank, Scale
 from zoo.models.hypernet import Generator, Hypernet, HypernetDelta, RelativeNorm
 from zoo.models.transformer import Transformer
@@ -110,7 +110,7 @@ def test_v_factors_have_unit_fan_in_variance_at_any_scale_of_the_context(scale: 
     model = hypernet(random=False, dim=64, hidden=96, code_dim=code_dim)
     context = scale * torch.randn(64, 64, dtype=torch.float64)
     nonempty = torch.ones(64, 1, dtype=torch.float64)
-    deltas = context_to_delta_of(model).generator(ContextMean(context, nonempty), 1, None)
+    deltas = context_to_delta_of(model).generator(ContextMean(context, nonempty), 1)
     for name, fan_in in (("gate", 64), ("up", 64), ("down", 96)):
         delta = deltas[name]
         assert isinstance(delta, LowRank)
@@ -149,13 +149,13 @@ def test_layer_embedding_makes_layers_differ() -> None:
     model = hypernet()
     generator, z = context_to_delta_of(model).generator, states(model)
     assert isinstance(generator, Generator)
-    summary = context_mean(z, "segment", model.task.n_context)
+    summary = Source("segment").mean(z, model.task.n_context)
     W = model.decoder.blocks[0].ffn.gate
-    first, second = (generator(summary, layer, None)["gate"].dense(W) for layer in (0, 1))
+    first, second = (generator(summary, layer)["gate"].dense(W) for layer in (0, 1))
     assert (first - second).norm() > 0.1 * first.norm()
     with torch.no_grad():
         generator.layer.weight[1] = generator.layer.weight[0]
-    assert torch.equal(first, generator(summary, 1, None)["gate"].dense(W))
+    assert torch.equal(first, generator(summary, 1)["gate"].dense(W))
 
 
 @every_emission
@@ -237,7 +237,7 @@ def test_relative_norm_is_that_of_the_dense_update(task: str, options: dict[str,
         metric, W = RelativeNorm(name), ffn.weight(name)
         metric.update(patch, ffn)
         metric.update(replace(patch, routing=None), ffn)
-        whole = replace(delta, gate=None).dense(W)  # type: ignore[type-var]
+        whole = delta.dense(W)
         size = whole.flatten(-2).norm(dim=-1) / W.norm()
         expected = size[:, 1:].mean() if options.get("chunk") else size.mean()  # before the first chunk is no context
         assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)

@@ -10,8 +10,9 @@ import torch
 from cases import CASES, Case, batch_of, plain_forward, shared, trained
 from torch import Tensor
 
-from zoo.core.delta import Delta, InputShift, LowRank, Patch
+from zoo.core.delta import Delta, InputShift, LowRank
 from zoo.core.layers import Attention, Layout
+from zoo.core.patch import Patch
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric

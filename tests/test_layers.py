@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import InputShift, Patch, Routing
+from zoo.core.delta import InputShift
 from zoo.core.layers import Attention, FeedForward, Layout, rotary, split_chunks
+from zoo.core.patch import Patch, Routing
 
 pytestmark = pytest.mark.numeric
 

@@ -10,9 +10,7 @@ import torch
 from cases import AUTOREGRESSIVE, CASES, Case, batch_of, build
 from torch import Tensor
 
-import zoo.models.hypernet
-import zoo.models.moe
-from zoo.core.context import ContextMean, context_mean
+from zoo.core.context import ContextMean, Source
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric
@@ -86,13 +84,14 @@ def loss_on_noise(case: Case) -> float:
         return model.eval().task.token_losses(model(batch.tokens), batch).mean().item()
 
 
-def leaky(z: Tensor, source: str, *args: Any, **options: Any) -> ContextMean:
+def leaky(source: Source, z: Tensor, *args: Any, **options: Any) -> ContextMean:
     """The mean of the whole sequence, future included."""
-    shape = context_mean(z, source, *args, **options)
-    mean = z.mean(1) if source == "segment" else z.mean(1, keepdim=True)
+    shape = mean_of(source, z, *args, **options)
+    mean = z.mean(1) if source.kind == "segment" else z.mean(1, keepdim=True)
     return ContextMean(mean.expand_as(shape.mean), torch.ones_like(shape.nonempty))
 
 
+mean_of = Source.mean
 LEAKS = [
     *(*LEAKS_ON_NOISE, "hypernet-text-chunk", "hypernet-text-running", "moe-text-context"),
     *("hypernet-prompts", "hypernet-prompts-attend", "moe-prompts-context"),
@@ -102,8 +101,7 @@ LEAKS = [
 @pytest.fixture(params=LEAKS)
 def leak(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     """A case that the tests below must catch."""
-    for module in (zoo.models.hypernet, zoo.models.moe):
-        monkeypatch.setattr(module, "context_mean", leaky)
+    monkeypatch.setattr(Source, "mean", leaky)
     return BY_NAME[request.param]
 
 
@@ -130,8 +128,8 @@ def test_a_large_state_leaves_the_summaries_before_it_alone() -> None:
     z = torch.randn(1, 12, 4)
     edited = z.clone()
     edited[:, 9:] *= 1e8  # in chunk 2, whose summary is made of chunks 0 and 1
-    assert torch.equal(*(context_mean(t, "chunk", 0, 4).mean for t in (z, edited)))
-    assert torch.equal(*(context_mean(t, "running", 0).mean[:, :9] for t in (z, edited)))
+    assert torch.equal(*(Source("chunk", 4).mean(t, 0).mean for t in (z, edited)))
+    assert torch.equal(*(Source("running").mean(t, 0).mean[:, :9] for t in (z, edited)))
 
 
 def test_edit_catches_a_leak(leak: Case) -> None:

@@ -13,8 +13,8 @@ from cases import Case, batch_of, options_of
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from zoo.core.delta import Patch, Routing
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch, Routing
 from zoo.models.moe import ExpertLoad, ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts
 
 pytestmark = pytest.mark.numeric

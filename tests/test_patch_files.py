@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_static import contexts, queries
 
-from zoo.core.delta import Delta, InputShift, LowRank, Patch
+from zoo.core.delta import Delta, InputShift, LowRank
+from zoo.core.patch import Patch
 from zoo.lens.patch_file import _tensors, describe, fingerprint, load_patch, save_patch
 from zoo.lens.static import answer, fit
 from zoo.models import Model

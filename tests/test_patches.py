@@ -14,9 +14,10 @@ from cases import CASES, Case, batch_of, build, plain_forward, shared, taking_tu
 from test_delta import at_most
 from torch import Tensor
 
-from zoo.core.delta import LowRank, Patch, Routing
+from zoo.core.delta import LowRank
 from zoo.core.exact import EXACT_FORMS, LayerStates, exact, replace_context
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch, Routing
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.core.delta import InputShift, LowRank, Patch
+from zoo.core.delta import InputShift, LowRank
+from zoo.core.patch import Patch
 from zoo.papers import precision
 from zoo.papers.precision import CONTROL, MENU, PLAIN
 

@@ -10,7 +10,7 @@ import torch
 from cases import CASES, Case, batch_of, build
 from torch import Tensor
 
-from zoo.core.delta import Routing
+from zoo.core.patch import Routing
 from zoo.lens.routing import Usage, expert_sets, mutual_information, switched, usage
 from zoo.models import Model
 from zoo.tasks import Batch

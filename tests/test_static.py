@@ -15,7 +15,8 @@ from test_delta import at_most
 from torch import Tensor
 
 from zoo import load, train
-from zoo.core.delta import LowRank, Patch, Routing, Sum
+from zoo.core.delta import LowRank, Sum
+from zoo.core.patch import Patch, Routing
 from zoo.lens.queries import sample_queries
 from zoo.lens.static import STATIC_FORMS, Moments, answer, first, fit, relative_error
 from zoo.models import Model

@@ -10,8 +10,9 @@ from cases import CASES, Case, batch_of, build, options_of, taking_turns
 from test_delta import at_most
 from torch import Tensor
 
-from zoo.core.delta import Full, LowRank, Patch, Routing, Scale
+from zoo.core.delta import Full, LowRank, Scale
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch, Routing
 from zoo.lens import dynamics, structure
 from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, PARTS, Layer, Matrix, Part, patched, record, updates

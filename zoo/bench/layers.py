@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from zoo.bench import peers
 from zoo.bench.timing import Case, Row, backward, kernels, saved_bytes
-from zoo.core.delta import Patch
 from zoo.core.layers import Attention, FeedForward, Layout
+from zoo.core.patch import Patch
 from zoo.models.hypernet import HypernetConfig, HypernetDelta
 from zoo.models.moe import ExpertRouting, MoEConfig
 
@@ -144,9 +144,9 @@ def emitted(sizes: Sizes, z: Tensor, rank: int, chunk: int | None) -> Callable[[
 def _whole(context_to_delta: nn.Module, z: Tensor) -> Patch:
     # as if the sequence were its own context: every token is patched, none is masked
     patch = context_to_delta(z, 0, z.shape[1])
-    return replace(patch, weights={name: replace(delta, gate=None) for name, delta in patch.weights.items()})
+    return replace(patch, served=None)
 
 
 def attention(z: Tensor) -> Callable[[], Any]:
     layout = Layout(torch.arange(z.shape[1], device=z.device), None)
-    return backward(Attention(z.shape[2], 8, 8, 1e4).to(z.device), z, layout)
+    return backward(Attention(z.shape[2], 8, 8).to(z.device), z, layout)

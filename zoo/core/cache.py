@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.core.delta import Patch
+from zoo.core.patch import Patch
 
 
 @dataclass
@@ -21,7 +21,7 @@ class LayerCache:
 
     tokens: how many there were. keys, values (B,G,T,d): those that the next token attends to, keys rotated. total,
     partial (B,1,D): sums of states, of those that make up the context and of those in a chunk not yet complete; count,
-    begun (B,1,1): of how many. patch: the update in force.
+    begun (B,1,1): of how many. patch: the update in force. memory: what else a family keeps.
     """
 
     tokens: int = 0
@@ -32,6 +32,7 @@ class LayerCache:
     count: Any = 0.0
     begun: Any = 0.0
     patch: Patch | None = None
+    memory: Any = None
 
     def within(self, chunk: int | None) -> bool:
         """Whether the next token shares an update with the one before it; chunk: as in Patch."""

@@ -1,11 +1,12 @@
-"""What the families differ in: who turns a context into a weight update, and from which tokens.
+"""The part in which families differ: who turns a context into a weight update, and from which tokens.
 
 Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model; `*` the leading dims of the update, see zoo.core.delta.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,57 +16,106 @@ from torchmetrics import Metric
 
 from zoo.config import show
 from zoo.core.cache import LayerCache
-from zoo.core.delta import Patch
+from zoo.core.delta import Delta
 from zoo.core.layers import split_chunks
+from zoo.core.patch import Patch
 
-SOURCES = ("segment", "chunk", "running", "token")
+KINDS = ("segment", "chunk", "running", "token")
 
 
 class ContextMean(NamedTuple):
-    """The mean state of each context: mean (*,D), and filled (*,1), 0 where the context is empty."""
+    """The mean state of each context: mean (*,D), and nonempty (*,1), 0 where the context is empty."""
 
     mean: Tensor
     nonempty: Tensor
 
 
-def context_mean(
-    z_BTD: Tensor,
-    source: str,
-    n_context: int,
-    chunk: int | None = None,
-    cache: LayerCache | None = None,
-    real: Tensor | None = None,
-) -> ContextMean:
-    """Mean of the states that make up a context; no state later than the token it serves ever enters.
+@dataclass(frozen=True)
+class Source:
+    """Where the context of a token's update comes from; no state later than the token ever enters.
 
-    segment: the first n_context tokens, for all that follow: (B,D). chunk: for chunk s, all tokens of chunks < s:
-    (B,S,D). running: tokens up to and including t: (B,T,D). token: the state of t alone, after attention: (B,T,D).
-    cache: the states before z, which is then one token; the states of z are added to it. real (B,T): False for places
-    that hold no token, which no mean takes in.
+    segment: the first n_context tokens, for all that follow them: one update (B). chunk: for the tokens of chunk s, all
+    chunks before it: (B,S). running: the tokens up to and including t: (B,T). token: the state of t alone, after
+    attention: (B,T). chunk: tokens of a chunk, None for the other kinds.
     """
-    cache = LayerCache() if cache is None else cache
-    counted_BT1 = torch.ones_like(z_BTD[..., :1]) if real is None else real.unsqueeze(-1).to(z_BTD)
-    if source == "token":
-        return ContextMean(z_BTD, counted_BT1)
-    # sums over thousands of tokens lose the small addends in bfloat16
-    dtype = torch.promote_types(z_BTD.dtype, torch.float32)
-    count_BT1 = counted_BT1.to(dtype)
-    states_BTD = z_BTD.to(dtype) if real is None else z_BTD * count_BT1
-    if source == "segment":
-        if not cache.tokens:
-            cache.total, cache.count = (t[:, :n_context].sum(1, keepdim=True) for t in (states_BTD, count_BT1))
-        total, count = cache.total[:, 0], cache.count[:, 0]
-    elif source == "running":
-        total, count = (before + t.cumsum(1) for before, t in ((cache.total, states_BTD), (cache.count, count_BT1)))
-        cache.total, cache.count = total[:, -1:], count[:, -1:]
-    elif source == "chunk" and chunk:
-        begun = cache.tokens % chunk  # how many tokens of the first chunk came before
-        complete = (begun + z_BTD.shape[1]) // chunk
-        total, cache.total, cache.partial = _before(states_BTD, chunk, complete, cache.total, cache.partial)
-        count, cache.count, cache.begun = _before(count_BT1, chunk, complete, cache.count, cache.begun)
-    else:
-        raise ValueError(f"unknown context source {source!r} with chunk={chunk}; sources: {', '.join(SOURCES)}")
-    return ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
+
+    kind: str
+    chunk: int | None = None
+
+    @classmethod
+    def resolve(
+        cls, n_context: int, tokens: int, kind: str | None, chunk: int | None, running: str = "chunk"
+    ) -> Source:
+        """The source for sequences of `tokens` tokens, the first n_context of them a separate context; open kind: a
+        separate context as segment, else what `running` names; open chunk: 32, or half of a short sequence. Raises
+        ValueError, in terms of model.context and model.chunk, for what does not fit."""
+        kind = kind or ("segment" if n_context else running)
+        if (kind == "segment") != bool(n_context):
+            raise ValueError(
+                f"model.context={kind} does not fit a task {'with' if n_context else 'without'} a separate context: "
+                f"segment is for those with one (regression, prompts), chunk, running and token for running text"
+            )
+        if kind != "chunk":
+            if chunk is not None:
+                raise ValueError(f"model.chunk={chunk} needs model.context=chunk, not {kind}")
+            return cls(kind)
+        chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
+        if not 0 < chunk < tokens:
+            raise ValueError(
+                f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1: no token is patched"
+            )
+        return cls(kind, chunk)
+
+    @property
+    def shared_by(self) -> int | None:
+        """How many tokens share an update, None for all of a sequence: Patch.chunk."""
+        return {"segment": None, "chunk": self.chunk}.get(self.kind, 1)
+
+    def updates(self, tokens: int) -> float:
+        """How many updates a sequence of `tokens` has."""
+        return 1.0 if self.shared_by is None else tokens / self.shared_by
+
+    def served(self, z_BTD: Tensor, n_context: int) -> Tensor | None:
+        """(B,T,1): 0 for the tokens of a separate context, which no update serves, None if there are none."""
+        if self.kind != "segment" or not n_context:
+            return None
+        B, T, _ = z_BTD.shape
+        # not the rows alone that it serves: one product over all rows keeps the baseline's rounding
+        return (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
+
+    def mean(
+        self, z_BTD: Tensor, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
+    ) -> ContextMean:
+        """Mean of the states that make up each context.
+
+        cache: the states before z, which is then one token; the states of z are added to it. real (B,T): False for
+        places that hold no token, which no mean takes in.
+        """
+        cache = LayerCache() if cache is None else cache
+        counted_BT1 = torch.ones_like(z_BTD[..., :1]) if real is None else real.unsqueeze(-1).to(z_BTD)
+        if self.kind == "token":
+            return ContextMean(z_BTD, counted_BT1)
+        # sums over thousands of tokens lose the small addends in bfloat16
+        dtype = torch.promote_types(z_BTD.dtype, torch.float32)
+        count_BT1 = counted_BT1.to(dtype)
+        states_BTD = z_BTD.to(dtype) if real is None else z_BTD * count_BT1
+        if self.kind == "segment":
+            if not cache.tokens:
+                cache.total, cache.count = (t[:, :n_context].sum(1, keepdim=True) for t in (states_BTD, count_BT1))
+            total, count = cache.total[:, 0], cache.count[:, 0]
+        elif self.kind == "running":
+            total, count = (b + t.cumsum(1) for b, t in ((cache.total, states_BTD), (cache.count, count_BT1)))
+            cache.total, cache.count = total[:, -1:], count[:, -1:]
+        elif self.kind == "chunk" and self.chunk:
+            begun = cache.tokens % self.chunk  # how many tokens of the first chunk came before
+            complete = (begun + z_BTD.shape[1]) // self.chunk
+            total, cache.total, cache.partial = _before(states_BTD, self.chunk, complete, cache.total, cache.partial)
+            count, cache.count, cache.begun = _before(count_BT1, self.chunk, complete, cache.count, cache.begun)
+        else:
+            raise ValueError(
+                f"unknown context source {self.kind!r} with chunk={self.chunk}; sources: {', '.join(KINDS)}"
+            )
+        return ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
 
 
 def _before(
@@ -79,21 +129,72 @@ def _before(
     return before_BSn, whole, sums_BSn[:, complete:].sum(1, keepdim=True)
 
 
-class ContextToDelta(nn.Module, ABC):
-    """A family within the decoder: from the states before each FFN to the patch of that FFN."""
+class ContextToDelta(nn.Module):
+    """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
-    reads_query: bool = True
-    """False where the patch of a query is made from the separate context alone, the same for all queries."""
+    A family that makes an update of the mean of its context defines `update` and `flops`, and is done: which tokens
+    enter the mean, which the update serves and how long generation keeps it, follow from its source. One that reads
+    something else defines `forward`.
+    """
 
-    @abstractmethod
+    def __init__(self, source: Source, layers: int):
+        super().__init__()
+        self.source, self.layers = source, layers
+
+    @property
+    def code(self) -> nn.Module | None:
+        """The part whose output is the code of a context, (*,C), for analysis; None where there is none."""
+        return None
+
+    @property
+    def reads_query(self) -> bool:
+        """False where the patch of a query is made from the separate context alone, the same for all queries."""
+        return self.source.kind != "segment"
+
+    def update(self, context: ContextMean, layer: int) -> Mapping[str, Delta]:
+        """The updates, by matrix, of layer `layer` from its context; zero where `nonempty` is."""
+        raise NotImplementedError
+
+    def context(self, z_BTD: Tensor, n_context: int, cache: LayerCache | None, real: Tensor | None) -> ContextMean:
+        """What `update` reads; arguments as of forward."""
+        return self.source.mean(z_BTD, n_context, cache, real)
+
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
         """The patch of layer `layer` for states z (B,T,D) whose first n_context tokens are a separate context.
 
-        cache: what the layer keeps of the tokens before z, which is then one token, with n_context = 0. real (B,T):
-        False for places that hold no token and must change nothing; None where all do.
+        n_context: 0 on running text. cache: what the layer keeps of the tokens before z, which is then one token, with
+        n_context = 0. real (B,T): False for places that hold no token and must change nothing; None where all do.
         """
+        shared_by = self.source.shared_by
+        context = self.context(z_BTD, n_context, cache, real)
+        if cache is not None and cache.patch is not None and cache.within(shared_by):
+            return cache.patch
+        patch = Patch(
+            weights=self.update(context, layer),
+            chunk=shared_by,
+            served=self.source.served(z_BTD, n_context),
+            counted=context.nonempty.squeeze(-1).bool(),
+        )
+        if cache is not None and shared_by != 1:
+            cache.patch = patch.per_token(torch.tensor([z_BTD.shape[1] - 1], device=z_BTD.device))
+        return patch
+
+    def flops(self) -> tuple[float, float]:
+        """FLOPs of making the update of one layer, and of applying it to one token; forward pass."""
+        raise NotImplementedError
+
+    def flops_per_token(self, tokens: int, n_context: int) -> float:
+        """FLOPs per token of making and applying the updates of all layers, for sequences of `tokens`, the first
+        n_context of them a separate context; forward pass."""
+        made, applied = self.flops()
+        return self.layers * (made * self.source.updates(tokens) / tokens + applied)
+
+    @property
+    def active_share(self) -> float:
+        """The share of the FFN's parameters that one token uses."""
+        return 1.0
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """What training adds to the task's loss, 0 for most families: a mean over the real tokens of a part.
@@ -101,10 +202,6 @@ class ContextToDelta(nn.Module, ABC):
         Called once for each part of a step's batch; part counts them from 0.
         """
         return 0.0
-
-    @abstractmethod
-    def flops_per_token(self, tokens: int) -> float:
-        """FLOPs per token of making and applying the updates of all layers, for sequences of `tokens`; forward pass."""
 
     def metrics(self) -> dict[str, Metric]:
         """Fresh metrics of one layer; each has update(patch, ffn), and compute() gives a number or a dict of them."""
@@ -118,6 +215,6 @@ class ContextToDelta(nn.Module, ABC):
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Takes over what state() gave, or nothing; raises ValueError for what it cannot have given."""
+        """Takes over what training_state() gave, or nothing; raises ValueError for what it cannot have given."""
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got {show(state)}")

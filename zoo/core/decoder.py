@@ -6,7 +6,8 @@ Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,40 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import LayerCache, check_cache
 from zoo.core.context import ContextToDelta
-from zoo.core.delta import Patch
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
+from zoo.core.patch import Patch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens."""
+
+    dim: int = 64
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int | None = None
+    hidden: int = 128
+    tied: bool = False
+
+
+class Tokens(Protocol):
+    """What a task says of its tokens: `vocabulary` ids, or continuous ones of `token_dim` numbers; the first n_context
+    are a separate context, 0 on running text. independent_queries: those after it all stand at the same position and do
+    not see each other. filled: ids may be FILLING, which is left out of attention, means and statistics."""
+
+    vocabulary: int | None
+    token_dim: int | None
+    output_dim: int
+    n_context: int
+    independent_queries: bool
+    filled: bool
 
 
 class Decoder(nn.Module):
     """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
-    vocabulary: number of token ids, or None for continuous tokens of `token_dim` numbers. independent_queries: tokens
-    after the context all stand at the same position and do not see each other. attend_context: they see the context.
-    filled: ids may be FILLING, which is left out of attention, means and statistics.
+    attend_context: tokens after a separate context see it; blocks, backend: of each FeedForward.
     activation_checkpointing, an attribute: what a layer needs for its gradient is computed anew in the backward pass of
     training, not kept (Chen et al. 2016, arXiv 1604.06174).
     """
@@ -33,38 +57,23 @@ class Decoder(nn.Module):
     activation_checkpointing: bool = False
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        layers: int,
-        heads: int,
-        kv_heads: int,
-        hidden: int,
-        output_dim: int,
-        vocabulary: int | None = None,
-        token_dim: int | None = None,
-        tied: bool = False,
-        independent_queries: bool = False,
-        attend_context: bool = True,
-        filled: bool = False,
-        blocks: int = 1,
-        backend: str = "auto",
-        theta: float = 10000.0,
-        eps: float = 1e-6,
+        self, sizes: Sizes, tokens: Tokens, *, attend_context: bool = True, blocks: int = 1, backend: str = "auto"
     ):
         super().__init__()
-        self.context_to_delta = None
-        self.independent_queries, self.attend_context, self.filled = independent_queries, attend_context, filled
+        dim, vocabulary, token_dim = sizes.dim, tokens.vocabulary, tokens.token_dim
         if (vocabulary is None) == (token_dim is None):
             raise ValueError(f"vocabulary={vocabulary}, token_dim={token_dim}: tokens are either ids or continuous")
+        self.context_to_delta = None
+        self.attend_context, self.separate_context = attend_context, tokens.n_context > 0
+        self.independent_queries, self.filled = tokens.independent_queries, tokens.filled
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
-        ffns = (FeedForward(dim, hidden, blocks, backend) for _ in range(layers))
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(dim, heads, kv_heads, theta, eps, ffn) for ffn in ffns
+            Block(dim, sizes.heads, sizes.kv_heads or sizes.heads, FeedForward(dim, sizes.hidden, blocks, backend))
+            for _ in range(sizes.layers)
         )
-        self.norm = RMSNorm(dim, eps)
-        self.head = nn.Linear(dim, output_dim, bias=False)
-        if tied:
+        self.norm = RMSNorm(dim)
+        self.head = nn.Linear(dim, tokens.output_dim, bias=False)
+        if sizes.tied:
             self.head.weight = self.embedding.weight
         self.initialise()
 
@@ -117,8 +126,7 @@ class Decoder(nn.Module):
         """The patch that the family itself emits; empty for the transformer."""
         if self.context_to_delta is None:
             return Patch()
-        more = {name: value for name, value in (("cache", cache), ("real", real)) if value is not None}
-        return self.context_to_delta(z_BTD, layer, n_context, **more)
+        return self.context_to_delta(z_BTD, layer, n_context if self.separate_context else 0, cache, real)
 
     def new_cache(self) -> list[LayerCache]:
         """What forward fills with the first tokens and extends with each further one."""

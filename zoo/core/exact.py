@@ -24,9 +24,9 @@ Axes: B batch, T kept tokens, D model, F hidden units of all blocks; o outputs a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,13 @@ from torch import Tensor
 
 from zoo.config import lookup
 from zoo.core.decoder import Decoder, check_tokens
-from zoo.core.delta import InputShift, LowRank, Patch, Replaced, Routing
+from zoo.core.delta import InputShift, LowRank, Replaced
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch, Routing
 
 
-def deltas(decoder: Decoder, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
-    """The total patch of each layer, per kept token, that stands for the tokens marked in `removed` (T,).
+def deltas(decoder: Decoder, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> list[Patch]:
+    """The total patch of each layer, per kept token, that stands for the tokens marked in `removed` (T,), or the first.
 
     The law: forward(tokens[:, ~removed], patches=deltas) equals forward(tokens) at the kept tokens, when the kept
     tokens keep their positions. n_context: as in forward, default the number of removed tokens. Each query token
@@ -53,18 +54,22 @@ def deltas(decoder: Decoder, tokens: Tensor, removed: Tensor, n_context: int | N
 def replace_context(
     decoder: Decoder,
     tokens: Tensor,
-    removed: Tensor,
+    removed: Tensor | int,
     patch_of: Callable[[LayerStates], Patch],
     n_context: int | None = None,
     parallel: bool = False,
+    layers: int | None = None,
 ) -> list[Patch]:
-    """The patches that `patch_of` makes, layer by layer, from the states with and without `removed` tokens (T,).
+    """The patches that `patch_of` makes, layer by layer, from the states with and without `removed` tokens, marked
+    (T,) or so many at the start; of the first `layers` layers, None for all.
 
     The stream without them runs through the patches of the layers below; parallel: through none, it starts from the
     contextual stream at every layer, which is the same where patches are exact, up to rounding that grows with
     depth. n_context: as in forward, default the number of removed tokens. Raises ValueError if nothing is kept.
     """
     check_tokens(tokens, n_context or 0)
+    if isinstance(removed, int):
+        removed = torch.arange(tokens.shape[1], device=tokens.device) < removed
     if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
         raise ValueError(
             f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
@@ -91,8 +96,8 @@ def replace_context(
             pair = LayerStates(
                 layer=layer,
                 ffn=block.ffn,
-                emitted=emitted.per_token(kept),
-                emit_without_context=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
+                emit_with_context=functools.partial(emitted.per_token, kept),
+                emit_without_context=functools.partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
                 v_ctx=v_ctx_BTD[:, kept],
                 z_ctx=z_ctx_BTD[:, kept],
                 out_ctx=out_ctx_BTD[:, kept],
@@ -103,7 +108,7 @@ def replace_context(
 
         return out_ctx_BTD, *block(x_BTD, reduced, replaced)
 
-    for layer in range(len(decoder.blocks)):
+    for layer in range(len(decoder.blocks) if layers is None else layers):
         x_ctx_BTD, x_BTD, patch = run(x_ctx_BTD, x_ctx_BTD[:, kept] if parallel else x_BTD, layer)
         patches.append(patch)
     return patches
@@ -111,21 +116,26 @@ def replace_context(
 
 @dataclass(frozen=True)
 class LayerStates:
-    """One layer's states at the kept tokens, (B,T,D), with the whole context (C) and without what was removed.
+    """One layer's states at the kept tokens, (B,T,D), with the whole context (_ctx) and without what was removed.
 
-    v enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emitted: the family's patch with
-    the whole context, one per token; alone(): what it emits without what was removed, as it comes.
+    v enters the second half of the block, z = norm2(v) its FFN, out leaves the block.
+    emit_without_context(): what the family emits without what was removed, as it comes.
     """
 
     layer: int
     ffn: FeedForward
-    emitted: Patch
+    emit_with_context: Callable[[], Patch]
     emit_without_context: Callable[[], Patch]
     v_ctx: Tensor
     z_ctx: Tensor
     out_ctx: Tensor
     v: Tensor
     z: Tensor
+
+    @functools.cached_property
+    def emitted(self) -> Patch:
+        """The family's patch with the whole context, one per token."""
+        return self.emit_with_context()
 
     def along(self, what: str, state: Tensor) -> Tensor:
         """state/|state|² (*,n), the row of a rank-1 update; raises ValueError, naming `what`, where a state is zero."""
@@ -136,7 +146,7 @@ class LayerStates:
 
 
 def shear_and_down(pair: LayerStates) -> Patch:
-    """The emitted patch, every reader sheared from z to zC, and the missing residual as a rank-1 update of `down`."""
+    """The emitted patch, its input shifted from z to z_ctx, and the missing residual as a rank-1 update of `down`."""
     pair.along("state before", pair.z)
     patch = replace(pair.emitted, input=InputShift(pair.z, pair.z_ctx - pair.z))
     h_BTF = pair.ffn.hidden(pair.z, patch)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.core.cache import LayerCache
-from zoo.core.delta import Patch, Routing
 from zoo.core.experts import GROUPED_MATMULS, backend_for, combine, dispatch, sort_by_block
 from zoo.core.norm import RMSNorm
+from zoo.core.patch import Patch, Routing
 from zoo.core.transforms import transformed
 
 FILLING = -1
@@ -54,7 +54,7 @@ def _rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Softmax attention with rotary positions and G key/value heads shared by H query heads; 2D² + 2DGd parameters."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float):
+    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float = 1e4):
         super().__init__()
         self.heads, self.kv_heads, self.width, self.theta = heads, kv_heads, dim // heads, theta
         self.q = nn.Linear(dim, dim, bias=False)
@@ -115,12 +115,14 @@ class FeedForward(nn.Module):
         return self.down.mT if name == "down" else getattr(self, name)
 
     def _apply_matrix(self, name: str, x: Tensor, patch: Patch) -> Tensor:
-        delta = patch.weights.get(name)
-        y = F.linear(x, self.weight(name)) if delta is None else delta.linear(self.weight(name), x)
-        return y + patch.biases[name].unsqueeze(-2) if name in patch.biases else y
+        W, delta, bias = self.weight(name), patch.weights.get(name), patch.biases.get(name)
+        y = F.linear(x, W) if delta is None else delta.linear(W, x, patch.served)
+        if bias is None:
+            return y
+        return y + (bias.unsqueeze(-2) if patch.served is None else bias.unsqueeze(-2) * patch.served)
 
     def _hidden(self, x: Tensor, patch: Patch) -> Tensor:
-        x = patch.input.apply(x) if patch.input else x
+        x = patch.input.apply(x, patch.served) if patch.input else x
         h = F.silu(self._apply_matrix("gate", x, patch)) * self._apply_matrix("up", x, patch)
         if patch.routing:
             h = h * patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1).to(h.dtype)
@@ -137,7 +139,7 @@ class FeedForward(nn.Module):
         x = split_chunks(z_BTD, patch.chunk)
         sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
         if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
-            y = self._chosen_blocks(patch.input.apply(x) if patch.input else x, patch.routing)
+            y = self._chosen_blocks(patch.input.apply(x, patch.served) if patch.input else x, patch.routing)
         else:
             y = self._apply_matrix("down", self._hidden(x, patch), patch)
         return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
@@ -156,6 +158,10 @@ class FeedForward(nn.Module):
 
     def dense(self, patch: Patch) -> dict[str, Tensor]:
         """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""
+        if patch.served is not None:
+            raise ValueError(
+                "a patch that does not serve all tokens has no one matrix: take patch.per_token(tokens) first"
+            )
         weights = {}
         for name in ("gate", "up", "down"):
             W = self.weight(name)
@@ -166,7 +172,7 @@ class FeedForward(nn.Module):
         if patch.routing:
             scale = patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1)
             if scale.shape[-2] != 1:
-                raise ValueError("a routing differs from token to token: take patch.at(tokens) first")
+                raise ValueError("a routing differs from token to token: take patch.per_token(tokens) first")
             weights["down"] = weights["down"] * scale
         return weights
 
@@ -174,11 +180,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One decoder block: `attend` gives the state v that enters the second half, v + ffn(norm2(v))."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, theta: float, eps: float, ffn: FeedForward):
+    def __init__(self, dim: int, heads: int, kv_heads: int, ffn: FeedForward):
         super().__init__()
-        self.norm1 = RMSNorm(dim, eps)
-        self.attention = Attention(dim, heads, kv_heads, theta)
-        self.norm2 = RMSNorm(dim, eps)
+        self.norm1 = RMSNorm(dim)
+        self.attention = Attention(dim, heads, kv_heads)
+        self.norm2 = RMSNorm(dim)
         self.ffn = ffn
 
     def attend(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:

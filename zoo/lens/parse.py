@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from zoo.config import lookup, show
-from zoo.core.delta import Delta, Full, InputShift, LowRank, Patch, Routing, Scale, Sum
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import Block, FeedForward
+from zoo.core.patch import Patch, Routing
 from zoo.training.untrusted import finite
 
 KINDS: dict[str, type] = {"LowRank": LowRank, "Scale": Scale, "Full": Full, "Shear": InputShift}

@@ -21,7 +21,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from zoo.config import VERSION, one_line, show
-from zoo.core.delta import Delta, Patch, Sum
+from zoo.core.delta import Delta, Sum
+from zoo.core.patch import Patch
 from zoo.files import whole
 from zoo.lens.parse import FIELDS, KINDS, read_patches
 from zoo.models import Model

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import InputShift, Patch, Routing
+from zoo.core.delta import InputShift
 from zoo.core.exact import LayerStates, replace_context, shear_and_down
+from zoo.core.patch import Patch, Routing
 from zoo.models import Model
 from zoo.models.moe import ExpertLoad, ExpertRouting, RouterEntropy
 from zoo.tasks import Batch

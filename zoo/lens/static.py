@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,8 +25,10 @@ from torch import Tensor
 
 from zoo.config import lookup
 from zoo.core.decoder import Decoder
-from zoo.core.delta import LowRank, Patch, Routing
+from zoo.core.delta import LowRank
+from zoo.core.exact import LayerStates, replace_context
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch, Routing
 
 
 class Form(NamedTuple):
@@ -110,10 +111,10 @@ def fit(
             moments = Moments()
             for tokens in _same_context(batches, n_context):
                 patches = patches or _start(decoder, tokens[:1], n_context)
-                seen = _states(decoder, tokens, n_context, patches, layer)
+                seen, patch = _states(decoder, tokens, n_context, patches, layer)
                 if matrices == ("down",):
-                    h_BTF = block.ffn.hidden(seen.z, seen.patch)
-                    moments.add(h_BTF, seen.out_ctx - seen.v - block.ffn(seen.z, seen.patch))
+                    h_BTF = block.ffn.hidden(seen.z, patch)
+                    moments.add(h_BTF, seen.out_ctx - seen.v - block.ffn(seen.z, patch))
                 else:
                     moments.add(seen.z, seen.z_ctx - seen.z)
             low_rank, bias = moments.solve(what, ridge)
@@ -152,35 +153,20 @@ def first(decoder: Decoder, tokens: Tensor, n_context: int, count: int) -> Tenso
     return tokens[:, : n_context + count] if one_row else tokens[:count]
 
 
-class _States(NamedTuple):
-    """One layer's states at the queries, (B,T,D): v, z alone, zC, outC with the context; patch: what applies alone."""
+def _states(
+    decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch], layer: int
+) -> tuple[LayerStates, Patch]:
+    """One layer's states at the queries, where the layers below run under their patches, and what applies in it."""
+    seen: list[tuple[LayerStates, Patch]] = []
 
-    v: Tensor
-    z: Tensor
-    z_ctx: Tensor
-    out_ctx: Tensor
-    patch: Patch
+    def patch_of(states: LayerStates) -> Patch:
+        own = patches[states.layer]
+        patch = states.emit_without_context().merged_with(own) if reads_query(decoder) else own
+        seen.append((states, patch))
+        return patch
 
-
-def _states(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch], layer: int) -> _States:
-    # zoo.core.exact.replace_context for many passes: it stops at `layer` and forms no update per token
-    real = decoder.real(tokens)
-    full = decoder.layout(tokens.shape[1], n_context, tokens.device, real)
-    asked = None if real is None else real[:, n_context:]
-    alone = full.keep(torch.arange(n_context, tokens.shape[1], device=tokens.device))
-    x_ctx_BTD = decoder.embed(tokens)
-    x_BTD = x_ctx_BTD[:, n_context:]
-    for index, block in enumerate(decoder.blocks[: layer + 1]):
-
-        def patch_of(z_BTD: Tensor, index: int = index) -> Patch:
-            if not reads_query(decoder):
-                return patches[index]
-            return decoder.emit(z_BTD, index, 0, real=asked).merged_with(patches[index])
-
-        v_BTD, z_BTD, x_BTD, patch = block.states(x_BTD, alone, patch_of)
-        emit = partial(decoder.emit, layer=index, n_context=n_context, real=real)
-        _, z_ctx_BTD, x_ctx_BTD, _ = block.states(x_ctx_BTD, full, emit)
-    return _States(v_BTD, z_BTD, z_ctx_BTD[:, n_context:], x_ctx_BTD[:, n_context:], patch)
+    replace_context(decoder, tokens, n_context, patch_of, layers=layer + 1)
+    return seen[-1]
 
 
 def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
@@ -192,11 +178,10 @@ def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
 
 def _whole(emitted: Patch) -> Patch:
     """The update that all queries of one sequence get, without the mask that keeps it off the context's own tokens."""
-    weights = {name: replace(delta, gate=None) for name, delta in emitted.weights.items()}  # type: ignore[type-var]
     routing = emitted.routing
     if routing:
         routing = Routing(routing.index[:, -1:], routing.weight[:, -1:], routing.logits[:, -1:])
-    return Patch(weights=weights, routing=routing)
+    return replace(emitted, routing=routing, served=None, counted=None)
 
 
 def _update(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import Delta, Full, InputShift, LowRank, Patch, Scale, Sum
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch
 from zoo.models import Model
 
 MATRICES = (*FeedForward.input_matrices, "down")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -18,25 +18,19 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.config import from_dict, lookup, require_positive
 from zoo.core import sampling
-from zoo.core.context import ContextToDelta
-from zoo.core.decoder import Decoder
-from zoo.core.delta import Patch
+from zoo.core.context import ContextToDelta, Source
+from zoo.core.decoder import Decoder, Sizes
 from zoo.core.exact import deltas
 from zoo.core.layers import FILLING
+from zoo.core.patch import Patch
 from zoo.tasks import TASKS, Batch, Task
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The decoder's sizes; kv_heads: null for as many as heads; tied: one matrix embeds and unembeds tokens."""
+class ModelConfig(Sizes):
+    """The sizes of the decoder, and the name of the family."""
 
     name: str = ""
-    dim: int = 64
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int | None = None
-    hidden: int = 128
-    tied: bool = False
 
     def resolve(self, task: Task) -> ModelConfig:
         """This with every open default written down; raises ValueError for sizes that do not fit each other."""
@@ -51,6 +45,26 @@ class ModelConfig:
         if self.tied and not task.vocabulary:
             raise ValueError(f"model.tied=true needs token ids, but task.name={task.config.name} has continuous tokens")
         return replace(self, kv_heads=kv_heads)
+
+
+@dataclass(frozen=True)
+class ContextConfig(ModelConfig):
+    """context: what a token's update is made from: segment (a separate context, once for all queries), chunk (all
+    earlier chunks of `chunk` tokens), running (mean up to the token), token (its own state after attention); null:
+    segment where the task has a separate context, else chunk."""
+
+    context: Literal["segment", "chunk", "running", "token"] | None = None
+    chunk: int | None = None
+
+    def resolve(self, task: Task) -> ContextConfig:
+        config = super().resolve(task)
+        source = Source.resolve(task.n_context, task.tokens, self.context, self.chunk)
+        return replace(config, context=source.kind, chunk=source.chunk)  # type: ignore[call-arg,return-value]
+
+    @property
+    def source(self) -> Source:
+        """Where the context of an update comes from, once resolved."""
+        return Source(str(self.context), self.chunk)
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ class Model(L.LightningModule):
             {"model": _plain(self.config), "task": _plain(self.task.config), "optim": _plain(self.optim), "seed": seed}
         )
         # the decoder draws its weights first: families start from the same decoder at the same seed
-        self.decoder = Decoder(**self.decoder_options())
+        self.decoder = Decoder(self.config, self.task, **self.decoder_options())
         self.decoder.context_to_delta = self.make_context_to_delta()
         self.losses = {}
         self.validation_loss = MeanMetric(nan_strategy="disable")
@@ -129,21 +143,8 @@ class Model(L.LightningModule):
         )
 
     def decoder_options(self) -> dict[str, Any]:
-        """The keyword arguments of Decoder that the options and the task decide."""
-        config, task = self.config, self.task
-        return {
-            "dim": config.dim,
-            "layers": config.layers,
-            "heads": config.heads,
-            "kv_heads": config.kv_heads,
-            "hidden": config.hidden,
-            "tied": config.tied,
-            "vocabulary": task.vocabulary,
-            "token_dim": task.token_dim,
-            "output_dim": task.output_dim,
-            "independent_queries": task.independent_queries,
-            "filled": task.filled,
-        }
+        """What a family asks of the decoder: keyword arguments of Decoder beside the sizes and the task."""
+        return {}
 
     def make_context_to_delta(self) -> ContextToDelta | None:
         """The family itself: None for a plain transformer."""
@@ -159,7 +160,7 @@ class Model(L.LightningModule):
         """Output (B,T,V); arguments as in Decoder.forward."""
         return self.decoder(tokens, n_context, patches, positions)[0]
 
-    def deltas(self, tokens: Tensor, removed: Tensor, n_context: int | None = None) -> list[Patch]:
+    def deltas(self, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> list[Patch]:
         """The total weight update that stands for the removed tokens; see zoo.core.exact.deltas."""
         return deltas(self.decoder, tokens, removed, n_context)
 

@@ -1,4 +1,4 @@
-"""The hypernetwork: a generator reads a summary of the context and emits the weight update of every FFN.
+"""The hypernetwork: a generator reads the mean of the context and emits the weight update of every FFN.
 
 Axes: B batch, T tokens, D model, F hidden, C code, R rank; `*` leading dims of the update, see zoo.core.delta.
 """
@@ -14,33 +14,28 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
-from zoo.core.context import ContextMean, ContextToDelta, context_mean
-from zoo.core.delta import Delta, Full, LowRank, Patch, Scale
+from zoo.core.context import ContextMean, ContextToDelta
+from zoo.core.delta import Delta, Full, LowRank, Scale
 from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
-from zoo.models.base import Model, ModelConfig
+from zoo.core.patch import Patch
+from zoo.models.base import ContextConfig, Model
 from zoo.tasks import Task
 
 MATRICES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class HypernetConfig(ModelConfig):
-    """emission: the form of ΔW; matrices: those it changes; rank: of low_rank; code_dim: size of the code.
-
-    context: what a token's update is made from: segment (a separate context, once for all queries), chunk (all earlier
-    chunks of `chunk` tokens), running (mean up to the token), token (its own state after attention); null: segment
-    where the task has a separate context, else chunk. attend_context: queries also attend to the separate context.
-    code: constant replaces the context by a learned constant, the null model with equal parameters.
-    """
+class HypernetConfig(ContextConfig):
+    """emission: the form of ΔW; matrices: those it changes; rank: of low_rank; code_dim: size of the code;
+    attend_context: queries also attend to the separate context; code: constant replaces the context by a learned
+    constant, the null model with equal parameters."""
 
     name: str = "hypernet"
     emission: Literal["low_rank", "full", "scale"] = "low_rank"
     matrices: tuple[str, ...] = MATRICES
     rank: int | None = None
     code_dim: int = 64
-    context: Literal["segment", "chunk", "running", "token"] | None = None
-    chunk: int | None = None
     attend_context: bool | None = None
     code: Literal["context", "constant"] = "context"
 
@@ -48,18 +43,12 @@ class HypernetConfig(ModelConfig):
         config = super().resolve(task)
         assert isinstance(config, HypernetConfig)
         require_positive("model", code_dim=self.code_dim)
-        context = self.context or ("segment" if task.n_context else "chunk")
-        if (context == "segment") != bool(task.n_context):
+        segment = config.context == "segment"
+        if not segment and self.attend_context is not None:
             raise ValueError(
-                f"model.context={context} does not fit task.name={task.config.name}: segment is for tasks with a "
-                f"separate context (regression, prompts), chunk, running and token for running text"
+                f"model.attend_context={str(self.attend_context).lower()} needs model.context=segment, "
+                f"not {config.context}"
             )
-        if context != "segment" and self.attend_context is not None:
-            raise ValueError(
-                f"model.attend_context={str(self.attend_context).lower()} needs model.context=segment, not {context}"
-            )
-        if context != "chunk" and self.chunk is not None:
-            raise ValueError(f"model.chunk={self.chunk} needs model.context=chunk, not {context}")
         if self.emission != "low_rank" and self.rank is not None:
             raise ValueError(f"model.rank={self.rank} needs model.emission=low_rank, not {self.emission}")
         unknown = set(self.matrices) - set(MATRICES)
@@ -70,13 +59,7 @@ class HypernetConfig(ModelConfig):
             raise ValueError(
                 f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
             )
-        chunk = (32 if self.chunk is None else self.chunk) if context == "chunk" else None
-        if chunk is not None and not 0 < chunk < task.tokens:
-            raise ValueError(
-                f"model.chunk={chunk} must lie between 1 and task.tokens={task.tokens} - 1, else no token is patched"
-            )
-        attend = bool(self.attend_context) if context == "segment" else None
-        return replace(config, context=context, rank=rank, chunk=chunk, attend_context=attend)
+        return replace(config, rank=rank, attend_context=bool(self.attend_context) if segment else None)
 
 
 class FactorHead(nn.Linear):
@@ -92,7 +75,7 @@ class FactorHead(nn.Linear):
 
 
 class Generator(nn.Module):
-    """From a summary (*,D) to the factors of one layer's update: encoder, layer embedding, a head per factor.
+    """From the mean of a context (*,D) to the factors of a layer's update: encoder, layer embedding, head per factor.
 
     Heads are shared by all layers and have no bias. v-heads give entries of variance 1/i, so that vᵀx starts at unit
     size; the others (u, full, scale) start at zero, so ΔW = 0 at the start, and read code/√C, so that a step of Adam
@@ -120,24 +103,19 @@ class Generator(nn.Module):
                 self.heads[f"{name}_rows"] = FactorHead(C, (o,), 0.0)
                 self.heads[f"{name}_columns"] = FactorHead(C, (i,), 0.0)
 
-    def forward(self, summary: ContextMean, layer: int, gate: Tensor | None) -> dict[str, Delta]:
-        shift = self.layer(torch.full((), layer, device=summary.mean.device))
-        code = self.code_norm(self.encoder(self.summary_norm(summary.mean)) + shift)
-        small = code * (
-            summary.nonempty * code.shape[-1] ** -0.5
-        )  # no context, no code: heads without bias give ΔW = 0
+    def forward(self, context: ContextMean, layer: int) -> dict[str, Delta]:
+        shift = self.layer(torch.full((), layer, device=context.mean.device))
+        code = self.code_norm(self.encoder(self.summary_norm(context.mean)) + shift)
+        small = code * (context.nonempty * code.shape[-1] ** -0.5)  # no context, no code: ΔW = 0, heads have no bias
         deltas: dict[str, Delta] = {}
         for name in self.matrices:
             if self.emission == "low_rank":
-                u = self.heads[f"{name}_u"](small).mT
-                v = self.heads[f"{name}_v"](code).mT
-                deltas[name] = LowRank(u, v, None if gate is None else gate.expand(*gate.shape[:-1], u.shape[-1]))
+                deltas[name] = LowRank(self.heads[f"{name}_u"](small).mT, self.heads[f"{name}_v"](code).mT)
             elif self.emission == "full":
-                deltas[name] = Full(self.heads[f"{name}_full"](small), gate)
+                deltas[name] = Full(self.heads[f"{name}_full"](small))
             else:
-                rows = 1 + self.heads[f"{name}_rows"](small)
-                columns = 1 + self.heads[f"{name}_columns"](small)
-                deltas[name] = Scale(rows, columns, gate)
+                rows, columns = (1 + self.heads[f"{name}_{side}"](small) for side in ("rows", "columns"))
+                deltas[name] = Scale(rows, columns)
         return deltas
 
 
@@ -145,46 +123,34 @@ class HypernetDelta(ContextToDelta):
     """One generator for all layers, fed with the mean state of the context at each layer."""
 
     def __init__(self, config: HypernetConfig):
-        super().__init__()
+        super().__init__(config.source, config.layers)
         self.config = config
-        self.reads_query = config.context != "segment"
         self.generator = Generator(config)
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
-    def forward(
-        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
-    ) -> Patch:
-        config = self.config
-        assert config.context is not None
-        chunk = {"segment": None, "chunk": config.chunk}.get(config.context, 1)
-        summary = context_mean(z_BTD, config.context, n_context, config.chunk, cache, real)
-        if cache is not None and cache.patch is not None and cache.within(chunk):
-            return cache.patch
-        if self.constant is not None:
-            summary = ContextMean(self.constant.expand_as(summary.mean), torch.ones_like(summary.nonempty))
-        gate = None
-        if n_context and config.context == "segment":
-            # the context's own tokens pass the FFN as it is; one product over all rows keeps the baseline's rounding
-            B, T, _ = z_BTD.shape
-            gate = (torch.arange(T, device=z_BTD.device) >= n_context).to(z_BTD.dtype)[None, :, None].expand(B, T, 1)
-        counted = summary.nonempty.squeeze(-1).bool()
-        patch = Patch(weights=self.generator(summary, layer, gate), chunk=chunk, counted=counted)
-        if cache is not None and chunk != 1:
-            cache.patch = patch.per_token(torch.tensor([z_BTD.shape[1] - 1], device=z_BTD.device))
-        return patch
+    @property
+    def code(self) -> nn.Module:
+        return self.generator.code_norm
 
-    def flops_per_token(self, tokens: int) -> float:
+    def context(self, z_BTD: Tensor, n_context: int, cache: LayerCache | None, real: Tensor | None) -> ContextMean:
+        context = super().context(z_BTD, n_context, cache, real)
+        if self.constant is None:
+            return context
+        return ContextMean(self.constant.expand_as(context.mean), torch.ones_like(context.nonempty))
+
+    def update(self, context: ContextMean, layer: int) -> dict[str, Delta]:
+        return self.generator(context, layer)
+
+    def flops(self) -> tuple[float, float]:
         config = self.config
         products = sum(m.weight.numel() for m in self.generator.modules() if isinstance(m, nn.Linear))
-        updates = {"segment": 1, "chunk": tokens / (config.chunk or 1)}.get(str(config.context), tokens)
-        per_update = 2 * products
-        low_rank = sum(config.dim + config.hidden for _ in config.matrices) * (config.rank or 0)
+        both, count = config.dim + config.hidden, len(config.matrices)
         applied = {
-            "low_rank": 2 * low_rank,
-            "full": 2 * len(config.matrices) * config.dim * config.hidden,
-            "scale": len(config.matrices) * (config.dim + config.hidden),
-        }[config.emission]
-        return config.layers * (per_update * updates / tokens + applied)
+            "low_rank": 2 * count * both * (config.rank or 0),
+            "full": 2 * count * config.dim * config.hidden,
+            "scale": count * both,
+        }
+        return 2 * products, applied[config.emission]
 
     def metrics(self) -> dict[str, Metric]:
         return {f"delta_norm_{name}": RelativeNorm(name) for name in self.config.matrices}
@@ -199,9 +165,9 @@ class RelativeNorm(MeanMetric):
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
         delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
-        whole = replace(delta, gate=None)  # type: ignore[type-var]
-        size = whole.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
-        super().update(size, 1.0 if patch.counted is None else patch.counted.expand_as(size))
+        size = delta.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+        weight = torch.ones_like(size) if patch.counted is None else patch.counted.to(size)
+        super().update(size, weight.view(*weight.shape, *[1] * (size.dim() - weight.dim())).expand_as(size))
 
 
 class Hypernet(Model):
@@ -213,7 +179,7 @@ class Hypernet(Model):
     Config = HypernetConfig
 
     def decoder_options(self) -> dict[str, Any]:
-        return {**super().decoder_options(), "attend_context": self.config.attend_context is not False}
+        return {"attend_context": self.config.attend_context is not False}
 
     def make_context_to_delta(self) -> ContextToDelta:
         return HypernetDelta(self.config)

@@ -17,10 +17,10 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
-from zoo.core.context import ContextToDelta, context_mean
-from zoo.core.delta import Patch, Routing
+from zoo.core.context import ContextToDelta, Source
 from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
+from zoo.core.patch import Patch, Routing
 from zoo.models.base import Model, ModelConfig
 from zoo.tasks import Task
 
@@ -75,18 +75,20 @@ class MoEConfig(ModelConfig):
             )
         if self.renormalise and self.score == "linear":
             raise ValueError("model.renormalise=true with model.score=linear divides by a sum that may be zero")
-        lagged = self.route_on == "context" and not task.n_context
-        if self.chunk is not None and not lagged:
+        if self.chunk is not None and (self.route_on == "token" or task.n_context):
             raise ValueError(f"model.chunk={self.chunk} needs model.route_on=context and running text")
-        chunk = (32 if self.chunk is None else self.chunk) if lagged else None
-        if chunk is not None and not 0 < chunk < task.tokens:
-            raise ValueError(
-                f"model.chunk={chunk} must be below task.tokens={task.tokens}, else all tokens route alike"
-            )
+        source = Source("token")
+        if self.route_on == "context":
+            source = Source.resolve(task.n_context, task.tokens, None, self.chunk)
         renormalise = self.renormalise
         if renormalise is None:
             renormalise = self.top_k > 1 and self.score != "linear"
-        return replace(config, renormalise=renormalise, chunk=chunk)
+        return replace(config, renormalise=renormalise, chunk=source.chunk)
+
+    @property
+    def source(self) -> Source:
+        """What routes a token, once resolved."""
+        return Source("token" if self.route_on == "token" else "chunk" if self.chunk else "segment", self.chunk)
 
 
 class Router(nn.Module):
@@ -127,9 +129,8 @@ class ExpertRouting(ContextToDelta):
     of each expert in the step before, by layer."""
 
     def __init__(self, config: MoEConfig):
-        super().__init__()
+        super().__init__(config.source, config.layers)
         self.config = config
-        self.reads_query = config.route_on == "token" or config.chunk is not None
         self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
             Router(config) for _ in range(config.layers)
         )
@@ -148,17 +149,16 @@ class ExpertRouting(ContextToDelta):
         if self.norms is None or self.empty is None:
             return z_BTD
         T = z_BTD.shape[1]
-        if self.config.chunk:
-            mean, nonempty = context_mean(z_BTD, "chunk", 0, self.config.chunk, cache, real)
-            mean, nonempty = (t.repeat_interleave(self.config.chunk, 1)[:, :T] for t in (mean, nonempty))
+        mean, nonempty = self.source.mean(z_BTD, n_context, cache, real)
+        if self.source.chunk:
+            mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in (mean, nonempty))
         else:
             # the context's own tokens route on what they have seen so far, queries on all of it
             context = None if real is None else real[:, :n_context]
-            seen = context_mean(z_BTD[:, :n_context], "running", 0, real=context)
-            whole = context_mean(z_BTD, "segment", n_context, cache=cache, real=real)
+            seen = Source("running").mean(z_BTD[:, :n_context], 0, real=context)
             mean, nonempty = (
                 torch.cat([of_context, of_all[:, None].expand(-1, T - n_context, -1)], 1)
-                for of_context, of_all in zip(seen, whole, strict=True)
+                for of_context, of_all in zip(seen, (mean, nonempty), strict=True)
             )
         return torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
 
@@ -211,8 +211,13 @@ class ExpertRouting(ContextToDelta):
             raise ValueError(f"the shares of experts must be {config.layers} × {config.experts} numbers from 0 to 1")
         self.shares = [torch.tensor(row, dtype=torch.float64) for row in shares]
 
-    def flops_per_token(self, tokens: int) -> float:
-        return 2.0 * self.config.layers * self.config.dim * self.config.experts
+    def flops(self) -> tuple[float, float]:
+        return 0.0, 2.0 * self.config.dim * self.config.experts
+
+    @property
+    def active_share(self) -> float:
+        config = self.config
+        return (config.top_k + config.shared) / (config.experts + config.shared)
 
     def metrics(self) -> dict[str, Metric]:
         return {"load": ExpertLoad(self.config.experts), "entropy": RouterEntropy()}
@@ -282,7 +287,7 @@ class MoE(Model):
 
     def decoder_options(self) -> dict[str, Any]:
         config = self.config
-        return {**super().decoder_options(), "blocks": config.experts + config.shared, "backend": config.backend}
+        return {"blocks": config.experts + config.shared, "backend": config.backend}
 
     def make_context_to_delta(self) -> ContextToDelta:
         return ExpertRouting(self.config)

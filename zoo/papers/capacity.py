@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.core.decoder import Decoder
-from zoo.core.delta import Full, Patch
+from zoo.core.decoder import Decoder, Sizes
+from zoo.core.delta import Full
 from zoo.core.exact import LayerStates, replace_context
+from zoo.core.patch import Patch
 from zoo.lens.figure import Figure, Lines, Series
+from zoo.tasks.noise import Noise
 
 DIM, HIDDEN, VOCABULARY = 32, 80, 256
 LENGTHS = (1, 2, 4, 8, 16, 24, 28, *range(30, 35), 36, 40, 48, 64, 72, 76, *range(78, 83), 84, 96)
@@ -26,9 +28,8 @@ def decoder(seed: int, layers: int) -> Decoder:
     """A decoder in float64 with drawn weights, norm scales too."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = Decoder(
-            dim=DIM, layers=layers, heads=4, kv_heads=4, hidden=HIDDEN, vocabulary=VOCABULARY, output_dim=VOCABULARY
-        ).double()
+        sizes = Sizes(dim=DIM, layers=layers, hidden=HIDDEN)
+        model = Decoder(sizes, Noise({"vocabulary": VOCABULARY}, seed)).double()
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.normal_(1, 0.2)

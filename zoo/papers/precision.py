@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoo.core.decoder import Decoder
-from zoo.core.delta import InputShift, LowRank, Patch, Scale
+from zoo.core.delta import InputShift, LowRank, Scale
 from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
+from zoo.core.patch import Patch
 from zoo.lens.figure import Bars, Figure, Series
 from zoo.papers.capacity import DIM, HIDDEN, VOCABULARY, decoder
 
