@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,6 +31,44 @@ class Case(NamedTuple):
     """False where the update depends on the separate context alone: without a context it is exactly zero."""
 
 
+@dataclass(frozen=True)
+class Family:
+    """What tests must know of a family. tiny: options that make it small, beside the sizes of `options_of`; busy: those
+    that turn on what is off by default; countable: those under which PyTorch counts all its FLOPs; changes: another
+    value for each option, a tuple adds what the option needs; keeps: numbers per token and layer that its losses keep
+    for the backward pass, beside what enters the layer."""
+
+    tiny: dict[str, Any] = field(default_factory=dict)
+    busy: dict[str, Any] = field(default_factory=dict)
+    countable: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+    keeps: int = 0
+
+
+SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
+FAMILIES = {
+    "transformer": Family(changes=SIZES),
+    "hypernet": Family(
+        tiny={"code_dim": 8},
+        changes={
+            **SIZES,
+            **{"emission": "full", "matrices": ["down"], "rank": 2, "code_dim": 4, "context": "running", "chunk": 8},
+            **{"attend_context": (True, {"task": "regression"}), "code": "constant"},
+        },
+    ),
+    "moe": Family(
+        tiny={"hidden": 12},
+        busy={"bias_rate": 0.1},
+        countable={"backend": "loop"},  # PyTorch does not count grouped products, which do the same work
+        changes={
+            **SIZES,
+            **{"experts": 5, "top_k": 1, "shared": 1, "score": "sigmoid", "renormalise": False, "backend": "reference"},
+            **{"route_on": "context", "chunk": (8, {"route_on": "context"})},
+            **{"balance_weight": 1.0, "z_weight": 1.0, "bias_rate": 0.2},
+        },
+        keeps=12,
+    ),
+}
 CASES = [
     Case("transformer-regression", "transformer", "regression", {}),
     Case("transformer-regression-gqa", "transformer", "regression", {"kv_heads": 1}),
@@ -76,10 +114,8 @@ def taking_turns(names: str, first: Sequence[Any], *others: Sequence[Any]) -> py
 
 def options_of(case: Case) -> dict[str, Any]:
     """The keyword arguments of the case's model."""
-    hidden = 12 if case.family == "moe" else 24
-    model = {"name": case.family, "dim": 16, "layers": 2, "heads": 2, "hidden": hidden, **case.options}
-    if case.family == "hypernet":
-        model.setdefault("code_dim", 8)
+    sizes = {"dim": 16, "layers": 2, "heads": 2, "hidden": 24}
+    model = {"name": case.family, **sizes, **FAMILIES[case.family].tiny, **case.options}
     task = {"name": case.task, **TASK_OPTIONS[case.task]}
     return {"model": model, "task": task, "optim": {"steps": 20, "warmup": 2, "batch_size": 8}}
 

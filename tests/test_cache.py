@@ -15,7 +15,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import AUTOREGRESSIVE, Case, taking_turns
+from cases import AUTOREGRESSIVE, FAMILIES, Case, taking_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,7 +93,9 @@ MORE = [
     Case("token-scale", "hypernet", "noise", {"context": "token", "emission": "scale"}),
     Case("moe-chunk-linear", "moe", "noise", {"route_on": "context", "chunk": 5, "score": "linear", "shared": 1}),
 ]
-ALL = AUTOREGRESSIVE + MORE + WITH_CONTEXT
+NAMED = {case.family for case in WITH_CONTEXT}
+OTHERS = [case._replace(task="recall") for case in cases.CASES if case.task == "prompts" and case.family not in NAMED]
+ALL = AUTOREGRESSIVE + MORE + WITH_CONTEXT + OTHERS
 BY_NAME = {case.name: case for case in ALL}
 every_case = pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case.task}-{case.name}")
 
@@ -103,9 +105,9 @@ def build(case: Case) -> Model:
     if case.task != "recall":
         return cases.build(case)
     sizes = {"dim": 16, "layers": 2, "heads": 2, "hidden": 12}
-    code = {"code_dim": 8} if case.family == "hypernet" else {}
+    tiny = FAMILIES[case.family].tiny
     model = MODELS[case.family](
-        model={"name": case.family, **sizes, **code, **case.options}, task={"name": "recall"}, optim={}
+        model={"name": case.family, **sizes, **tiny, **case.options}, task={"name": "recall"}, optim={}
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -204,7 +206,7 @@ def test_a_forgotten_context_is_seen(name: str, monkeypatch: pytest.MonkeyPatch)
     model = build(BY_NAME[name])
     original = type(model.decoder.context_to_delta).forward
 
-    def forgetful(self: Any, z: Tensor, layer: int, n_context: int, cache: LayerCache | None = None) -> Any:
+    def forgetful(self: Any, z: Tensor, layer: int, n_context: int, *_: Any) -> Any:
         return original(self, z, layer, n_context)
 
     monkeypatch.setattr(type(model.decoder.context_to_delta), "forward", forgetful)

@@ -236,10 +236,12 @@ def test_the_recipe_for_a_new_model_followed_literally(tmp_path: Path) -> None:
         (tmp_path / name).write_text(code)
     (diff,) = blocks(RECIPE, "diff")
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
-    ((name, cases),) = re.findall(r"<!-- in the list CASES: (\S+) -->\n```text\n(.*?)^```$", RECIPE, re.M | re.S)
-    before = (tmp_path / name).read_text()
-    start = before.index("\n]\n", before.index("CASES = [")) + 1
-    (tmp_path / name).write_text(before[:start] + cases + before[start:])
+    for begin, end in (("FAMILIES = {", "\n}\n"), ("CASES = [", "\n]\n")):
+        kind = f"<!-- in the \\w+ {begin.split()[0]}: (\\S+) -->"
+        ((name, lines),) = re.findall(rf"{kind}\n```text\n(.*?)^```$", RECIPE, re.M | re.S)
+        before = (tmp_path / name).read_text()
+        start = before.index(end, before.index(begin)) + 1
+        (tmp_path / name).write_text(before[:start] + lines + before[start:])
     ((name, options),) = re.findall(r"<!-- at the end: (\S+) -->\n```markdown\n(.*?)^```$", RECIPE, re.M | re.S)
     (tmp_path / name).write_text((tmp_path / name).read_text() + "\n" + options)
 

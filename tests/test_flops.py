@@ -4,45 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import Case, build, options_of
+from cases import FAMILIES, Case, build, options_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.models import MODELS, Model
 from zoo.models.flops import flops_per_token, parameters
 
-REGRESSION = [
-    ("transformer", {}),
-    ("transformer", {"kv_heads": 1}),
-    ("hypernet", {}),
-    ("hypernet", {"attend_context": True, "matrices": ["down"], "rank": 3}),
-    ("hypernet", {"emission": "full"}),
-    ("hypernet", {"emission": "scale"}),
-    ("hypernet", {"code": "constant"}),
-    # grouped products are not counted by PyTorch, the loop does the same work
-    ("moe", {"backend": "loop"}),
-    ("moe", {"backend": "loop", "top_k": 1, "shared": 2, "route_on": "context"}),
-    ("moe", {"backend": "reference"}),
-]
-NOISE = [
-    ("transformer", {"tied": True}),
-    ("hypernet", {"chunk": 4}),
-    ("hypernet", {"chunk": 3, "emission": "full"}),
-    ("hypernet", {"context": "running"}),
-    ("hypernet", {"context": "token", "emission": "scale"}),
-    ("moe", {"backend": "loop", "route_on": "context", "chunk": 4}),
-]
-PROMPTS = [
-    ("transformer", {}),
-    ("hypernet", {}),
-    ("hypernet", {"attend_context": True}),
-    ("moe", {"backend": "loop", "route_on": "context"}),
-]
-CASES = [Case("", f, "regression", o) for f, o in REGRESSION] + [Case("", f, "noise", o) for f, o in NOISE]
-CASES += [Case("", f, "prompts", o) for f, o in PROMPTS]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}-{case.task}-{case.options}")
+CASES = [case._replace(options=FAMILIES[case.family].countable | case.options) for case in cases.CASES]
+CASES += [Case("moe-reference", "moe", "regression", {"backend": "reference"})]
+CASES += [Case("moe-shared-context", "moe", "regression", {"backend": "loop", "shared": 2, "route_on": "context"})]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def make(family: str, task: str = "regression", task_options: dict[str, Any] | None = None, **options: Any) -> Model:
@@ -67,22 +42,18 @@ def pairs(model: Model) -> int:
     """How many (query, key) pairs the mask leaves, from the task's description."""
     C = model.task.n_context
     Q = model.task.tokens - C
-    attends = getattr(model.config, "attend_context", True) is not False
     own = Q if model.task.independent_queries else Q * (Q + 1) // 2
-    return C * (C + 1) // 2 + own + C * Q * attends
+    return C * (C + 1) // 2 + own + C * Q * model.decoder.attend_context
 
 
 @every_case
 def test_formula_equals_pytorchs_count(case: Case) -> None:
     # PyTorch counts all T×T scores though a causal kernel needs half: that part is taken out of both and compared
-    # with the pairs of the mask. It leaves elementwise work out, which is all that scaling costs.
+    # with the pairs of the mask. Both leave elementwise work out.
     model = build(case)
     T, D, L = model.task.tokens, model.config.dim, model.config.layers
     scores = 4 * D * L * pairs(model) / T
-    elementwise = 0
-    if case.options.get("emission") == "scale":
-        elementwise = L * 3 * (D + model.config.hidden)
-    assert flops_per_token(model) - scores - elementwise == pytest.approx(counted(model) - 4 * D * L * T)
+    assert flops_per_token(model) - scores == pytest.approx(counted(model) - 4 * D * L * T)
 
 
 @every_case
@@ -93,7 +64,7 @@ def test_parts_add_up(case: Case) -> None:
     assert sum(parts.values()) == total == sum(p.numel() for p in model.parameters())
     assert 0 < active <= total
     assert (parts["head"] == 0) == model.config.tied
-    assert (parts["context_to_delta"] == 0) == (case.family == "transformer")
+    assert (parts["context_to_delta"] == 0) == (model.decoder.context_to_delta is None)
 
 
 @pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 0), (2, 1), (4, 1)])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, build, options_of, taking_turns
+from cases import CASES, FAMILIES, Case, build, options_of, taking_turns
 
 import zoo
 from zoo.bench.timing import peak_bytes, saved_bytes
@@ -23,12 +23,11 @@ from zoo.training import memory
 from zoo.training import run as training_module
 
 CPU = torch.device("cpu")
-NEEDED: dict[str, dict[str, Any]] = {"hypernet": {"chunk": 4}}  # by short texts
 
 
 def training(case: Case, activation_checkpointing: bool) -> Model:
     """The case's model in float32, all parameters drawn, in train mode and with no trainer to log to."""
-    options = {**case.options, **({"bias_rate": 0.1} if case.family == "moe" else {})}
+    options = {**case.options, **FAMILIES[case.family].busy}
     model = build(case._replace(options=options)).float().train()
     model.decoder.activation_checkpointing = activation_checkpointing
     return model
@@ -51,8 +50,7 @@ def test_gradients_and_router_biases_are_bit_equal(case: Case, precision: torch.
     plain, again = (after_two_parts(training(case, choice), precision) for choice in (False, True))
     assert list(plain) == list(again)
     assert [name for name, value in plain.items() if not torch.equal(value, again[name])] == []
-    if case.family == "moe":
-        assert all(value.any() for name, value in plain.items() if name.endswith("bias"))
+    assert all(value.any() for name, value in plain.items() if name.endswith("bias"))
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -62,13 +60,12 @@ def test_a_further_layer_keeps_its_input_alone(family: str) -> None:
     for choice in (False, True):
         kept = []
         for layers in (2, 3):
-            model = training(Case("", family, "noise", {**NEEDED.get(family, {}), "layers": layers}), choice)
+            model = training(Case("", family, "noise", {"layers": layers}), choice)
             batch = model.task.batch("train", 0, 8)
             kept.append(saved_bytes(lambda model=model, batch=batch: model.training_step(batch, 0)))
         growth.append(kept[1] - kept[0])
     state = batch.tokens.numel() * model.config.dim * 4
-    logits = batch.tokens.numel() * 4 * 4 if family == "moe" else 0
-    assert state <= growth[1] <= state + 3 * logits
+    assert state <= growth[1] <= state + batch.tokens.numel() * FAMILIES[family].keeps * 4
     assert growth[0] > 10 * state
 
 
@@ -76,7 +73,7 @@ def test_a_further_layer_keeps_its_input_alone(family: str) -> None:
 def test_a_step_holds_less_than_two_thirds(family: str) -> None:
     peaks = []
     for choice in (False, True):
-        model = training(Case("", family, "noise", {**NEEDED.get(family, {}), "layers": 4}), choice)
+        model = training(Case("", family, "noise", {**{}, "layers": 4}), choice)
         batch = model.task.batch("train", 0, 8)
         peaks.append(peak_bytes(lambda model=model, batch=batch: model.training_step(batch, 0).backward(), CPU))
     assert peaks[1] < peaks[0] * 2 / 3

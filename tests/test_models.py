@@ -21,8 +21,7 @@ every_pair = pytest.mark.parametrize(("family", "task"), PAIRS, ids=["-".join(pa
 
 
 def arguments_of(family: str, task: str) -> dict[str, Any]:
-    chunk = {"chunk": 4} if family == "hypernet" and task in ("noise", "text") else {}
-    return options_of(Case("", family, task, chunk))
+    return options_of(Case("", family, task, {}))
 
 
 def make(family: str, task: str, seed: int = 0) -> Model:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FAMILIES
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,15 +25,13 @@ from zoo.tasks import TASKS
 TINY = {"dim": 16, "layers": 2, "heads": 2, "hidden": 24}
 FILES = [str(Path(__file__).with_name("prompts.jsonl"))]
 BASE: dict[str, dict[str, Any]] = {
-    "transformer": TINY,
-    "hypernet": {**TINY, "code_dim": 8},
-    "moe": {**TINY, "hidden": 12, "bias_rate": 0.001},
+    **{name: {**TINY, **family.tiny, **family.busy} for name, family in FAMILIES.items()},
     "regression": {"points": 7, "queries": 5},
     "text": {"tokens": 40, "domains": ["law"]},
     "prompts": {"context": 20, "query": 8, "target": 12, "domains": ["law"]},
     "noise": {"tokens": 40},
 }
-SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
+MODEL_CHANGES = {name: family.changes for name, family in FAMILIES.items()}
 
 TEXTS = Path(tempfile.mkdtemp(prefix="zoo-texts-"))
 atexit.register(shutil.rmtree, TEXTS, ignore_errors=True)
@@ -48,21 +47,7 @@ for kind in ("a", "b"):
 NO_DOMAINS: dict[str, Any] = {"domains": None}
 HUB = {**NO_DOMAINS, "hub": str(TEXTS)}
 
-# option: a value other than that of BASE; a tuple adds what the option needs, on both sides of the comparison
-MODEL_CHANGES: dict[str, dict[str, Any]] = {
-    "transformer": SIZES,
-    "hypernet": {
-        **SIZES,
-        **{"emission": "full", "matrices": ["down"], "rank": 2, "code_dim": 4, "context": "running", "chunk": 8},
-        **{"attend_context": (True, {"task": "regression"}), "code": "constant"},
-    },
-    "moe": {
-        **SIZES,
-        **{"experts": 5, "top_k": 1, "shared": 1, "score": "sigmoid", "renormalise": False, "backend": "reference"},
-        **{"route_on": "context", "chunk": (8, {"route_on": "context"})},
-        **{"balance_weight": 1.0, "z_weight": 1.0, "bias_rate": 0.1},
-    },
-}
+# of tasks; those of models are in cases.FAMILIES
 TASK_CHANGES: dict[str, dict[str, Any]] = {
     "regression": {
         "function": "network",

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, Case, options_of
+from cases import CASES, FAMILIES, Case, options_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.models import MODELS, Model
@@ -72,7 +72,7 @@ def watch(work: Callable[[], Any]) -> HostReads:
 def training(case: Case) -> tuple[Model, Callable[[], None]]:
     """The case's model in float32, and its training step without the optimiser."""
     options = options_of(case)
-    options["model"].update({"hidden": 16, "bias_rate": 0.1} if case.family == "moe" else {})
+    options["model"].update({**FAMILIES[case.family].busy, "hidden": 16})  # rows of 16 bytes
     model = MODELS[case.family](**options).train()
     batch = model.task.batch("train", 0, 8)
 
@@ -84,7 +84,7 @@ def training(case: Case) -> tuple[Model, Callable[[], None]]:
     return model, step
 
 
-TEXT = [Case(f"{name}-text", name, "text", {"chunk": 4} if name == "hypernet" else {}) for name in MODELS]
+TEXT = [Case(f"{name}-text", name, "text", {}) for name in MODELS]
 
 
 @pytest.mark.parametrize("case", CASES + TEXT, ids=[case.name for case in CASES + TEXT])

@@ -148,7 +148,7 @@ class HypernetDelta(ContextToDelta):
         applied = {
             "low_rank": 2 * count * both * (config.rank or 0),
             "full": 2 * count * config.dim * config.hidden,
-            "scale": count * both,
+            "scale": 0,  # elementwise, as what zoo.models.flops leaves out
         }
         return 2 * products, applied[config.emission]
 
