@@ -27,6 +27,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from test_readme import README, ROOT, blocks, tiny_run
 
+import zoo
+from zoo import analyze
 from zoo.config import from_dict
 from zoo.models import MODELS, flops
 from zoo.models.base import ModelConfig, OptimConfig
@@ -264,6 +266,26 @@ def test_the_recipe_for_a_new_model_followed_literally(tmp_path: Path) -> None:
     (line,) = re.findall(r"^python (-m pytest .*)$", RECIPE, re.M)
     assert " passed" in do(*shlex.split(line), "-p", "no:cacheprovider")
     assert " passed" in do("-m", "pytest", "tests/test_docs.py", "-k", "option_tables", "-p", "no:cacheprovider")
+
+
+def test_a_family_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's family, in a file of somebody else's: trains, loads, obeys the law and goes through the lens."""
+    (code,) = re.findall(r"<!-- file: zoo/models/film.py -->\n```\w+\n(.*?)^```$", RECIPE, re.M | re.S)
+    (tmp_path / "own.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(zoo.MODELS, "film", importlib.import_module("own").Film)
+    tiny = {"name": "film", "dim": 16, "layers": 2, "heads": 2, "hidden": 24}
+    result = zoo.train(tiny, optim={"steps": 3, "batch_size": 8}, out=str(tmp_path / "run"))
+    assert result["model"] == "film"
+    model = zoo.load(tmp_path / "run").double()
+    batch = model.task.batch("test", 0, 2)
+    tokens, n = batch.tokens.double(), batch.n_context
+    with torch.no_grad():
+        contextual = model(tokens, n)[:, n:]
+        assert (model(tokens[:, n:], patches=model.deltas(tokens, n)) - contextual).abs().max() < 1e-10
+        assert (model(tokens[:, n:]) - contextual).abs().max() > 1e-2
+    assert analyze.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+    assert "film" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_guarantees_name_tests_that_exist() -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from zoo.config import VERSION
 
 if TYPE_CHECKING:
+    from zoo.models import MODELS
+    from zoo.tasks import TASKS
     from zoo.training.checkpoint import load
     from zoo.training.run import train
 
 __version__ = VERSION
-__all__ = ["__version__", "load", "train"]
+__all__ = ["MODELS", "TASKS", "__version__", "load", "train"]
+PLACES = {"MODELS": "zoo.models", "TASKS": "zoo.tasks", "load": "zoo.training.checkpoint", "train": "zoo.training.run"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads torch and lightning at the first use of zoo.load or zoo.train, not at import."""
-    if name == "load":
-        from zoo.training.checkpoint import load
-
-        return load
-    if name == "train":
-        from zoo.training.run import train
-
-        return train
+    """Loads torch and lightning when something that needs them is first used, not at import."""
+    if name in PLACES:
+        return getattr(import_module(PLACES[name]), name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

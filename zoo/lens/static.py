@@ -173,7 +173,10 @@ def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
     """What the patches hold before any fit: what the family emits for the context alone, where it does so."""
     if reads_query(decoder):
         return [Patch()] * len(decoder.blocks)
-    return [_whole(patch) for patch in decoder(tokens, n_context)[1]]
+    patches = [_whole(patch) for patch in decoder(tokens, n_context)[1]]
+    if any(isinstance(delta, LowRank) and delta.gate is not None for p in patches for delta in p.weights.values()):
+        raise ValueError("this family weighs its factors token by token: its reads_query must be True")
+    return patches
 
 
 def _whole(emitted: Patch) -> Patch:
