@@ -1,0 +1,108 @@
+"""A stranger's family whose weights differ from token to token: a router over low-rank updates made of the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zoo.core.context import ContextMean, ContextToDelta
+from zoo.core.delta import LowRank
+from zoo.core.patch import Patch
+from zoo.lens.static import answer, fit, relative_error
+from zoo.models.base import ContextConfig, Model
+from zoo.models.hypernet import RelativeNorm
+
+pytestmark = pytest.mark.numeric
+
+
+@dataclass(frozen=True)
+class GatedConfig(ContextConfig):
+    name: str = "gated"
+    rank: int = 3
+
+
+class Gated(ContextToDelta):
+    reads_query = True  # type: ignore[assignment]
+
+    def __init__(self, config: GatedConfig):
+        super().__init__(config.source, config.layers)
+        self.rank = config.rank
+        self.u, self.v = (
+            nn.Linear(config.dim, config.hidden * config.rank),
+            nn.Linear(config.dim, config.dim * config.rank),
+        )
+        self.router = nn.Linear(config.dim, config.rank)
+
+    def update(self, context: ContextMean, layer: int) -> dict[str, Any]:
+        u, v = (head(context.mean).unflatten(-1, (-1, self.rank)) for head in (self.u, self.v))
+        return {"up": LowRank(u * context.nonempty.unsqueeze(-1), v)}
+
+    def forward(self, z_BTD: Tensor, *args: Any, **options: Any) -> Patch:
+        patch = super().forward(z_BTD, *args, **options)
+        return replace(patch, weights={"up": replace(patch.weights["up"], gate=self.router(z_BTD).softmax(-1))})
+
+
+class GatedModel(Model):
+    Config = GatedConfig
+
+    def make_context_to_delta(self) -> ContextToDelta:
+        return Gated(self.config)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    sizes = {"name": "gated", "dim": 16, "layers": 2, "heads": 2, "hidden": 24}
+    return (
+        GatedModel(sizes, {"name": "regression", "points": 7, "queries": 20}, {}).double().eval().requires_grad_(False)
+    )
+
+
+def test_the_law_holds(model: Model) -> None:
+    tokens = model.task.batch("test", 0, 3).tokens.double()
+    contextual = model(tokens, 7)[:, 7:]
+    assert (model(tokens[:, 7:], patches=model.deltas(tokens, 7)) - contextual).abs().max() < 1e-10
+    assert (model(tokens[:, 7:]) - contextual).abs().max() > 1e-2
+
+
+def test_a_static_patch_comes_on_top_of_it(model: Model) -> None:
+    """It is fitted, as for any family that reads the query: what differs between tokens is in no patch of all."""
+    tokens = model.task.batch("test", 0, 1).tokens.double()
+    patches = fit(model.decoder, [tokens], 7, "output", ridge=0.0)
+    nothing = [Patch()] * 2
+    assert (
+        relative_error(model.decoder, tokens, 7, patches)
+        < 1e-3
+        < 1e-1
+        < relative_error(model.decoder, tokens, 7, nothing)
+    )
+    assert torch.equal(answer(model.decoder, tokens[:, 7:], nothing), model(tokens[:, 7:]))
+
+
+def test_one_that_says_it_does_not_read_the_query_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gated, "reads_query", False)
+    with pytest.raises(ValueError, match="weighs its factors token by token: its reads_query must be True"):
+        fit(model.decoder, [model.task.batch("test", 0, 1).tokens.double()], 7)
+
+
+def test_what_is_added_serves_every_token(model: Model) -> None:
+    tokens, W = model.task.batch("test", 0, 2).tokens.double(), model.decoder.blocks[0].ffn.up
+    more, z = LowRank(torch.randn(1, 24, 1).double(), torch.randn(1, 16, 1).double()), torch.randn(2, 27, 16).double()
+    own, used = (model.decoder(tokens, 7, added=added)[1][0] for added in (None, [Patch(weights={"up": more})] * 2))
+    alone = own.weights["up"].linear(W, z, own.served)
+    assert own.served is not None
+    torch.testing.assert_close(alone[:, :7], z[:, :7] @ W.mT)
+    torch.testing.assert_close(used.weights["up"].linear(W, z, used.served), alone + more.extra(z))
+
+
+def test_the_norm_of_an_update_is_the_mean_over_tokens(model: Model) -> None:
+    patch = model.decoder(model.task.batch("test", 0, 2).tokens.double(), 7)[1][0]
+    metric, ffn = RelativeNorm("up"), model.decoder.blocks[0].ffn
+    metric.update(patch, ffn)
+    dense = replace(patch, served=None).per_token(torch.arange(27)).weights["up"].dense(ffn.up)
+    expected = torch.linalg.matrix_norm(dense).mean() / torch.linalg.matrix_norm(ffn.up)
+    torch.testing.assert_close(metric.compute().double(), expected, rtol=1e-5, atol=0)
