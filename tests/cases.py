@@ -36,18 +36,19 @@ class Family:
     """What tests must know of a family. tiny: options that make it small, beside the sizes of `options_of`; busy: those
     that turn on what is off by default; countable: those under which PyTorch counts all its FLOPs; changes: another
     value for each option, a tuple adds what the option needs; keeps: numbers per token and layer that its losses keep
-    for the backward pass, beside what enters the layer."""
+    for the backward pass, beside what enters the layer; starts_plain: step 0 of another family is the transformer."""
 
     tiny: dict[str, Any] = field(default_factory=dict)
     busy: dict[str, Any] = field(default_factory=dict)
     countable: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     keeps: int = 0
+    starts_plain: bool = True
 
 
 SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
 FAMILIES = {
-    "transformer": Family(changes=SIZES),
+    "transformer": Family(changes=SIZES, starts_plain=False),
     "hypernet": Family(
         tiny={"code_dim": 8},
         changes={
@@ -67,6 +68,7 @@ FAMILIES = {
             **{"balance_weight": 1.0, "z_weight": 1.0, "bias_rate": 0.2},
         },
         keeps=12,
+        starts_plain=False,
     ),
 }
 CASES = [
@@ -154,6 +156,11 @@ def train(model: Model, steps: int) -> Model:
             model.training_step(model.task.batch("train", step, 8), step).backward()
             optimizer.step()
     return model.double().eval().requires_grad_(False)
+
+
+def length_of_context(model: Model) -> int:
+    """Tokens of the separate context, or, of running text, as many as are taken for one."""
+    return model.task.n_context or 7
 
 
 BATCHES: dict[tuple[str, int, int], Batch] = {}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build, options_of, taking_turns
+from cases import CASES, FAMILIES, Case, batch_of, build, options_of, taking_turns
 from torch import Tensor
 
-from zoo.core.decoder import Decoder
+from zoo.core.decoder import Decoder, Sizes
 from zoo.core.exact import replace_context, shear_and_down
 from zoo.core.patch import Patch
 from zoo.models import MODELS, Model
@@ -20,11 +21,12 @@ pytestmark = pytest.mark.numeric
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}
-SIZES: dict[str, Any] = {"dim": 8, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 8, "output_dim": 1}
 
 
-def decoder(**options: Any) -> Decoder:
-    return Decoder(**SIZES, **{"token_dim": 3, **options})
+def decoder(attend_context: bool = True, **task: Any) -> Decoder:
+    continuous = {"vocabulary": None, "token_dim": 3, "output_dim": 1, "n_context": 0}
+    tokens = SimpleNamespace(**{**continuous, "independent_queries": False, "filled": False, **task})
+    return Decoder(Sizes(dim=8, layers=1, heads=2, hidden=8), tokens, attend_context=attend_context)
 
 
 def test_layout_of_running_text_is_causal() -> None:
@@ -122,10 +124,10 @@ def test_states_that_no_rank_1_patch_can_move_are_named() -> None:
 
 
 def test_tokens_are_ids_or_continuous() -> None:
-    wrong: list[dict[str, Any]] = [{}, {"vocabulary": 5, "token_dim": 3}]
-    for options in wrong:
+    wrong: list[dict[str, Any]] = [{"token_dim": None}, {"vocabulary": 5}]
+    for task in wrong:
         with pytest.raises(ValueError, match="tokens are either ids or continuous"):
-            Decoder(**SIZES, **options)
+            decoder(**task)
 
 
 def as_transformer(case: Case) -> Case:
@@ -133,14 +135,14 @@ def as_transformer(case: Case) -> Case:
     return Case("baseline", "transformer", case.task, shared)
 
 
-# the same mask as the baseline's, and no chunk that ends in padding
-SAME = [c for c in CASES if c.family == "hypernet" and (c.task == "noise" or "attend_context" in c.options)]
+SAME = [c for c in CASES if FAMILIES[c.family].starts_plain]
 
 
 @pytest.mark.parametrize("case", SAME, ids=lambda case: case.name)
 @torch.no_grad()
 def test_step_0_is_the_transformer_bit_for_bit(case: Case) -> None:
     model, baseline = (build(c, random=False).float() for c in (case, as_transformer(case)))
+    baseline.decoder.attend_context = model.decoder.attend_context  # the same mask
     batch = model.task.batch("test", 0, 3)
     assert torch.equal(model(batch.tokens, batch.n_context), baseline(batch.tokens, batch.n_context))
     sensitive = build(case).float()
@@ -198,7 +200,7 @@ def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
     output, used = model.decoder(tokens, 7, added=[bias, bias])
     assert (output - plain).abs().max() > 1e-2
     assert used[0].biases["down"] is bias.biases["down"]
-    assert torch.equal(used[0].weights["up"].u, emitted[0].weights["up"].u)
+    assert torch.equal(used[0].weights["up"].delta.u, emitted[0].weights["up"].u)  # for the tokens that it served
     torch.testing.assert_close(model.decoder(tokens, 7, patches=used)[0], output)
     with pytest.raises(ValueError, match="1 patches for 2 layers"):
         model.decoder(tokens, 7, added=[bias])
