@@ -107,7 +107,7 @@ def test_the_context_reaches_the_model(
 ANSWERS = [
     (["runs/nothing", "a"], "no checkpoint at runs/nothing: give a .ckpt file, or a run folder"),
     ([__file__, "a"], "is damaged or no checkpoint"),
-    (["noise", "a"], "the model was trained on task.name=noise, which has no text"),
+    (["noise", "a"], "task.name=noise has no text: give a model that was trained on text or prompts"),
     (["recall", "a"], "task.name=recall with a separate context: give --context"),
     (["text", "a", "--context", "b"], "task.name=text without a separate context: leave out --context"),
     (["recall", "a", "--context", "@missing.txt"], "--context=@missing.txt: No such file or directory"),

@@ -45,7 +45,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     for index, domain in enumerate(DOMAINS):
         monkeypatch.setitem(DOMAINS, domain, partial(drawn, index))
-    monkeypatch.setattr("zoo.tasks.text.language.origin", lambda domain: "drawn")
+    monkeypatch.setattr("zoo.tasks.text.domains.origin", lambda domain: "drawn")
 
 
 def prompts(seed: int = 0, **options: Any) -> Prompts:
@@ -144,7 +144,7 @@ def test_a_wrong_context_is_found_where_one_document_has_nearly_all_blocks(
     texts = {name: letter * size for name, letter, size in (("a", b"a", 17), ("b", b"b", 17 * 400), ("c", b"c", 17))}
     ids = np.concatenate([[START, *text] for text in texts.values()]).astype(np.uint16)
     monkeypatch.setattr(module.corpus, "read", lambda folder: dict.fromkeys(SPLITS, ids))
-    monkeypatch.setattr(Prompts, "_folders", [tmp_path])
+    monkeypatch.setattr(Prompts, "folders", [tmp_path])
     batch = prompts(domains=["code"]).batch("train", 0, 402)
     assert batch.wrong_context is not None
     pairs = Counter((chr(own[0]), chr(wrong[0])) for own, wrong in zip(batch.tokens, batch.wrong_context, strict=True))
@@ -205,7 +205,7 @@ def file(tmp_path: Path) -> str:
 
 
 def everything(made: Prompts, split: str) -> list[tuple[bytes, bytes, bytes]]:
-    size = len(made.sources["files"][split].document)
+    size = len(made.examples[0][split].document)
     batch = made.batch(split, 0, size)
     return [said(batch, place) for place in range(size)]
 
@@ -267,10 +267,11 @@ def test_globs_links_and_packed_files_are_read_as_those_of_text(file: str, tmp_p
     assert made.state_dict() == again.state_dict()
 
 
-def test_sequences_of_a_file_have_no_group_and_metrics_have_no_parts(file: str) -> None:
+def test_sequences_of_a_file_are_one_group_and_metrics_have_no_parts(file: str) -> None:
     made = prompts(files=[file])
     batch = made.batch("test", 0, 4)
-    assert batch.group is None
+    assert batch.group is not None
+    assert not batch.group.any()
     values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 257), batch)
     names = ["bits_per_byte", *(f"bits_per_byte_{end}" for end in ("without_context", "wrong_context", "trigram"))]
     assert list(values) == names
@@ -347,7 +348,7 @@ def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
         (*[FILLING] * (C - len(context)), *context, *made.encode(r["query"] + r["target"]))
         for context, r in zip(contexts, rows, strict=True)
     }
-    batches = [made.batch(split, 0, len(made.sources["files"][split].document)) for split in SPLITS]
+    batches = [made.batch(split, 0, len(made.examples[0][split].document)) for split in SPLITS]
     assert {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()} == places
     assert (made.encode_context(""), made.encode_context("ab")) == ([], [97, 98])
     assert made.decode(made.encode("né")) == made.decode(made.encode_context("né")) == "né".encode()
@@ -364,7 +365,7 @@ def test_the_loss_does_not_depend_on_padding(case: Any, tmp_path: Path) -> None:
     losses = {}
     for context, target in ((C, A), (40, A), (C, 60)):
         made = prompts(files=[file], context=context, target=target)
-        batch = made.batch("validation", 0, len(made.sources["files"]["validation"].document))
+        batch = made.batch("validation", 0, len(made.examples[0]["validation"].document))
         assert (batch.tokens == FILLING).any()
         losses[context, target] = made.loss(model(batch.tokens, context), batch).item()
         seen = torch.where(batch.tokens == FILLING, 1, batch.tokens)

@@ -63,6 +63,27 @@ def test_the_loss_is_the_mean_of_the_errors_with_its_gradient(name: str) -> None
     )
 
 
+@every_task
+def test_every_metric_has_a_label(name: str) -> None:
+    made = task(name)
+    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape[:2], made.output_dim), made.batch("test", 0, 2))
+    assert all(made.explain(metric) != metric for metric in values)
+    assert made.main_metric in values
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "label"),
+    [
+        ("text", "bits_per_byte", "test bits per byte"),
+        ("prompts", "bits_per_byte_trigram_law", "  of a byte trigram, law"),
+        ("noise", "nats_floor", "  floor, ln of the vocabulary"),
+        ("noise", "bits_per_byte", "bits_per_byte"),
+    ],
+)
+def test_a_part_of_the_data_is_named_after_what_the_metric_says(name: str, metric: str, label: str) -> None:
+    assert TASKS[name].explain(metric) == label
+
+
 FUNCTIONS = [
     {"function": "linear", "dimension": 4},
     {"function": "sparse", "dimension": 6, "nonzero": 2},

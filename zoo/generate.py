@@ -8,7 +8,6 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import zoo
 from zoo.console import Parser, command
@@ -54,10 +53,7 @@ def pieces(options: argparse.Namespace) -> Iterator[str]:
     import torch  # after the options are read: --help is quick
 
     model = zoo.load(options.checkpoint)
-    task: Any = model.task  # what Text has more than a Task
-    name = task.config.name
-    if not hasattr(task, "encode"):
-        raise ValueError(f"the model was trained on task.name={name}, which has no text")
+    task, name = model.task, model.task.config.name
     for given in (options.prompt, options.context or ""):
         try:
             given.encode()

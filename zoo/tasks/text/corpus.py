@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -160,7 +160,7 @@ def _number(text: bytes) -> int:
 def prepare(
     name: str,
     origin: str,
-    parts: Callable[[], Iterable[Part]],
+    parts: Iterable[Part],
     files: Iterable[str] = tuple(SPLITS),
     suffix: str = ".bin",
     label: str | None = None,
@@ -172,7 +172,7 @@ def prepare(
     try:
         folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not _whole(folder, set(names.values())):
-            _build(folder, key, names, parts(), label or name)
+            _build(folder, key, names, parts, label or name)
     except OSError as error:
         raise ValueError(f"cannot prepare {label or name}: {error}; ZOO_CACHE names another folder") from error
     return folder
