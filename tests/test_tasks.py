@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
+from test_readme import ROOT, blocks
 from torch import Tensor
 
 from zoo.tasks import TASKS, Batch, Task
@@ -187,3 +190,30 @@ def test_noise_is_uniform_and_independent_with_floor_ln_v() -> None:
     for name in ("nats", "nats_floor"):
         assert values[name].mean().item() == pytest.approx(math.log(5))
     assert list(made.baselines().values()) == [math.log(5)]
+
+
+def test_a_new_task_of_blind_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of the page: its answers are right, its sample queries keys, and it has no text."""
+    module = types.ModuleType("recall")
+    monkeypatch.setitem(sys.modules, "recall", module)
+    exec(blocks((ROOT / "docs/add-a-task.md").read_text(), "python")[0], module.__dict__)
+    made = module.Recall({"keys": 5}, 0)
+    batch = made.batch("test", 0, 200)
+    calls: list[Tensor] = []
+
+    def predict(tokens: Tensor, n_context: int) -> Tensor:
+        calls.append(tokens)
+        return torch.nn.functional.one_hot(torch.full_like(tokens, 7), 10).float()
+
+    values = {name: value.mean().item() for name, value in made.evaluate(predict, batch).items()}
+    assert values["error_perfect"] == 0
+    assert values["error_chance"] == pytest.approx(0.8)
+    assert values["error"] == pytest.approx(0.8, abs=0.06)
+    assert not any(torch.equal(a, b) for a, b in zip(calls[0], calls[2], strict=True))
+    queries = made.sample_queries(batch.tokens[0, :6], 7)
+    assert queries.shape == (1, 13)
+    assert torch.equal(queries[0, :6], batch.tokens[0, :6])
+    assert torch.equal(queries[0, 6:], made.batch("train", 0, 2).tokens[:, 6:].flatten()[:7])
+    for ask in (made.encode, made.encode_context, made.decode):
+        with pytest.raises(ValueError, match=r"^task\.name=recall has no text"):
+            ask("a")
