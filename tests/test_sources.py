@@ -340,7 +340,7 @@ def test_a_changed_folder_is_read_again() -> None:
     ("options", "message"),
     [
         ({"column": "body"}, "task.hub=set: has no column body: choose one of number, text with task.column="),
-        ({"column": "number"}, "task.hub=set: column number holds int, not text"),
+        ({"column": "number"}, "task.hub=set: row 1: column number holds int, not text"),
         ({"hub": "evaluated"}, "task.hub=evaluated: has the splits test, but none named train"),
         ({"hub": "empty"}, "task.hub=empty cannot be read"),
         ({"hub": "json"}, "task.hub='json' is neither a folder nor OWNER/NAME"),
@@ -394,7 +394,7 @@ def test_the_second_start_opens_no_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     options: list[dict[str, Any]] = [{"files": [jsonl("a.jsonl", STORIES)]}, {"hub": hub(train=STORIES)}]
     before = [made(**each).batch("train", 3, 5) for each in options]
-    for name in ("_rows", "read_hub", "_reach"):
+    for name in ("_documents", "read_hub", "_reach"):
         monkeypatch.setattr(sources, name, refuse)
     for each, batch in zip(options, before, strict=True):
         assert torch.equal(made(**each).batch("train", 3, 5).tokens, batch.tokens)

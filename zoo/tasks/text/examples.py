@@ -58,10 +58,8 @@ def read(files: Iterable[Path]) -> Iterator[Row]:
     for path in files:
         with sources.named(f"task.files: {path}"):
             for place, row in sources.rows(path, PARTS):
-                try:
+                with sources.at(place):
                     made = _row(row)
-                except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from error
                 yield made
 
 

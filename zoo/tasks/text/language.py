@@ -105,7 +105,7 @@ class Text(TextTask):
             yield "tokenizer", json.dumps(tokenizer.train(sample, self.vocabulary)).encode()
 
         key = f"{self.vocabulary} {share} {' '.join(map(corpus.digest, self.folders))}"
-        folder = corpus.prepare("bpe", key, parts(), ["tokenizer"], ".json")
+        folder = corpus.prepare("bpe", key, parts(), ["tokenizer.json"])
         return Tokenizer(json.loads((folder / "tokenizer.json").read_bytes()))
 
     @functools.cached_property

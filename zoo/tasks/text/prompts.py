@@ -61,7 +61,7 @@ class Prompts(TextTask):
     def prepare_source(self) -> dict[str, Path]:
         files = sources.find(self.config.files, ())
         key, label = sources.fingerprint(files), sources.listed(files)
-        return {label: corpus.prepare("prompts", key, examples.parts(files), ["rows"], ".jsonl", label)}
+        return {label: corpus.prepare("prompts", key, examples.parts(files), ["rows.jsonl"], label)}
 
     @functools.cached_property
     def examples(self) -> list[dict[str, Examples]]:
