@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.config import show
+from zoo.config import plain, show
 from zoo.tasks.base import SPLITS, Batch, Predict, Task, nats
 from zoo.tasks.text import corpus, domains
 from zoo.tasks.text.corpus import START
@@ -39,14 +39,11 @@ Config = TypeVar("Config", bound=Any)
 def one_source(config: Config, *options: str) -> Config:
     """`config` with its source of text, all domains where none of `options` names one; raises ValueError for several
     sources and for one that names nothing, or a domain twice."""
-    values = {name: getattr(config, name) for name in options}
-    given = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
-    }
+    given = {name: plain(value) for name in options if (value := getattr(config, name)) is not None}
     if len(given) > 1:
         named = " and ".join(f"task.{name}={value}" for name, value in given.items())
         raise ValueError(f"{named} exclude each other: text has one source")
-    chosen = given.get("domains", list(domains.DOMAINS) if not given else None)
+    chosen = given.get("domains", None if given else list(domains.DOMAINS))
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         raise ValueError(f"task.domains={chosen} must be different names out of {list(domains.DOMAINS)}")
     if given.get("files") == []:
