@@ -39,7 +39,16 @@ def test_batches_are_pure_functions_of_seed_split_and_k(name: str) -> None:
     for (split, k), batch in reversed(expected.items()):
         assert batch.tokens.shape[:2] == (4, again.tokens)
         assert batch.targets.shape == (4, again.tokens - again.n_context)
-        assert all(map(torch.equal, batch[:2], again.batch(split, k, 4)[:2]))
+        assert same(batch, again.batch(split, k, 4))
+        one, two = (batch.rows(first, 2)._asdict() for first in (0, 2))
+        joined = {key: torch.cat([one[key], two[key]]) for key, value in one.items() if torch.is_tensor(value)}
+        assert same(batch, batch._replace(**joined))
+
+
+def same(batch: Batch, other: Batch) -> bool:
+    """Whether all that batches hold is equal."""
+    pairs = zip(batch, other, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
 
 
 @every_task
