@@ -66,10 +66,9 @@ def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
             raise ValueError(f"task.files: {show(pattern, LINE)} {hint} (looked in {Path.cwd()})")
     for path in found.values():
         if _kind(path) not in (*TABLES, *kinds):
-            known = ", ".join([*TABLES, *filter(None, kinds)])
-            plain = ", or none for plain text" if "" in kinds else ""
+            known = ", ".join(kind or "none, for plain text" for kind in (*TABLES, *kinds))
             raise ValueError(
-                f"task.files: {path} has an unknown extension; known: {known}{plain}; all but .parquet also with .gz"
+                f"task.files: {path} has an unknown extension; known: {known}; all but .parquet also with .gz"
             )
     return list(found.values())
 
@@ -88,11 +87,8 @@ def listed(files: Sequence[Path]) -> str:
 
 def fingerprint(files: Iterable[Path]) -> str:
     """A hash of names, sizes and times of change."""
-    lines = []
-    for path in files:
-        with named(f"task.files: {path}"):
-            status = path.stat()
-            lines.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    states = ((path, path.stat()) for path in files)
+    lines = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -112,7 +108,10 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[tuple[str, bytes]
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a table, with `columns` at least, where it has them."""
-    return TABLES[_kind(path)](path, columns)
+    for place, row in TABLES[_kind(path)](path, columns):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: a row is an object, not {type(row).__name__}")
+        yield place, row
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -122,31 +121,22 @@ def _open(path: Path) -> IO[bytes]:
 def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The objects of an array, or one a line."""
     with _open(path) as file:
-        first = True
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if first and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                for place, row in enumerate(_object(line + file.read(), list), 1):
-                    if not isinstance(row, dict):
-                        raise ValueError(f"row {place}: a row is an object, not {type(row).__name__}")
-                    yield f"row {place}", row
-                return
-            first = False
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        first = next(lines, (0, b"[]"))
+        if first[1].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from ((f"row {place}", row) for place, row in enumerate(_value(first[1] + file.read()), 1))
+            return
+        for number, line in chain([first], lines):
             with at(f"line {number}"):
-                row = _object(line, dict)
+                row = _value(line)
             yield f"line {number}", row
 
 
-def _object(text: bytes, kind: type) -> Any:
+def _value(text: bytes) -> Any:
     try:
-        # the digits of other columns, thousands maybe, are not needed
-        value = json.loads(text, parse_int=lambda digits: 0)
+        return json.loads(text, parse_int=lambda digits: 0)  # of other columns, thousands of digits maybe
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"a row is an object, not {type(value).__name__}")
-    return value
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
