@@ -144,11 +144,13 @@ def test_one_source_is_one_group_without_metrics_of_domains() -> None:
             "task.files: HERE/a.bin has an unknown extension; known: .json, .jsonl, .csv, .parquet, ",
         ),
         (["a.jsonl"], {"column": "body"}, "HERE/a.jsonl: has no column body: choose one of number, text "),
+        (["a.parquet"], {"column": "body"}, "HERE/a.parquet: has no column body: choose one of number, text "),
         (["a.jsonl"], {"column": "number"}, "task.files: HERE/a.jsonl: line 1: column number holds int, not text"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(files: list[str], options: dict[str, Any], message: str) -> None:
     jsonl("a.jsonl", STORIES)
+    parquet("a.parquet", STORIES)
     Path("a.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=re.escape(message.replace("HERE", str(Path.cwd())))) as error:
         made(files=files, **options).prepare()

@@ -274,10 +274,14 @@ def test_a_state_gives_the_tokenizer_without_text_or_cache(
 
 def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
     made, few = text(**PAIRS), text(**{**PAIRS, "vocabulary": 300})
-    before = made.batch("test", 0, 4)
+    predict, before = (lambda tokens, n: torch.zeros(*tokens.shape, 400)), made.batch("test", 0, 4)
+    made.evaluate(predict, before)
     made.load_state_dict(few.state_dict())
-    assert torch.equal(made.batch("test", 0, 4).tokens, few.batch("test", 0, 4).tokens)
-    assert not torch.equal(made.batch("test", 0, 4).tokens, before.tokens)
+    after = made.batch("test", 0, 4)
+    assert torch.equal(after.tokens, few.batch("test", 0, 4).tokens)
+    assert not torch.equal(after.tokens, before.tokens)
+    n_bytes = len(made.decode(after.targets.flatten().tolist()))
+    assert len(made.evaluate(predict, after)["bits_per_byte"]) == n_bytes
 
 
 @pytest.mark.parametrize(
