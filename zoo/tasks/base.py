@@ -22,11 +22,12 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
 class Batch(NamedTuple):
-    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest;
-    wrong_context: as many tokens of another sequence, (B,C) or (B,C,token_dim); group (B): which part of the data a
-    sequence comes from, for analysis alone. A step's global batch is cut into parts, `part` counts them on each
-    process; scored, read: predictions and tokens of the global batch over the number of all parts, what sums over this
-    part are divided by, so that every prediction weighs the same whatever part it is in; 0: count this batch's own."""
+    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of those after it;
+    wrong_context (B,C): that of another sequence; group (B): the part of the data a sequence is of, for analysis alone.
+
+    A process works on parts of a step's global batch, numbered by `part`. scored and read are the predictions and
+    tokens of the global batch over the number of all parts: sums over a part are divided by them, so that every
+    prediction weighs the same in whatever part it is. 0: this batch is the whole."""
 
     tokens: Tensor
     targets: Tensor

@@ -60,10 +60,11 @@ def texts(ids: np.ndarray) -> Iterator[bytes]:
 def split_documents(
     source: str, documents: Iterable[tuple[str, bytes]], held: Sequence[str] = ("test", "validation")
 ) -> Iterator[Part]:
-    """Byte ids of each split, document by document. Documents, ordered by the hash of SOURCE/NAME, fill the `held`
-    splits with 5 % of all ids each; the rest trains. Equal ones stay together. One above 5 % is cut into passages, each
-    of which goes its own way. As few different ones as `held` are cut: the last 5 % of their bytes are held out, and so
-    on."""
+    """Byte ids of each split, document by document.
+
+    In the order of the hash of SOURCE/NAME, documents fill the `held` splits with 5 % of all ids each; the rest trains.
+    Equal documents stay together. One above 5 % is cut into passages that are dealt like documents. Where there are no
+    more different documents than `held`, the last 5 % of all bytes are the first of `held`, those before the next."""
     with tempfile.TemporaryFile(dir=cache()) as spool:
         keys, hashes, ends = array("Q"), array("Q"), array("q", [0])
         for name, text in documents:
@@ -136,7 +137,7 @@ def _shared_out(
 
 
 def fill(sizes: np.ndarray, held: Sequence[str], enough: int = 1) -> np.ndarray:
-    """Which split each of some things goes to, that come in a random order: number k of `held`, or len(held) to train.
+    """The split of each thing, of things in a random order: the number of one of `held`, or len(held) for training.
 
     Each held-out split gets 5 % of all, less than 10 %, and `enough` things at least; what is above 5 % by itself is
     held out only where nothing else is left, the smallest first."""

@@ -6,6 +6,7 @@
 A context enters by attention, or through weights alone, as the family says. Tokens are bytes. Filling holds the place
 of what is missing and changes nothing. Documents go on after the target, which then has no end, and its last byte is
 not read.
+Axes: C context tokens, T tokens.
 """
 
 from __future__ import annotations
