@@ -26,6 +26,7 @@ from zoo.core.sampling import choose
 from zoo.models import MODELS, Model
 from zoo.models.hypernet import Generator
 from zoo.tasks import TASKS, Batch, Task
+from zoo.tasks.base import TaskConfig
 from zoo.tasks.text.corpus import START
 
 pytestmark = pytest.mark.numeric
@@ -35,7 +36,7 @@ LENGTH = 22
 
 
 @dataclass(frozen=True)
-class RecallConfig:
+class RecallConfig(TaskConfig):
     name: str = "recall"
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -36,7 +37,8 @@ from zoo.tasks import TASKS
 from zoo.training.run import RunConfig, run
 
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
-QUICKSTART, RECIPE = PAGES["docs/quickstart.md"], PAGES["docs/add-a-model.md"]
+QUICKSTART = PAGES["docs/quickstart.md"]
+MODEL_RECIPE, TASK_RECIPE = PAGES["docs/add-a-model.md"], PAGES["docs/add-a-task.md"]
 
 SPEC = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
 assert SPEC
@@ -72,11 +74,11 @@ def jobs(arguments: list[str]) -> list[list[str]]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every `python train.py …` of every page but mistakes, and but the recipe's own family."""
+    """Every `python train.py …` of every page but mistakes, but those of what recipes add."""
     found = []
     for page, text in PAGES.items():
         for line in re.findall(r"^(?!\$).*?(?<!\$ )\bpython train\.py ([^`\n]+)", text, re.M):
-            if not re.search(r"--(help|hydra-help|cfg)|-sc|model=film", line):
+            if not re.search(r"--(help|hydra-help|cfg)|-sc|model=film|task=recall", line):
                 found.append((page, line.strip()))
     return found
 
@@ -227,50 +229,74 @@ def test_tables_of_files_are_those_of_conf(group: str) -> None:
             assert yaml.safe_load(value.strip("`")) == read[file][option]
 
 
-@pytest.mark.slow
-def test_the_recipe_for_a_new_model_followed_literally(tmp_path: Path) -> None:
-    for name in ("zoo", "conf", "tests", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+def copied(folder: Path) -> Callable[..., str]:
+    """A command that runs Python, for its output, in a copy of the repository."""
+    for name in ("zoo", "conf", "tests", "docs", ".ci"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml", "constraints.txt", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name, code in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", RECIPE, re.M | re.S):
-        assert not (tmp_path / name).exists()
-        (tmp_path / name).write_text(code)
-    (diff,) = blocks(RECIPE, "diff")
-    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
-    for begin, end in (("FAMILIES = {", "\n}\n"), ("CASES = [", "\n]\n")):
-        kind = f"<!-- in the \\w+ {begin.split()[0]}: (\\S+) -->"
-        ((name, lines),) = re.findall(rf"{kind}\n```text\n(.*?)^```$", RECIPE, re.M | re.S)
-        before = (tmp_path / name).read_text()
-        start = before.index(end, before.index(begin)) + 1
-        (tmp_path / name).write_text(before[:start] + lines + before[start:])
-    ((name, options),) = re.findall(r"<!-- at the end: (\S+) -->\n```markdown\n(.*?)^```$", RECIPE, re.M | re.S)
-    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n" + options)
+        shutil.copy(ROOT / name, folder)
 
     def do(*command: str) -> str:
         done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [sys.executable, *command], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert done.returncode == 0, done.stdout[-3000:]
         return done.stdout
 
-    (line,) = re.findall(r"^python (train\.py .*)$", RECIPE, re.M)
-    small = "model.dim=16 model.layers=2 model.heads=2 model.hidden=24 optim.batch_size=8 out=runs/film"
-    assert "film on regression" in do(*shlex.split(line), *small.split())
-    checked = do("check_film.py")
-    assert checked.count("with the patch") == 2
-    load = "import zoo; model = zoo.load('runs/film'); print(model.config, zoo.__file__)"
-    loaded = do("-c", load)
+    return do
+
+
+def follow(recipe: str, folder: Path) -> None:
+    """Adds to the copy in `folder` what a recipe says."""
+    for name, code in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", recipe, re.M | re.S):
+        assert not (folder / name).exists()
+        (folder / name).write_text(code)
+    (diff,) = blocks(recipe, "diff")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=folder)
+    places = r"<!-- in the (?:list|dict) (\w+): (\S+) -->\n```text\n(.*?)^```$"
+    for table, name, lines in re.findall(places, recipe, re.M | re.S):
+        before = (folder / name).read_text()
+        begin = re.search(rf"^{table}\b.* = [\[{{]$", before, re.M)
+        assert begin
+        end = re.compile(r"^[\]}]$", re.M).search(before, begin.end())
+        assert end
+        (folder / name).write_text(before[: end.start()] + lines + before[end.start() :])
+    ((name, options),) = re.findall(r"<!-- at the end: (\S+) -->\n```markdown\n(.*?)^```$", recipe, re.M | re.S)
+    (folder / name).write_text((folder / name).read_text() + "\n" + options)
+
+
+@pytest.mark.slow
+def test_the_recipes_followed_literally(tmp_path: Path) -> None:
+    """A new model and a new task, one after the other in one copy; then the whole suite is green, as both pages say."""
+    do = copied(tmp_path)
+    follow(MODEL_RECIPE, tmp_path)
+    (line,) = re.findall(r"^python (train\.py .*)$", MODEL_RECIPE, re.M)
+    small = "model.dim=16 model.layers=2 model.heads=2 model.hidden=24 optim.batch_size=8"
+    assert "film on regression" in do(*shlex.split(line), *small.split(), "out=runs/film")
+    assert do("check_film.py").count("with the patch") == 2
+    loaded = do("-c", "import zoo; model = zoo.load('runs/film'); print(model.config, zoo.__file__)")
     assert "FilmConfig" in loaded
     assert str(tmp_path) in loaded
-    (line,) = re.findall(r"^python (-m pytest .*)$", RECIPE, re.M)
+
+    follow(TASK_RECIPE, tmp_path)
+    (line,) = re.findall(r"^python (train\.py .*)$", TASK_RECIPE, re.M)
+    printed = do(*shlex.split(line), *small.split(), "out=runs/transformer-recall/ID")
+    assert "\nshare of wrong answers " in printed
+    assert "\n  looking the key up  " in printed
+    (line,) = re.findall(r"^python (-m zoo\.analyze report .*)$", TASK_RECIPE, re.M)
+    assert "error with a wrong context minus right" in do(*shlex.split(line))
+    assert {path.name for path in (tmp_path / "runs/transformer-recall/ID/report").glob("*.png")} == {
+        f"{name}.png" for name in ("law-residuals", "norms-and-alignment", "static-error")
+    }
+    (line,) = {
+        line for recipe in (MODEL_RECIPE, TASK_RECIPE) for line in re.findall(r"^python (-m pytest .*)$", recipe, re.M)
+    }
     assert " passed" in do(*shlex.split(line), "-p", "no:cacheprovider")
-    assert " passed" in do("-m", "pytest", "tests/test_docs.py", "-k", "option_tables", "-p", "no:cacheprovider")
 
 
 def test_a_family_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe's family, in a file of somebody else's: trains, loads, obeys the law and goes through the lens."""
-    (code,) = re.findall(r"<!-- file: zoo/models/film.py -->\n```\w+\n(.*?)^```$", RECIPE, re.M | re.S)
+    (code,) = re.findall(r"<!-- file: zoo/models/film.py -->\n```\w+\n(.*?)^```$", MODEL_RECIPE, re.M | re.S)
     (tmp_path / "own.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(zoo.MODELS, "film", importlib.import_module("own").Film)

@@ -107,10 +107,10 @@ def test_the_context_reaches_the_model(
 ANSWERS = [
     (["runs/nothing", "a"], "no checkpoint at runs/nothing: give a .ckpt file, or a run folder"),
     ([__file__, "a"], "is damaged or no checkpoint"),
-    (["noise", "a"], "the model was trained on task.name=noise, which has no text"),
+    (["noise", "a"], "task.name=noise has no text: give a model that was trained on text or prompts"),
     (["recall", "a"], "task.name=recall with a separate context: give --context"),
     (["text", "a", "--context", "b"], "task.name=text without a separate context: leave out --context"),
-    (["recall", "a", "--context", "@missing.txt"], "--context=@missing.txt: No such file or directory"),
+    (["recall", "a", "--context", "@missing.txt"], "No such file or directory: 'missing.txt'"),
     (["recall", "a", "--context", "@LATIN"], "is no UTF-8 text: "),
     (["text", "a", "--count", "0"], "count=0 must be at least 1"),
     (["text", "a", "--temperature", "-1"], "temperature=-1.0 must be"),
@@ -134,7 +134,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert answer in line
 
 
-def test_ctrl_c_ends_the_line(
+def test_ctrl_c_stops_it_like_any_command(
     checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> Iterator[Tensor]:
@@ -142,7 +142,7 @@ def test_ctrl_c_ends_the_line(
 
     monkeypatch.setattr(sampling, "choose", interrupted)
     assert main([checkpoints["text"], "ab"]) == 130
-    assert capsys.readouterr() == ("ab\n", "")
+    assert capsys.readouterr() == ("ab", "\nstopped by SIGINT\n")
 
 
 def test_help_loads_no_torch_and_unknown_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,18 +157,9 @@ def test_help_loads_no_torch_and_unknown_options_are_one_line(capsys: pytest.Cap
 
 
 @pytest.mark.slow
-def test_the_command_as_a_process(tmp_path: Path) -> None:
-    metrics = zoo.train(
-        model={"name": "moe", "dim": 16, "layers": 2, "heads": 2, "hidden": 24, "route_on": "context"},
-        task={"name": "text", "domains": ["code"], "tokens": 64},
-        optim={"steps": 20, "warmup": 2, "batch_size": 8},
-        trainer={"enable_progress_bar": False, "accelerator": "cpu"},
-        validation_batches=1,
-        test_batches=1,
-        out=str(tmp_path / "run"),
-    )
-    for path, code in ((tmp_path / "run", 0), (metrics["checkpoint"], 0), (tmp_path / "nothing", 2)):
-        command = [sys.executable, "-m", "zoo.generate", str(path), "def ", "--count", "50"]
+def test_the_command_as_a_process(checkpoints: dict[str, str]) -> None:
+    for path, code in ((checkpoints["text"], 0), ("nothing", 2)):
+        command = [sys.executable, "-m", "zoo.generate", path, "def ", "--count", "50"]
         done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=120)
         assert done.returncode == code
         assert (done.stdout.startswith(b"def "), done.stderr.startswith(b"error: ")) == (code == 0, code == 2)

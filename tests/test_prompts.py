@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import math
@@ -45,7 +44,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     for index, domain in enumerate(DOMAINS):
         monkeypatch.setitem(DOMAINS, domain, partial(drawn, index))
-    monkeypatch.setattr("zoo.tasks.text.language.origin", lambda domain: "drawn")
+    monkeypatch.setattr("zoo.tasks.text.domains.origin", lambda domain: "drawn")
 
 
 def prompts(seed: int = 0, **options: Any) -> Prompts:
@@ -87,54 +86,21 @@ def said(batch: Batch, row: int) -> tuple[bytes, bytes, bytes]:
 # passages of documents
 
 
-def sequences(made: Prompts, split: str, domain: int, count: int, first: int = 0, size: int = 6) -> list[bytes]:
-    """`count` sequences of one domain, whole, from number `first` on."""
-    found: list[bytes] = []
-    for k in range(math.ceil(4 * (first + count) / size)):
-        batch = made.batch(split, k, size)
-        assert batch.group is not None
-        assert batch.group.tolist() == [place % 4 for place in range(k * size, (k + 1) * size)]
-        found += [b"".join(said(batch, row)) for row in range(size) if batch.group[row] == domain]
-    return found[first : first + count]
-
-
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("domain", range(4))
-def test_an_epoch_reads_each_block_of_each_document_once(small: None, split: str, domain: int) -> None:
-    texts = documents(list(DOMAINS)[domain], split)
-    blocks = [text[i : i + SIZE] for text in texts for i in range(0, len(text) - SIZE + 1, SIZE)]
-    assert any(len(text) < SIZE for text in texts) or split != "train"
-    first, second = (sequences(prompts(), split, domain, len(blocks), epoch * len(blocks)) for epoch in range(2))
-    assert Counter(first) == Counter(second) == Counter(blocks)
-    assert len(set(first)) > 3
-    # held-out blocks come in one order, whatever the epoch and the seed; training blocks in one of each epoch and seed
-    assert (first == second) == (split != "train")
-    assert (first == sequences(prompts(seed=1), split, domain, len(blocks))) == (split != "train")
-    assert first == sequences(prompts(), split, domain, len(blocks), size=5)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_context_query_and_target_follow_each_other_in_a_document_of_the_split(small: None, split: str) -> None:
-    texts = {domain: documents(domain, split) for domain in DOMAINS}
-    batch = prompts().batch(split, 3, 40)
-    assert batch.group is not None
-    for row, group in enumerate(batch.group.tolist()):
-        parts = said(batch, row)
-        assert tuple(map(len, parts)) == (C, Q, A)
-        assert sum(b"".join(parts) in text for text in texts[list(DOMAINS)[group]]) == 1
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_wrong_context_is_of_another_document_of_the_same_domain(small: None, split: str) -> None:
-    texts = {domain: documents(domain, split) for domain in DOMAINS}
-    for k in range(4):
-        batch = prompts().batch(split, k, 20)
-        assert batch.group is not None
+def test_an_epoch_reads_each_block_of_each_document_beside_a_context_of_another_one(small: None, split: str) -> None:
+    made = prompts()
+    for index, domain in enumerate(DOMAINS):
+        texts = documents(domain, split)
+        blocks = [text[i : i + SIZE] for text in texts for i in range(0, len(text) - SIZE + 1, SIZE)]
+        assert any(len(text) < SIZE for text in texts) or split != "train"
+        batch = made.at(split, 4 * np.arange(len(blocks)) + index)
         assert batch.wrong_context is not None
-        for row, group in enumerate(batch.group.tolist()):
-            wrong = bytes(batch.wrong_context[row].tolist())
-            (source,) = (text for text in texts[list(DOMAINS)[group]] if wrong in text)
-            assert said(batch, row)[0] not in source
+        found = [said(batch, row) for row in range(len(blocks))]
+        assert Counter(b"".join(parts) for parts in found) == Counter(blocks)
+        for parts, wrong in zip(found, batch.wrong_context.tolist(), strict=True):
+            assert tuple(map(len, parts)) == (C, Q, A)
+            (source,) = (text for text in texts if bytes(wrong) in text)
+            assert parts[0] not in source
 
 
 def test_a_wrong_context_is_found_where_one_document_has_nearly_all_blocks(
@@ -144,31 +110,13 @@ def test_a_wrong_context_is_found_where_one_document_has_nearly_all_blocks(
     texts = {name: letter * size for name, letter, size in (("a", b"a", 17), ("b", b"b", 17 * 400), ("c", b"c", 17))}
     ids = np.concatenate([[START, *text] for text in texts.values()]).astype(np.uint16)
     monkeypatch.setattr(module.corpus, "read", lambda folder: dict.fromkeys(SPLITS, ids))
-    monkeypatch.setattr(Prompts, "_folders", [tmp_path])
+    monkeypatch.setattr(Prompts, "folders", [tmp_path])
     batch = prompts(domains=["code"]).batch("train", 0, 402)
     assert batch.wrong_context is not None
     pairs = Counter((chr(own[0]), chr(wrong[0])) for own, wrong in zip(batch.tokens, batch.wrong_context, strict=True))
     assert sum(pairs.values()) == 402
     assert all(own != wrong for own, wrong in pairs)
     assert pairs["b", "a"] + pairs["b", "c"] == 400
-
-
-def test_batches_are_pure_functions_of_seed_split_and_k(small: None) -> None:
-    made = prompts(seed=3)
-    expected = {(split, k): made.batch(split, k, 6) for split in SPLITS for k in range(20)}
-    again = prompts(seed=3)
-    for (split, k), batch in reversed(expected.items()):
-        other = again.batch(split, k, 6)
-        for name in ("tokens", "targets", "group", "wrong_context"):
-            assert torch.equal(getattr(batch, name), getattr(other, name))
-    assert not torch.equal(prompts(seed=4).batch("train", 0, 6).tokens, expected["train", 0].tokens)
-
-
-def test_processes_share_a_batch(small: None) -> None:
-    batch = prompts().batch("train", 5, 6)
-    parts = [batch.rows(first, 2) for first in (0, 2, 4)]
-    for name in ("tokens", "targets", "group", "wrong_context"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
 
 
 def test_documents_that_are_too_short_are_named(small: None) -> None:
@@ -205,7 +153,7 @@ def file(tmp_path: Path) -> str:
 
 
 def everything(made: Prompts, split: str) -> list[tuple[bytes, bytes, bytes]]:
-    size = len(made.sources["files"][split].document)
+    size = len(made.examples[0][split].document)
     batch = made.batch(split, 0, size)
     return [said(batch, place) for place in range(size)]
 
@@ -252,28 +200,6 @@ def test_a_context_of_most_rows_trains_and_equal_rows_stay_together(tmp_path: Pa
     sizes = [sum(len(part) for row in rows for part in row) for rows in found]
     assert all(0.05 <= size / sum(sizes) < 0.1 for size in sizes[1:])
     assert not any(set(a) & set(b) for a, b in itertools.combinations(found, 2))
-
-
-def test_globs_links_and_packed_files_are_read_as_those_of_text(file: str, tmp_path: Path) -> None:
-    expected = [set(everything(prompts(files=[file]), split)) for split in SPLITS]
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "blob").write_bytes(Path(write(tmp_path / "plain", ROWS[:30])).read_bytes())
-    (tmp_path / "parts/a.jsonl").symlink_to(tmp_path / "blob")
-    (tmp_path / "parts/b.jsonl.gz").write_bytes(gzip.compress(Path(write(tmp_path / "plain", ROWS[30:])).read_bytes()))
-    made = prompts(files=[str(tmp_path / "parts/*.jsonl*")])
-    assert [set(everything(made, split)) for split in SPLITS] == expected
-    again = prompts(files=[file])
-    again.prepare()
-    assert made.state_dict() == again.state_dict()
-
-
-def test_sequences_of_a_file_have_no_group_and_metrics_have_no_parts(file: str) -> None:
-    made = prompts(files=[file])
-    batch = made.batch("test", 0, 4)
-    assert batch.group is None
-    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape, 257), batch)
-    names = ["bits_per_byte", *(f"bits_per_byte_{end}" for end in ("without_context", "wrong_context", "trigram"))]
-    assert list(values) == names
 
 
 def test_two_contexts_are_needed_in_each_split(tmp_path: Path) -> None:
@@ -347,7 +273,7 @@ def test_texts_become_the_tokens_of_batches(tmp_path: Path) -> None:
         (*[FILLING] * (C - len(context)), *context, *made.encode(r["query"] + r["target"]))
         for context, r in zip(contexts, rows, strict=True)
     }
-    batches = [made.batch(split, 0, len(made.sources["files"][split].document)) for split in SPLITS]
+    batches = [made.batch(split, 0, len(made.examples[0][split].document)) for split in SPLITS]
     assert {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()} == places
     assert (made.encode_context(""), made.encode_context("ab")) == ([], [97, 98])
     assert made.decode(made.encode("né")) == made.decode(made.encode_context("né")) == "né".encode()
@@ -364,7 +290,7 @@ def test_the_loss_does_not_depend_on_padding(case: Any, tmp_path: Path) -> None:
     losses = {}
     for context, target in ((C, A), (40, A), (C, 60)):
         made = prompts(files=[file], context=context, target=target)
-        batch = made.batch("validation", 0, len(made.sources["files"]["validation"].document))
+        batch = made.batch("validation", 0, len(made.examples[0]["validation"].document))
         assert (batch.tokens == FILLING).any()
         losses[context, target] = made.loss(model(batch.tokens, context), batch).item()
         seen = torch.where(batch.tokens == FILLING, 1, batch.tokens)

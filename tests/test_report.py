@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import zoo
-from zoo.tasks import TASKS
 from zoo.training import summary as report
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -82,29 +81,6 @@ def _is_number(word: str) -> bool:
 )
 def test_numbers(value: float, text: str) -> None:
     assert report._number(value) == text
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_every_metric_is_explained(task: str) -> None:
-    domains = {"domains": ["law", "medicine"]} if task in ("text", "prompts") else {}
-    made = TASKS[task]({"name": task, **domains}, 0)
-    batch = made.batch("test", 0, 2)
-    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape[:2], made.output_dim), batch)
-    assert all(report.explain(name) != name for name in values)
-    assert made.main_metric in values
-
-
-@pytest.mark.parametrize(
-    ("metric", "text"),
-    [
-        ("bits_per_byte", "test bits per byte"),
-        ("bits_per_byte_trigram_law", "  of a byte trigram, law"),
-        ("nats_floor", "  floor, ln of the vocabulary"),
-        ("of_another_task", "of_another_task"),
-    ],
-)
-def test_a_part_of_the_data_is_named_after_what_the_metric_says(metric: str, text: str) -> None:
-    assert report.explain(metric) == text
 
 
 def test_the_curve_is_a_picture(run: tuple[Path, dict[str, Any], str]) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from zoo import load, train
 from zoo.core.delta import LowRank, Sum
 from zoo.core.patch import Patch, Routing
-from zoo.lens.queries import sample_queries
 from zoo.lens.static import STATIC_FORMS, Moments, answer, first, fit, relative_error
 from zoo.models import Model
 from zoo.tasks import TASKS
@@ -184,7 +183,7 @@ def contexts(model: Model) -> Tensor:
 def queries(model: Model, context: Tensor, count: int, k: int = 0) -> tuple[Tensor, int]:
     """`count` samples after `context`, on text as rows of four tokens, and the length of the context."""
     rows = count if model.task.independent_queries else -(-count // 4)
-    return sample_queries(model.task, context, rows, "validation", k, length=4), len(context)
+    return model.task.sample_queries(context, rows, "validation", k, length=4), len(context)
 
 
 @taking_turns("case, form", CASES, ["matrix", "affine", "output"])
@@ -411,25 +410,25 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 def test_sample_queries_are_fresh_inputs_after_the_context() -> None:
     task = TASKS["regression"]({"name": "regression", "queries": 2}, 0)
     context = task.batch("test", 0, 1).tokens[0, :20]
-    tokens = sample_queries(task, context, 50)
+    tokens = task.sample_queries(context, 50)
     assert tokens.shape == (1, 70, 4)
     assert torch.equal(tokens[0, :20], context)
     assert not tokens[0, 20:, -1].any()
     assert tokens[0, 20:, :-1].std(0).sub(1).abs().max() < 0.4
-    for other in (sample_queries(task, context, 50, "test"), sample_queries(task, context, 50, k=1)):
+    for other in (task.sample_queries(context, 50, "test"), task.sample_queries(context, 50, k=1)):
         assert not torch.equal(other[0, 20:], tokens[0, 20:])
-    assert torch.equal(sample_queries(task, context, 50), tokens)
+    assert torch.equal(task.sample_queries(context, 50), tokens)
 
 
 def test_sample_queries_of_text_are_windows() -> None:
     task = TASKS["noise"]({"name": "noise", "tokens": 9}, 0)
     context = torch.tensor([3, 1, 2])
-    tokens = sample_queries(task, context, 5, length=4)
+    tokens = task.sample_queries(context, 5, length=4)
     assert torch.equal(tokens[:, :3], context.expand(5, 3))
     assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens[:, :4])
-    assert sample_queries(task, context, 5).shape == (5, 12)  # sequences shorter than the default
+    assert task.sample_queries(context, 5).shape == (5, 12)  # sequences shorter than the default
     with pytest.raises(ValueError, match="length=10 must lie between 1 and 9, the tokens of a query"):
-        sample_queries(task, context, 5, length=10)
+        task.sample_queries(context, 5, length=10)
 
 
 @pytest.mark.slow
@@ -440,8 +439,8 @@ def test_the_default_transformer_after_training(tmp_path: Path) -> None:
     for k, context in enumerate(model.task.batch("test", 0, 16).tokens[:, : model.task.n_context]):
         data.append(
             (
-                sample_queries(model.task, context, 256, "train", k),
-                sample_queries(model.task, context, 300, "test", k + 1),
+                model.task.sample_queries(context, 256, "train", k),
+                model.task.sample_queries(context, 300, "test", k + 1),
             )
         )
 

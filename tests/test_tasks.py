@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
+from test_readme import ROOT, blocks
 from torch import Tensor
 
 from zoo.tasks import TASKS, Batch, Task
@@ -36,7 +39,16 @@ def test_batches_are_pure_functions_of_seed_split_and_k(name: str) -> None:
     for (split, k), batch in reversed(expected.items()):
         assert batch.tokens.shape[:2] == (4, again.tokens)
         assert batch.targets.shape == (4, again.tokens - again.n_context)
-        assert all(map(torch.equal, batch[:2], again.batch(split, k, 4)[:2]))
+        assert same(batch, again.batch(split, k, 4))
+        one, two = (batch.rows(first, 2)._asdict() for first in (0, 2))
+        joined = {key: torch.cat([one[key], two[key]]) for key, value in one.items() if torch.is_tensor(value)}
+        assert same(batch, batch._replace(**joined))
+
+
+def same(batch: Batch, other: Batch) -> bool:
+    """Whether all that batches hold is equal."""
+    pairs = zip(batch, other, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
 
 
 @every_task
@@ -61,6 +73,27 @@ def test_the_loss_is_the_mean_of_the_errors_with_its_gradient(name: str) -> None
     torch.testing.assert_close(
         *(torch.autograd.grad(value, output)[0] for value in (loss, errors[scored].mean())), rtol=1e-5, atol=1e-9
     )
+
+
+@every_task
+def test_every_metric_has_a_label(name: str) -> None:
+    made = task(name)
+    values = made.evaluate(lambda tokens, n: torch.zeros(*tokens.shape[:2], made.output_dim), made.batch("test", 0, 2))
+    assert all(made.explain(metric) != metric for metric in values)
+    assert made.main_metric in values
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "label"),
+    [
+        ("text", "bits_per_byte", "test bits per byte"),
+        ("prompts", "bits_per_byte_trigram_law", "  of a byte trigram, law"),
+        ("noise", "nats_floor", "  floor, ln of the vocabulary"),
+        ("noise", "bits_per_byte", "bits_per_byte"),
+    ],
+)
+def test_a_part_of_the_data_is_named_after_what_the_metric_says(name: str, metric: str, label: str) -> None:
+    assert TASKS[name].explain(metric) == label
 
 
 FUNCTIONS = [
@@ -166,3 +199,30 @@ def test_noise_is_uniform_and_independent_with_floor_ln_v() -> None:
     for name in ("nats", "nats_floor"):
         assert values[name].mean().item() == pytest.approx(math.log(5))
     assert list(made.baselines().values()) == [math.log(5)]
+
+
+def test_a_new_task_of_blind_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of the page: its answers are right, its sample queries keys, and it has no text."""
+    module = types.ModuleType("recall")
+    monkeypatch.setitem(sys.modules, "recall", module)
+    exec(blocks((ROOT / "docs/add-a-task.md").read_text(), "python")[0], module.__dict__)
+    made = module.Recall({"keys": 5}, 0)
+    batch = made.batch("test", 0, 200)
+    calls: list[Tensor] = []
+
+    def predict(tokens: Tensor, n_context: int) -> Tensor:
+        calls.append(tokens)
+        return torch.nn.functional.one_hot(torch.full_like(tokens, 7), 10).float()
+
+    values = {name: value.mean().item() for name, value in made.evaluate(predict, batch).items()}
+    assert values["error_perfect"] == 0
+    assert values["error_chance"] == pytest.approx(0.8)
+    assert values["error"] == pytest.approx(0.8, abs=0.06)
+    assert not any(torch.equal(a, b) for a, b in zip(calls[0], calls[2], strict=True))
+    queries = made.sample_queries(batch.tokens[0, :6], 7)
+    assert queries.shape == (1, 13)
+    assert torch.equal(queries[0, :6], batch.tokens[0, :6])
+    assert torch.equal(queries[0, 6:], made.batch("train", 0, 2).tokens[:, 6:].flatten()[:7])
+    for ask in (made.encode, made.encode_context, made.decode):
+        with pytest.raises(ValueError, match=r"^task\.name=recall has no text"):
+            ask("a")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +47,8 @@ def loaded(run: tuple[Path, dict[str, Any]], cache: Path) -> Model:
 
 def test_a_loaded_model_encodes_and_decodes_without_text_and_cache(loaded: Model, cache: Path) -> None:
     text = "The sum of 3 and 4 is 7. Ünseen ☂ text"
-    ids = loaded.task.encode(text)  # type: ignore[attr-defined]
-    assert loaded.task.decode(ids).decode() == text  # type: ignore[attr-defined]
+    ids = loaded.task.encode(text)
+    assert loaded.task.decode(ids).decode() == text
     assert len(ids) < 0.9 * len(text.encode())
     assert loaded(torch.tensor([ids])).shape == (1, len(ids), 290)
     assert not cache.exists()
@@ -68,11 +65,9 @@ def test_the_loss_is_per_token_and_the_metric_per_byte(run: tuple[Path, dict[str
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "task.tokenizer=bpe restores merges, got nothing"),
         ({"merges": [[97, 300]]}, "merge 0 of a tokenizer must be two earlier ids, got [97, 300]"),
         ({"merges": "[[97, 98]]"}, "a tokenizer is a list of merges, got str"),
         ("merges", "must hold the state of its task as a dict, got 'merges'"),
-        ([], "must hold the state of its task as a dict, got []"),
     ],
 )
 def test_foreign_states_are_refused(run: tuple[Path, Any], tmp_path: Path, state: Any, message: str) -> None:
@@ -83,22 +78,3 @@ def test_foreign_states_are_refused(run: tuple[Path, Any], tmp_path: Path, state
         zoo.load(tmp_path / "tampered.ckpt")
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_processes_that_start_at_once_agree(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("One, two, three, four, five. " * 5000)
-    code = (
-        "from zoo.tasks.text.language import Text\n"
-        "t = Text({'files': ['a.txt'], 'tokenizer': 'bpe', 'vocabulary': 300}, 0); "
-        "t.prepare(); print(t.batch('train', 0, 4).tokens.sum().item(), t.tokenizer.digest)"
-    )
-    environment = {**os.environ, "ZOO_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(zoo.__file__).parents[1])}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    answers = {process.communicate(timeout=120)[0] for process in started}
-    assert [process.returncode for process in started] == [0] * 3
-    assert len(answers) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == 3

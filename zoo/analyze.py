@@ -135,7 +135,6 @@ def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[...
 
 def patch(options: argparse.Namespace) -> None:
     from zoo.lens.patch_file import save_patch
-    from zoo.lens.queries import sample_queries
     from zoo.lens.static import fit, relative_error
 
     if options.samples < 1:
@@ -144,8 +143,8 @@ def patch(options: argparse.Namespace) -> None:
     (model,) = models.values()
     context = read_context(model, options.context)
     n = len(context)
-    samples = sample_queries(model.task, context, options.samples, "train")
-    held_out = sample_queries(model.task, context, 128, "validation")
+    samples = model.task.sample_queries(context, options.samples, "train")
+    held_out = model.task.sample_queries(context, 128, "validation")
     patches = fit(model.decoder, [samples], n, options.form, options.ridge)
     error = relative_error(model.decoder, held_out, n, patches)
     about = {"form": options.form, "ridge": options.ridge, "samples": options.samples, "context": options.context.name}
@@ -173,7 +172,7 @@ def apply(options: argparse.Namespace) -> None:
             print(f"with the patch {patched:.4f}\twithout {plain:.4f}")
         return
     scores = [torch.nn.functional.cross_entropy(y[0, :-1], queries[0, 1:]) for y in (output, alone)]
-    size = len(model.task.decode(queries[0, 1:].tolist()))  # type: ignore[attr-defined]
+    size = len(model.task.decode(queries[0, 1:].tolist()))
     bits = [float(score) * (queries.shape[1] - 1) / size / math.log(2) for score in scores]
     print(f"bits per byte of the query: {bits[0]:.3f} with the patch, {bits[1]:.3f} without")
 
@@ -182,11 +181,9 @@ def read_context(model: Model, path: Path) -> Tensor:
     """The context in FILE as tokens (n) or (n,token_dim)."""
     import torch
 
-    task: Any = model.task
-    if task.vocabulary is None:
+    task = model.task
+    if task.token_dim:
         return torch.tensor(_numbers(path, task.token_dim))
-    if not hasattr(task, "encode"):
-        raise ValueError(f"the model was trained on task.name={task.config.name}, whose tokens are no text")
     text = _text(path)
     if not text:
         raise ValueError(f"{path} is empty: a context has at least one byte")
@@ -198,12 +195,10 @@ def read_query(model: Model, path: Path) -> Tensor:
     """The query in FILE as tokens (1,T) or (1,T,token_dim)."""
     import torch
 
-    task: Any = model.task
-    if task.vocabulary is None:
+    task = model.task
+    if task.token_dim:
         rows = _numbers(path, task.token_dim - 1)
         return torch.tensor([[*row, 0.0] for row in rows])[None]
-    if not hasattr(task, "encode"):
-        raise ValueError(f"the model was trained on task.name={task.config.name}, whose tokens are no text")
     ids = task.encode(_text(path))
     if len(ids) < 2:
         raise ValueError(f"{path} is empty: a query has at least one byte")

@@ -8,7 +8,6 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import zoo
 from zoo.console import Parser, command
@@ -39,12 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Prints prompt and continuation as it comes; the exit code: 2, with one line on stderr, for what cannot be."""
     options = parse(argv)
-    try:
-        for piece in pieces(options):
-            print("".join(map(visible, piece)), end="", flush=True)
-    except KeyboardInterrupt:
-        print()
-        return 130
+    for piece in pieces(options):
+        print("".join(map(visible, piece)), end="", flush=True)
     print()
     return 0
 
@@ -54,10 +49,7 @@ def pieces(options: argparse.Namespace) -> Iterator[str]:
     import torch  # after the options are read: --help is quick
 
     model = zoo.load(options.checkpoint)
-    task: Any = model.task  # what Text has more than a Task
-    name = task.config.name
-    if not hasattr(task, "encode"):
-        raise ValueError(f"the model was trained on task.name={name}, which has no text")
+    task, name = model.task, model.task.config.name
     for given in (options.prompt, options.context or ""):
         try:
             given.encode()
@@ -96,8 +88,6 @@ def read(text: str) -> str:
         return text
     try:
         return Path(text[1:]).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--context={text}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--context={text} is no UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -16,7 +16,6 @@ from zoo.core.exact import exact
 from zoo.lens import static, structure
 from zoo.lens.dynamics import growth
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
-from zoo.lens.queries import cut, sample_queries
 from zoo.lens.routing import switched
 from zoo.lens.updates import MATRICES, updates
 from zoo.models import MODELS, Model
@@ -28,7 +27,7 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
     """Test tokens of the model's task, cut where the first query ends, and how many of them are the context."""
     batch = model.task.batch("test", 0, size)
     n = batch.n_context or model.task.tokens // 2
-    return cut(batch.tokens, n), n
+    return batch.unfilled(), n
 
 
 @torch.no_grad()
@@ -99,8 +98,8 @@ def static_error(
         tokens, n = example(model, contexts)
         errors: dict[tuple[str, float], list[list[float]]] = {}
         for row in tokens:
-            samples = sample_queries(model.task, row[:n], max(counts), "train")
-            test = sample_queries(model.task, row[:n], held_out, "validation")
+            samples = model.task.sample_queries(row[:n], max(counts), "train")
+            test = model.task.sample_queries(row[:n], held_out, "validation")
             for form, ridge in fits:
                 batches = ([static.first(decoder, samples, n, K)] for K in counts)
                 patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
@@ -204,7 +203,7 @@ def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figur
     kinds: dict[str, list[int]] = {}
     equal: dict[str, str] = {}
     for name, model in models.items():
-        if not hasattr(model.task, "decode") or model.task.n_context:
+        if not model.task.has_text or model.task.n_context:
             raise ValueError(f"generation-strip needs running text, {name} was trained on {model.task.config.name}")
         start = model.task.batch("test", 0, 4).tokens[:, :prompt]
         with_context = _greedy(model, start, count, lambda model, tokens: model(tokens)[:, -1])

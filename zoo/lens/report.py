@@ -35,7 +35,7 @@ def fitting(models: Models) -> list[str]:
         names.append("changed-experts")
     if all(task.independent_queries for task in tasks):
         names.append("static-error")
-    if all(hasattr(task, "decode") and not task.n_context for task in tasks):
+    if all(task.has_text and not task.n_context for task in tasks):
         names.append("generation-strip")
     return names
 

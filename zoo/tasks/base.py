@@ -1,13 +1,14 @@
 """What a task gives to every model: batches that are pure functions of (seed, split, k), a loss, and test metrics.
 
-Axes: B sequences, T tokens, C tokens of the context, Q query tokens, V output numbers.
+Axes: B sequences, T tokens, C tokens of the context, Q query tokens, K sample queries, V output numbers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import from_dict
+from zoo.core.layers import FILLING
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
 class Batch(NamedTuple):
-    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of the rest;
-    wrong_context: as many tokens of another sequence, (B,C) or (B,C,token_dim); group (B): which part of the data a
-    sequence comes from, for analysis alone. A step's global batch is cut into parts, `part` counts them on each
-    process; scored, read: predictions and tokens of the global batch over the number of all parts, what sums over this
-    part are divided by, so that every prediction weighs the same whatever part it is in; 0: count this batch's own."""
+    """tokens (B,T) or (B,T,token_dim), the first n_context of them a separate context; targets of those after it;
+    wrong_context (B,C): that of another sequence; group (B): the part of the data a sequence is of, for analysis alone.
+
+    A process works on parts of a step's global batch, numbered by `part`. scored and read are the predictions and
+    tokens of the global batch over the number of all parts: sums over a part are divided by them, so that every
+    prediction weighs the same in whatever part it is. 0: this batch is the whole."""
 
     tokens: Tensor
     targets: Tensor
@@ -41,6 +44,12 @@ class Batch(NamedTuple):
         parts: dict[str, Any] = {name: value[first : first + count] for name, value in tensors.items()}
         return self._replace(**parts)
 
+    def unfilled(self) -> Tensor:
+        """The tokens up to where filling begins in one of the rows after its context."""
+        if self.tokens.is_floating_point():
+            return self.tokens
+        return self.tokens[:, : self.n_context + int((self.tokens[:, self.n_context :] != FILLING).sum(1).min())]
+
 
 Predict = Callable[[Tensor, int], Tensor]
 """From tokens and n_context to the model's output (B,T,V)."""
@@ -52,26 +61,42 @@ def nats(output_BQV: Tensor, targets_BQ: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets_BQ.flatten(), reduction="none").view(targets_BQ.shape)
 
 
-class Task(ABC):
-    """One training problem. Subclasses set the attributes below in __init__ and define batch, errors and evaluate."""
+@dataclass(frozen=True)
+class TaskConfig:
+    """The options of a task."""
 
-    Config: ClassVar[type]
+    name: str = ""
+
+    def resolve(self) -> Self:
+        """This with every open default written down; raises ValueError for options that do not fit each other."""
+        return self
+
+
+class Task(ABC):
+    """One training problem. Subclasses set the attributes below and define batch, token_losses and evaluate."""
+
+    Config: ClassVar[type[TaskConfig]]
     main_metric: ClassVar[str]
     """The test metric that sums up a run."""
+    labels: ClassVar[dict[str, str]] = {}
+    """What metrics say, in words for the table at the end of a run."""
     unit: ClassVar[str] = "nats per token"
     """Of the loss."""
+    has_text: ClassVar[bool] = False
+    """Whether token ids stand for text: then encode, decode and, with a context, encode_context are defined."""
 
     vocabulary: int | None = None
     token_dim: int | None = None
     output_dim: int
     n_context: int = 0
     independent_queries: bool = False
+    """Whether the tokens after the context are blind to each other."""
     filled: bool = False
     """Whether token ids may be FILLING, which holds the places of what is missing."""
     tokens: int
 
     def __init__(self, options: dict[str, Any], seed: int):
-        self.config: Any = from_dict(self.Config, options, "task")
+        self.config: Any = from_dict(self.Config, options, "task").resolve()
         self.seed = seed
 
     def generator(self, split: str, k: int) -> torch.Generator:
@@ -88,9 +113,9 @@ class Task(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the state of a checkpoint; raises ValueError for what state() cannot have given."""
+        """Takes over the state of a checkpoint; raises ValueError for what state_dict() cannot have given."""
         if state:
-            raise ValueError(f"task.name={self.config.name} has no state, got {', '.join(map(str, state))}")
+            raise ValueError(f"task.name={self.config.name} has no state {', '.join(map(str, state))}")
 
     @abstractmethod
     def batch(self, split: str, k: int, size: int) -> Batch:
@@ -103,6 +128,24 @@ class Task(ABC):
     def once(self, split: str, draws: int) -> np.ndarray | None:
         """The numbers of those of the first `draws` sequences that did not come before; None: no two are the same."""
         return None
+
+    def sample_queries(
+        self, context: Tensor, count: int, split: str = "train", k: int = 0, length: int | None = None
+    ) -> Tensor:
+        """The tokens of `context` (n) or (n,token_dim), each followed by queries of batch k of `split`.
+
+        Queries blind to each other share one row (1,n+count). Others have one each (count,n+length): the first `length`
+        tokens (None: 16, or all) of what follows a context, fewer where one of them is shorter.
+        """
+        longest = self.tokens - self.n_context
+        if self.independent_queries:
+            queries = self.batch(split, k, -(-count // longest)).tokens[:, self.n_context :].flatten(0, 1)[:count]
+            return torch.cat([context, queries.to(context)])[None]
+        length = min(16, longest) if length is None else length
+        if not 0 < length <= longest:
+            raise ValueError(f"length={length} must lie between 1 and {longest}, the tokens of a query in this task")
+        queries_KT = self.batch(split, k, count).unfilled()[:, self.n_context :][:, :length].to(context)
+        return torch.cat([context.expand(count, -1), queries_KT], 1)
 
     @abstractmethod
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
@@ -125,3 +168,26 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Per-prediction values whose means over the test set are the metrics, the model's and its baselines'."""
+
+    @classmethod
+    def explain(cls, metric: str) -> str:
+        """The label of a metric, or its bare name; NAME_PART is the metric NAME of one part of the data."""
+        name, _, part = metric.rpartition("_")
+        if metric in cls.labels or name not in cls.labels:
+            return cls.labels.get(metric, metric)
+        return f"{cls.labels[name]}, {part}"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, the start of a document first; raises ValueError for a task without text."""
+        raise self._no_text()
+
+    def encode_context(self, text: str) -> list[int]:
+        """The ids of a separate context."""
+        raise self._no_text()
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for; starts of documents have none."""
+        raise self._no_text()
+
+    def _no_text(self) -> ValueError:
+        return ValueError(f"task.name={self.config.name} has no text: give a model that was trained on text or prompts")

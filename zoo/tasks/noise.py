@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from zoo.config import require_positive
-from zoo.tasks.base import Batch, Predict, Task, nats
+from zoo.tasks.base import Batch, Predict, Task, TaskConfig, nats
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
+class NoiseConfig(TaskConfig):
     """Sequences of `tokens` ids, each drawn from `vocabulary` ids."""
 
     name: str = "noise"
     vocabulary: int = 8
     tokens: int = 64
+
+    def resolve(self) -> Self:
+        require_positive("task", vocabulary=self.vocabulary, tokens=self.tokens)
+        return self
 
 
 class Noise(Task):
@@ -27,10 +31,10 @@ class Noise(Task):
 
     Config = NoiseConfig
     main_metric = "nats"
+    labels: ClassVar = {"nats": "test loss in nats per token", "nats_floor": "  floor, ln of the vocabulary"}
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
-        require_positive("task", vocabulary=self.config.vocabulary, tokens=self.config.tokens)
         self.vocabulary = self.output_dim = self.config.vocabulary
         self.tokens = self.config.tokens
 

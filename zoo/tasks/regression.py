@@ -9,18 +9,20 @@ Axes: B functions, C context pairs, Q queries, T = C + Q, d input dimension, U h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from zoo.config import require_positive
-from zoo.tasks.base import Batch, Predict, Task
+from zoo.tasks.base import Batch, Predict, Task, TaskConfig
+
+OWN_OPTION = {"sparse": ("nonzero", 1), "noisy": ("noise", 0.5), "network": ("units", 20)}
 
 
 @dataclass(frozen=True)
-class RegressionConfig:
+class RegressionConfig(TaskConfig):
     """function: linear, y = w·x with w, x ~ N(0, I); sparse, only `nonzero` entries of w; noisy, y + N(0, noise²);
     network, y = √(2/U) W2 relu(W1 x) with `units` hidden units and N(0,1) weights."""
 
@@ -33,8 +35,19 @@ class RegressionConfig:
     noise: float | None = None
     units: int | None = None
 
-
-OWN_OPTION = {"sparse": ("nonzero", 1), "noisy": ("noise", 0.5), "network": ("units", 20)}
+    def resolve(self) -> Self:
+        require_positive("task", dimension=self.dimension, points=self.points, queries=self.queries)
+        own: dict[str, Any] = {}
+        for function, (option, default) in OWN_OPTION.items():
+            value = getattr(self, option)
+            if function == self.function:
+                own[option] = default if value is None else value
+            elif value is not None:
+                raise ValueError(f"task.{option}={value} needs task.function={function}, not {self.function}")
+        require_positive("task", **own)
+        if own.get("nonzero", 0) > self.dimension:
+            raise ValueError(f"task.nonzero={own['nonzero']} exceeds task.dimension={self.dimension}")
+        return replace(self, **own)
 
 
 class Regression(Task):
@@ -42,6 +55,13 @@ class Regression(Task):
 
     Config = RegressionConfig
     main_metric = "nmse"
+    labels: ClassVar = {
+        "nmse": "test error (squared, over the variance of y)",
+        "nmse_without_context": "  with its context removed",
+        "nmse_wrong_context": "  with another function's context",
+        "nmse_ridge": "  ridge regression, closed form",
+        "nmse_zero": "  predicting zero",
+    }
     unit = "squared error"
     independent_queries = True
     output_dim = 1
@@ -49,24 +69,10 @@ class Regression(Task):
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        require_positive("task", dimension=config.dimension, points=config.points, queries=config.queries)
-        for function, (option, default) in OWN_OPTION.items():
-            value = getattr(config, option)
-            if function == config.function:
-                value = default if value is None else value
-                require_positive("task", **{option: value})
-                object.__setattr__(config, option, value)
-            elif value is not None:
-                raise ValueError(f"task.{option}={value} needs task.function={function}, not {config.function}")
-        if config.nonzero is not None and config.nonzero > config.dimension:
-            raise ValueError(f"task.nonzero={config.nonzero} exceeds task.dimension={config.dimension}")
         self.token_dim = config.dimension + 1
         self.n_context = config.points
         self.tokens = config.points + config.queries
-        noise = config.noise or 0.0
-        self.variance = {"sparse": config.nonzero, "noisy": config.dimension + noise**2}.get(
-            config.function, config.dimension
-        )
+        self.variance = (config.nonzero or config.dimension) + (config.noise or 0.0) ** 2
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         tokens, targets = self._draw(split, k, size)
@@ -93,6 +99,14 @@ class Regression(Task):
         tokens = torch.cat([x_BTd, y_BT[:, :, None]], -1)
         tokens[:, self.n_context :, -1] = 0
         return tokens, y_BT[:, self.n_context :]
+
+    def sample_queries(
+        self, context: Tensor, count: int, split: str = "train", k: int = 0, length: int | None = None
+    ) -> Tensor:
+        """One row: the inputs of all pairs and queries of a batch serve as queries (x, 0)."""
+        inputs_Kd = self.batch(split, k, -(-count // self.tokens)).tokens.flatten(0, 1)[:count].clone()
+        inputs_Kd[:, -1] = 0
+        return torch.cat([context, inputs_Kd.to(context)])[None]
 
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()

@@ -11,28 +11,7 @@ import lightning as L
 
 from zoo.files import whole
 from zoo.models import Model, flops
-
-EXPLANATIONS = {
-    "nmse": "test error (squared, over the variance of y)",
-    "nmse_without_context": "  with its context removed",
-    "nmse_wrong_context": "  with another function's context",
-    "nmse_ridge": "  ridge regression, closed form",
-    "nmse_zero": "  predicting zero",
-    "bits_per_byte": "test bits per byte",
-    "bits_per_byte_without_context": "  with its context removed",
-    "bits_per_byte_wrong_context": "  with another document's context",
-    "bits_per_byte_trigram": "  of a byte trigram",
-    "nats": "test loss in nats per token",
-    "nats_floor": "  floor, ln of the vocabulary",
-}
-
-
-def explain(metric: str) -> str:
-    """What a metric says; NAME_PART is the metric NAME of one part of the data."""
-    name, _, part = metric.rpartition("_")
-    if metric not in EXPLANATIONS and name in EXPLANATIONS:
-        return f"{EXPLANATIONS[name]}, {part}"
-    return EXPLANATIONS.get(metric, metric)
+from zoo.tasks import TASKS
 
 
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
@@ -52,6 +31,7 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
 
 def closing(metrics: dict[str, Any]) -> str:
     """The table at the end of a run."""
+    explain = TASKS[metrics["task"]].explain
     rows = [(explain(name), _number(value)) for name, value in metrics["test"].items()]
     rows += [
         ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),

@@ -12,11 +12,11 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -28,9 +28,11 @@ HELD_OUT = 0.05
 FORMAT = 2  # part of every key: raise it when the files below would come out differently
 STEP = 1 << 24  # ids that are handled at once
 PASSAGE = 256  # bytes, the shortest that a long document is cut into
+FILES = tuple(f"{split}.bin" for split in SPLITS)
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged manifest may raise
 
 Part = tuple[str, np.ndarray | bytes]
-"""The name of a file, a split for text, and what comes next in it."""
+"""The name of a file without its ending, a split for text, and what comes next in it."""
 
 
 def cache() -> Path:
@@ -58,10 +60,11 @@ def texts(ids: np.ndarray) -> Iterator[bytes]:
 def split_documents(
     source: str, documents: Iterable[tuple[str, bytes]], held: Sequence[str] = ("test", "validation")
 ) -> Iterator[Part]:
-    """Byte ids of each split, document by document. Documents, ordered by the hash of SOURCE/NAME, fill the `held`
-    splits with 5 % of all ids each; the rest trains. Equal ones stay together. One above 5 % is cut into passages, each
-    of which goes its own way. As few different ones as `held` are cut: the last 5 % of their bytes are held out, and so
-    on."""
+    """Byte ids of each split, document by document.
+
+    In the order of the hash of SOURCE/NAME, documents fill the `held` splits with 5 % of all ids each; the rest trains.
+    Equal documents stay together. One above 5 % is cut into passages that are dealt like documents. Where there are no
+    more different documents than `held`, the last 5 % of all bytes are the first of `held`, those before the next."""
     with tempfile.TemporaryFile(dir=cache()) as spool:
         keys, hashes, ends = array("Q"), array("Q"), array("q", [0])
         for name, text in documents:
@@ -134,7 +137,7 @@ def _shared_out(
 
 
 def fill(sizes: np.ndarray, held: Sequence[str], enough: int = 1) -> np.ndarray:
-    """Which split each of some things goes to, that come in a random order: number k of `held`, or len(held) to train.
+    """The split of each thing, of things in a random order: the number of one of `held`, or len(held) for training.
 
     Each held-out split gets 5 % of all, less than 10 %, and `enough` things at least; what is above 5 % by itself is
     held out only where nothing else is left, the smallest first."""
@@ -158,21 +161,15 @@ def _number(text: bytes) -> int:
 
 
 def prepare(
-    name: str,
-    origin: str,
-    parts: Callable[[], Iterable[Part]],
-    files: Iterable[str] = tuple(SPLITS),
-    suffix: str = ".bin",
-    label: str | None = None,
+    name: str, origin: str, parts: Iterable[Part], files: Sequence[str] = FILES, label: str | None = None
 ) -> Path:
     """The folder with `files`; made from `parts` at the first call with this `origin`, which must change whenever they
     would, and found again afterwards. Raises ValueError, with `label`, if it cannot be written or a file is empty."""
     key = f"{FORMAT} {name} {origin}"
-    names = {file: file + suffix for file in files}
     try:
         folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not _whole(folder, set(names.values())):
-            _build(folder, key, names, parts(), label or name)
+        if not _whole(folder, files):
+            _build(folder, key, files, parts, label or name)
     except OSError as error:
         raise ValueError(f"cannot prepare {label or name}: {error}; ZOO_CACHE names another folder") from error
     return folder
@@ -184,48 +181,51 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     return {split: np.asarray(np.memmap(folder / f"{split}.bin", np.uint16, "r")) for split in SPLITS}
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "manifest.json").read_bytes())["sha256"]
+
+
 def digest(folder: Path) -> str:
     """A hash of all that a folder holds, wherever it came from."""
-    hashes = json.loads((folder / "manifest.json").read_bytes())["sha256"]
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_hashes(folder), sort_keys=True).encode()).hexdigest()
 
 
 def find(name: str, digest_: str) -> Path | None:
     """A whole folder prepared under that name that holds what a digest stands for, if the cache has one."""
     for manifest in sorted(cache().glob(f"{name}-*/manifest.json")):
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        with suppress(*BROKEN):
             if digest(manifest.parent) == digest_ and _whole(manifest.parent):
                 return manifest.parent
     return None
 
 
-def _build(folder: Path, key: str, names: dict[str, str], parts: Iterable[Part], label: str) -> None:
+def _build(folder: Path, key: str, files: Sequence[str], parts: Iterable[tuple[str, Any]], label: str) -> None:
     """Each file is moved into place whole; processes that build at once replace equal files."""
-    hashes = {name: hashlib.sha256() for name in names.values()}
+    hashes = {Path(name).stem: hashlib.sha256() for name in files}
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
         with ExitStack() as stack:
-            opened = {name: stack.enter_context(Path(temporary, name).open("wb")) for name in hashes}
-            for file, content in parts:
-                data = content if isinstance(content, bytes) else content.data
-                opened[names[file]].write(data)
-                hashes[names[file]].update(data)
-            empty = [file for file, name in names.items() if not opened[name].tell()]
+            opened = {Path(name).stem: stack.enter_context(Path(temporary, name).open("wb")) for name in files}
+            for part, content in parts:
+                opened[part].write(content)
+                hashes[part].update(content)
+            empty = [part for part, file in opened.items() if not file.tell()]
         if empty:
-            some = f" for {' and '.join(empty)}" if len(empty) < len(names) else ""
+            some = f" for {' and '.join(empty)}" if len(empty) < len(files) else ""
             raise ValueError(f"{label} holds no text{some}")
-        manifest = {"key": key, "sha256": {name: value.hexdigest() for name, value in hashes.items()}}
+        manifest = {"key": key, "sha256": {name: hashes[Path(name).stem].hexdigest() for name in files}}
         write(Path(temporary, "manifest.json"), to_json(manifest, 2))
         folder.mkdir(exist_ok=True)
-        for name in [*hashes, "manifest.json"]:
+        for name in [*files, "manifest.json"]:
             Path(temporary, name).replace(folder / name)
 
 
-def _whole(folder: Path, names: set[str] | None = None) -> bool:
-    try:
-        hashes = json.loads((folder / "manifest.json").read_bytes())["sha256"]
-        return set(hashes) == (names or set(hashes)) and all(hashes[name] == _sha256(folder / name) for name in hashes)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+def _whole(folder: Path, files: Iterable[str] = ()) -> bool:
+    """Whether a folder holds all that its manifest says, and `files` if given."""
+    with suppress(*BROKEN):
+        hashes = _hashes(folder)
+        known = set(hashes) == set(files or hashes)
+        return known and all(hashes[name] == _sha256(folder / name) for name in hashes)
+    return False
 
 
 def _sha256(path: Path) -> str:

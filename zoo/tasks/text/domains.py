@@ -9,10 +9,12 @@ from __future__ import annotations
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
+
+from zoo.tasks.text import corpus
 
 Document = tuple[str, bytes]
 """A name, unique in its domain, and the text."""
@@ -94,3 +96,12 @@ DOMAINS: dict[str, Callable[[], Iterator[Document]]] = {
     "law": law,
     "speeches": speeches,
 }
+
+
+def prepare(domains: Iterable[str]) -> dict[str, Path]:
+    """Where the byte ids of domains lie, with what their text depends on."""
+    folders = {}
+    for domain in domains:
+        parts = corpus.split_documents(domain, DOMAINS[domain]())
+        folders[f"{domain} ({origin(domain)})"] = corpus.prepare(domain, origin(domain), parts)
+    return folders

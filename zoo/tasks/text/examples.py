@@ -53,18 +53,6 @@ Row = tuple[bytes, bytes, bytes]
 """A context, a query and a target in UTF-8."""
 
 
-def read(files: Iterable[Path]) -> Iterator[Row]:
-    """The rows of tables; raises ValueError with the file and the place of one that is none."""
-    for path in files:
-        with sources.named(f"task.files: {path}"):
-            for place, row in sources.rows(path, PARTS):
-                try:
-                    made = _row(row)
-                except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from error
-                yield made
-
-
 def _row(row: Mapping[str, Any]) -> Row:
     for part in PARTS:
         if part not in row:
@@ -78,8 +66,15 @@ def _row(row: Mapping[str, Any]) -> Row:
 
 
 def parts(files: Iterable[Path]) -> Iterator[Part]:
-    """The rows of tables as a file of a corpus, the same in whatever order and under whatever names they come."""
-    for row in sorted(read(files)):
+    """The rows of tables as a file of a corpus, the same in whatever order and under whatever names they come; raises
+    ValueError with the file and the place of one that is none."""
+    found = []
+    for path in files:
+        with sources.named(f"task.files: {path}"):
+            for place, values in sources.rows(path, PARTS):
+                with sources.at(place):
+                    found.append(_row(values))
+    for row in sorted(found):
         yield "rows", json.dumps([part.decode() for part in row]).encode() + b"\n"
 
 

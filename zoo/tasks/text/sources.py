@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,26 +56,21 @@ def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
     found: dict[str, Path] = {}
     for pattern in patterns:
         path = _path(pattern)
-        files = [path] if os.path.isfile(path) else [Path(match) for match in sorted(_glob(path))]
+        names = [str(path)] if os.path.isfile(path) else sorted(glob.glob(str(path), recursive=True))
+        files = [name for name in names if os.path.isfile(name)]
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
+            found.setdefault(os.path.realpath(file), Path(file))
         if not files:
-            hint = "matches no file"
-            if os.path.isdir(path):
-                hint = "is a folder; name the files in it, such as FOLDER/**/*.txt"
+            folder = "is a folder; name the files in it, such as FOLDER/**/*.txt"
+            hint = folder if os.path.isdir(path) else "matches no file"
             raise ValueError(f"task.files: {show(pattern, LINE)} {hint} (looked in {Path.cwd()})")
     for path in found.values():
         if _kind(path) not in (*TABLES, *kinds):
-            known = ", ".join([*TABLES, *filter(None, kinds)])
-            plain = ", or none for plain text" if "" in kinds else ""
+            known = ", ".join(kind or "none, for plain text" for kind in (*TABLES, *kinds))
             raise ValueError(
-                f"task.files: {path} has an unknown extension; known: {known}{plain}; all but .parquet also with .gz"
+                f"task.files: {path} has an unknown extension; known: {known}; all but .parquet also with .gz"
             )
     return list(found.values())
-
-
-def _glob(path: Path) -> list[str]:
-    return [match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
 
 
 def _kind(path: Path) -> str:
@@ -92,11 +87,8 @@ def listed(files: Sequence[Path]) -> str:
 
 def fingerprint(files: Iterable[Path]) -> str:
     """A hash of names, sizes and times of change."""
-    lines = []
-    for path in files:
-        with named(f"task.files: {path}"):
-            status = path.stat()
-            lines.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    states = ((path, path.stat()) for path in files)
+    lines = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -109,14 +101,17 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[tuple[str, bytes]
                 texts = _texts(rows(path, [column]), column)
             else:
                 with _open(path) as file:
-                    texts = iter([file.read()])
-            for text in filter(None, texts):  # an empty document would teach that texts end at once
+                    texts = filter(None, [file.read()])  # an empty document would teach that texts end at once
+            for text in texts:
                 yield hashlib.sha256(text).hexdigest(), text
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a table, with `columns` at least, where it has them."""
-    return TABLES[_kind(path)](path, columns)
+    for place, row in TABLES[_kind(path)](path, columns):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: a row is an object, not {type(row).__name__}")
+        yield place, row
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -126,31 +121,22 @@ def _open(path: Path) -> IO[bytes]:
 def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The objects of an array, or one a line."""
     with _open(path) as file:
-        first = True
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if first and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                for place, row in enumerate(_object(line + file.read(), list), 1):
-                    if not isinstance(row, dict):
-                        raise ValueError(f"row {place}: a row is an object, not {type(row).__name__}")
-                    yield f"row {place}", row
-                return
-            first = False
-            with _at(f"line {number}"):
-                row = _object(line, dict)
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        first = next(lines, (0, b"[]"))
+        if first[1].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from ((f"row {place}", row) for place, row in enumerate(_value(first[1] + file.read()), 1))
+            return
+        for number, line in chain([first], lines):
+            with at(f"line {number}"):
+                row = _value(line)
             yield f"line {number}", row
 
 
-def _object(text: bytes, kind: type) -> Any:
+def _value(text: bytes) -> Any:
     try:
-        # the digits of other columns, thousands maybe, are not needed
-        value = json.loads(text, parse_int=lambda digits: 0)
+        return json.loads(text, parse_int=lambda digits: 0)  # of other columns, thousands of digits maybe
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"a row is an object, not {type(value).__name__}")
-    return value
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -168,13 +154,10 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        here = [name for name in names if name in columns] or names
-        number = 0
-        for batch in file.iter_batches(BATCH, columns=here):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row if len(here) < len(names) else dict.fromkeys(names) | row
+        here = [name for name in file.schema_arrow.names if name in columns] or None
+        batches = file.iter_batches(BATCH, columns=here)
+        for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+            yield f"row {number}", row
 
 
 TABLES: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
@@ -194,22 +177,19 @@ def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
         if others and number == BATCH:
             break
         if (text := row.get(column)) is not None:
-            with _at(place):
-                document = _utf8(text, column)
+            with at(place):
+                if not isinstance(text, str):
+                    raise ValueError(f"column {column} holds {type(text).__name__}, not text")
+                document = text.encode()
             if document:
                 yield document
     if others:
         raise ValueError(f"has no column {column}: choose one of {', '.join(map(str, others))} with task.column=…")
 
 
-def _utf8(text: Any, column: str) -> bytes:
-    if not isinstance(text, str):
-        raise ValueError(f"column {column} holds {type(text).__name__}, not text")
-    return text.encode()
-
-
 @contextmanager
-def _at(place: str) -> Iterator[None]:
+def at(place: str) -> Iterator[None]:
+    """Names a place in messages."""
     try:
         yield
     except ValueError as error:
@@ -251,7 +231,7 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
             raise ValueError(f"has the splits {', '.join(sets)}, but none named train")
         missing = [split for split in ("test", "validation") if split not in sets]
         for split in ("train", "validation", "test"):
-            found = islice(_rows(sets[split], column, documents), documents) if split in sets else iter(())
+            found = islice(_documents(sets[split], column, documents), documents) if split in sets else iter(())
             if split == "train" and missing:
                 yield from split_documents("hub", ((hashlib.sha256(text).hexdigest(), text) for text in found), missing)
             else:
@@ -266,23 +246,18 @@ def _tables(builder: Any) -> dict[str, list[Path]]:
     return files if known and builder.name in ("json", "csv") else {}
 
 
-def _rows(rows: Any, column: str, wanted: int | None = None) -> Iterator[bytes]:
-    """The texts of a column of a set; rows without text are left out. A stream is read little beyond what is wanted."""
-    if isinstance(rows, list):
-        for path in rows:
+def _documents(found: Any, column: str, wanted: int | None) -> Iterator[bytes]:
+    """The texts of a split: of files, or of a set, where a stream is read little beyond what is wanted."""
+    if isinstance(found, list):
+        for path in found:
             with named(str(path)):
-                yield from _texts(TABLES[_kind(path)](path, [column]), column)
+                yield from _texts(rows(path, [column]), column)
         return
-    for first in rows.iter(1):
-        if column not in first:
-            raise ValueError(f"has no column {column}: choose one of {', '.join(first)} with task.column=…")
-        break
-    else:
-        return
-    for batch in rows.select_columns([column]).iter(min(BATCH, wanted or BATCH)):
-        for text in batch[column]:
-            if text is not None and (document := _utf8(text, column)):
-                yield document
+    if any(column in first for first in islice(found.iter(1), 1)):
+        found = found.select_columns([column])
+    batches = found.iter(min(BATCH, wanted or BATCH))
+    every = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    yield from _texts(((f"row {number}", row) for number, row in enumerate(every, 1)), column)
 
 
 def _reach(name: str, revision: str | None) -> None:

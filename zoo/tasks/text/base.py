@@ -1,0 +1,257 @@
+"""What tasks on text share: where their text lies, in which order it comes, and how many bits a byte takes.
+
+Axes: B sequences, T tokens, Q of them after the context, L bytes of the longest token, V ids, N sequences of a split,
+D sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.config import plain, show
+from zoo.tasks.base import SPLITS, Batch, Predict, Task, nats
+from zoo.tasks.text import corpus, domains
+from zoo.tasks.text.corpus import START
+from zoo.tasks.text.ngram import Trigram
+from zoo.tasks.text.tokenizer import Tokenizer
+
+IGNORE = -100  # torch's ignore_index: what is not predicted
+ADVICE = (
+    "bring that text back, name where it lies now (resume=… task.files=[…]), or let ZOO_CACHE name a folder that holds "
+    "it as it was prepared"
+)
+Config = TypeVar("Config", bound=Any)
+
+
+def one_source(config: Config, *options: str) -> Config:
+    """`config` with its source of text, all domains where none of `options` names one; raises ValueError for several
+    sources and for one that names nothing, or a domain twice."""
+    given = {name: plain(value) for name in options if (value := getattr(config, name)) is not None}
+    if len(given) > 1:
+        named = " and ".join(f"task.{name}={value}" for name, value in given.items())
+        raise ValueError(f"{named} exclude each other: text has one source")
+    chosen = given.get("domains", None if given else list(domains.DOMAINS))
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
+        raise ValueError(f"task.domains={chosen} must be different names out of {list(domains.DOMAINS)}")
+    if given.get("files") == []:
+        raise ValueError("task.files=[] must name files or globs")
+    return replace(config, domains=chosen and tuple(chosen))
+
+
+@functools.lru_cache(maxsize=16)
+def _order(size: int, seed: int, split: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(size)
+
+
+class Pick(NamedTuple):
+    """One sequence: that at `place` in the `order` of a source's own."""
+
+    source: int
+    order: np.ndarray
+    place: int
+
+
+class TextTask(Task):
+    """Finitely many sequences of text out of D sources, the domains or one other, and predictions in bits per byte.
+
+    Sequence j of a split comes from source j mod D, which gives all its own in a new order every epoch; held-out ones
+    always in the same. The text lies in the cache: a checkpoint says which text that is, and no run goes on with other.
+    """
+
+    main_metric = "bits_per_byte"
+    labels: ClassVar = {
+        "bits_per_byte": "test bits per byte",
+        "bits_per_byte_without_context": "  with its context removed",
+        "bits_per_byte_wrong_context": "  with another document's context",
+        "bits_per_byte_trigram": "  of a byte trigram",
+    }
+    has_text = True
+
+    vocabulary = output_dim = START + 1
+    kind: str
+    """Of the folder in the cache where there are no domains."""
+    digests: list[str] | None = None
+    """Of the folders in use, or to be used."""
+    _names: tuple[str, ...] = ("this task",)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.config.domains or ()
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return self.domains or (self.kind,)
+
+    # where the text lies
+
+    @abstractmethod
+    def prepare_source(self) -> dict[str, Path]:
+        """The folder of the only source that is no domain, with its name for messages; made if need be."""
+
+    @functools.cached_property
+    def folders(self) -> list[Path]:
+        """Where each source lies; what a checkpoint names by its digest is taken before all other."""
+        kept = [corpus.find(kind, digest) for kind, digest in zip(self._kinds, self.digests or (), strict=False)]
+        if kept and all(kept):
+            return kept  # type: ignore[return-value]
+        try:
+            prepared = domains.prepare(self.domains) if self.domains else self.prepare_source()
+        except ValueError as error:
+            raise ValueError(f"{error}; {ADVICE}") if self.digests else error from None
+        before, self.digests = self.digests, list(map(corpus.digest, prepared.values()))
+        self._names = tuple(prepared)
+        if changed := self._changed(before):
+            warnings.warn(changed, stacklevel=2)
+        return list(prepared.values())
+
+    def _changed(self, before: list[str] | None) -> str:
+        """What differs from the data of a checkpoint, if anything."""
+        if before is None or before == self.digests:
+            return ""
+        pairs = zip(self._names, self.digests or (), before, strict=False)
+        changed = [name for name, now, then in pairs if now != then] or self._names
+        return f"the checkpoint was trained on other text than is found now for {'; '.join(changed)}"
+
+    def prepare(self) -> None:
+        self.sizes("train")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.digests is None else {"corpus": self.digests}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over which text to use; raises ValueError if it is not the text in use."""
+        super().load_state_dict({key: value for key, value in state.items() if key != "corpus"})
+        if "corpus" not in state:  # older checkpoints do not say
+            return
+        digests = state["corpus"]
+        known = isinstance(digests, list) and len(digests) == len(self._kinds)
+        if not known or not all(isinstance(item, str) and re.fullmatch("[0-9a-f]{64}", item) for item in digests):
+            raise ValueError(f"the corpus of this task is a list of hashes of {self._kinds}, got {show(digests)}")
+        if "folders" in self.__dict__ and (changed := self._changed(digests)):
+            raise ValueError(f"{changed}; {ADVICE}")
+        self.digests = digests
+
+    # in which order it comes
+
+    @abstractmethod
+    def sizes(self, split: str) -> list[int]:
+        """How many sequences each source has."""
+
+    @abstractmethod
+    def rows(self, split: str, picks: list[Pick]) -> Batch:
+        """The batch of these sequences."""
+
+    def batch(self, split: str, k: int, size: int) -> Batch:
+        return self.at(split, k * size + np.arange(size))
+
+    def at(self, split: str, index_N: np.ndarray) -> Batch:
+        sizes, picks = self.sizes(split), []
+        for j in index_N.tolist():
+            turn, source = divmod(j, len(sizes))
+            epoch, place = divmod(turn, sizes[source])
+            key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
+            picks.append(Pick(source, _order(sizes[source], *key), place))
+        return self.rows(split, picks)._replace(group=torch.tensor([pick.source for pick in picks]))
+
+    def once(self, split: str, draws: int) -> np.ndarray:
+        sizes = np.array(self.sizes(split))
+        turn_N, source_N = np.divmod(np.arange(min(draws, len(sizes) * sizes.max())), len(sizes))
+        return np.flatnonzero(turn_N < sizes[source_N])
+
+    # tokens
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Bytes."""
+        return Tokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        return np.concatenate(list(self.tokenizer.encode([text.encode()]))).tolist()
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return self.tokenizer.decode(ids)
+
+    # what is measured
+
+    @abstractmethod
+    def train_bytes(self) -> Iterable[np.ndarray]:
+        """The byte ids of training splits that the trigram is counted on."""
+
+    @abstractmethod
+    def train_targets(self) -> Iterable[np.ndarray]:
+        """The targets of each source in training, or many of them."""
+
+    @functools.cached_property
+    def trigram(self) -> Trigram:
+        """One for all sources."""
+        return Trigram(self.train_bytes())
+
+    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Nats of each token, ends of documents among them."""
+        return nats(output[:, -batch.targets.shape[1] :], batch.targets)
+
+    def scored(self, batch: Batch) -> Tensor:
+        return batch.targets != IGNORE
+
+    def baselines(self) -> dict[str, float]:
+        counts = np.stack([np.bincount(ids, minlength=self.output_dim) for ids in self.train_targets()])
+        p = (counts / counts.sum(1, keepdims=True)).mean(0)
+        unit = "token" if self.tokenizer.merges else "byte"
+        return {f"best fixed {unit} distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
+
+    @functools.cached_property
+    def _lengths(self) -> Tensor:
+        """(V) bytes of each id."""
+        lengths = torch.zeros(self.output_dim, dtype=torch.long)
+        lengths[: len(self.tokenizer.spelled)] = torch.tensor([len(token) for token in self.tokenizer.spelled])
+        return lengths
+
+    def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
+        """Bits of each byte, of the model and of the trigram, for all sources and by domain. The bits of a token are
+        spread evenly over its bytes, so that means over bytes are bits per byte whatever the tokens are."""
+        assert batch.group is not None
+        n, query, targets = batch.n_context, batch.tokens[:, batch.n_context :], batch.targets
+        contexts = {"bits_per_byte": (batch.tokens, n)}
+        if batch.wrong_context is not None:
+            contexts["bits_per_byte_without_context"] = query, 0
+            contexts["bits_per_byte_wrong_context"] = torch.cat([batch.wrong_context, query], 1), n
+        lengths_BQ = self._lengths.to(targets.device)[targets.where(self.scored(batch), START)]  # 0 of a start
+        lengths = lengths_BQ.flatten()
+        bits = {}
+        for name, (tokens, n_context) in contexts.items():
+            losses = self.token_losses(predict(tokens, n_context), batch).flatten()
+            bits[name] = (losses / lengths).repeat_interleave(lengths) / math.log(2)
+        bits["bits_per_byte_trigram"] = self._trigram_bits(query, targets, lengths_BQ > 0).to(targets.device)
+        group = batch.group[:, None].expand_as(targets).flatten().repeat_interleave(lengths)
+        parts = {
+            f"{name}_{domain}": values[group == index]
+            for index, domain in enumerate(self.domains)
+            for name, values in bits.items()
+        }
+        return bits | parts
+
+    def _trigram_bits(self, query_BQ: Tensor, targets_BQ: Tensor, scored_BQ: Tensor) -> Tensor:
+        """What the trigram needs for each byte of the scored targets, having read the same queries as the model."""
+        windows = torch.cat([query_BQ, targets_BQ[:, -1:]], 1)
+        bytes_BTL = self.tokenizer.table[windows.where(windows >= 0, START).cpu().numpy()].astype(np.int64)
+        wanted_BTL = F.pad(scored_BQ, (1, 0)).cpu().numpy()[:, :, None] & (bytes_BTL >= 0)
+        # one stream of all sequences, a start before each: starts hide what was before
+        first = (0, 0), (1, 0)
+        stream = np.pad(bytes_BTL.reshape(len(windows), -1), first, constant_values=START)
+        wanted = np.pad(wanted_BTL.reshape(len(windows), -1), first)
+        stream, wanted = stream[stream >= 0], wanted[stream >= 0]
+        bits = self.trigram.bits(stream[None, :-1], stream[None, 1:].clip(max=START - 1))[0]
+        return torch.from_numpy(bits[wanted[1:]]).float()
