@@ -84,6 +84,8 @@ class ContextToDelta(nn.Module, ABC):
 
     reads_query: bool = True
     """False where the patch of a query is made from the separate context alone, the same for all queries."""
+    code: nn.Module | None = None
+    """The module whose output is the code of the context, where a family makes one."""
 
     @abstractmethod
     def forward(

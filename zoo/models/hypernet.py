@@ -151,6 +151,10 @@ class HypernetDelta(ContextToDelta):
         self.generator = Generator(config)
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
+    @property
+    def code(self) -> nn.Module:  # type: ignore[override]
+        return self.generator.code_norm
+
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
