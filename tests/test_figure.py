@@ -157,4 +157,12 @@ def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:
 
 def test_marks_at_one_place_share_a_label() -> None:
     lines = Lines(**{**vars(LINES), "marks": {"K = D": 3, "K = hidden units": 3, "else": 2}})
-    assert [text.get_text() for text in axes_of(lines).texts] == ["K = D, K = hidden units", "else"]
+    ax = axes_of(lines)
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert [label for label in legend if label in ("K = D, K = hidden units", "else")] == legend[3:5]
+    assert not ax.texts  # nothing is written over the curves
+
+
+def test_a_bar_of_no_height_is_named() -> None:
+    series = Series("none", ("0", "1"), (0.0, 0.5), control=True)
+    assert [text.get_text() for text in axes_of(Bars("", "", "", (series,))).texts] == ["0"]

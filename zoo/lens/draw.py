@@ -16,6 +16,7 @@ from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
 MARKERS, DASHES = "os^Dvph", ("--", ":", "-.")
+HATCHES = {"+": "////", "1": "...."}  # of the second and the third control, by marker
 DPI = 140
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
 
@@ -118,12 +119,9 @@ def _draw_lines(ax: Any, panel: Lines) -> None:
             ax.fill_between(one.x, *band, color=style["color"], alpha=0.18, linewidth=0)
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
-    for x in dict.fromkeys(panel.marks.values()):
+    for k, x in enumerate(dict.fromkeys(panel.marks.values())):
         label = ", ".join(name for name, place in panel.marks.items() if place == x)
-        ax.axvline(x, color="0.2", linewidth=1, linestyle=":")
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (-3, 0)}
-        look = {"rotation": 90, "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-        ax.annotate(label, (x, 0.5), **where, **look, ha="right", va="center")
+        ax.axvline(x, color="0.2", linewidth=1, linestyle=(":", "-.")[k % 2], label=label)
     _legend(ax, panel, ax.axhline)
 
 
@@ -138,7 +136,11 @@ def _draw_bars(ax: Any, panel: Bars) -> None:
         ]
         look = {"fmt": style["marker"], "color": style["color"], "label": one.label}
         if not panel.log_y:
-            (ax.barh if across else ax.bar)(place, y, 0.8 / count, color=style["color"], label=one.label)
+            bars = {"color": style["color"], "edgecolor": "white", "hatch": HATCHES.get(style["marker"])}
+            (ax.barh if across else ax.bar)(place, y, 0.8 / count, **bars, linewidth=0, label=one.label)
+            for at, size in zip(place, y, strict=True):
+                if not size:  # nothing would be seen
+                    ax.annotate("0", (size, at) if across else (at, size), ha="center", va="bottom", fontsize=9)
             look = {"fmt": "none", "ecolor": "0.1"}
         whiskers = {"xerr" if across else "yerr": reach if one.low else None}
         ax.errorbar(*((y, place) if across else (place, y)), **whiskers, **look, capsize=3, markersize=6)

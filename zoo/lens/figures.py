@@ -2,7 +2,7 @@
 
 Every figure has its control. Regression gives contexts of pairs and queries that are blind to each other; on text the
 context is the first half of a sequence and the query what follows.
-Axes: B sequences, T tokens, Q queries, L layers, K samples.
+Axes: B sequences, T tokens, Q queries, L layers, E experts, G groups of data, K samples.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from zoo.core.exact import exact
 from zoo.lens import static, structure
-from zoo.lens.dynamics import growth
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
 from zoo.lens.queries import cut, sample_queries
-from zoo.lens.routing import switched
+from zoo.lens.routing import information, routes, switched, usage
 from zoo.lens.updates import MATRICES, updates
 from zoo.models import MODELS, Model
+from zoo.tasks import Batch
 
 Models = Mapping[str, Model]
 
@@ -81,8 +81,7 @@ def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> li
     series = []
     for name, model in models.items():
         tokens, n = example(model, size)
-        sizes = growth(model, tokens[:, : n + queries], n).relative().together().increments
-        mean_i = sizes.mean((1, 2, 3, 4))
+        mean_i = structure.increments(model, tokens[:, : n + queries], n).mean((1, 2, 3))
         series.append(Series(f"{name}, all layers, relative to |W|", list(range(1, n)), mean_i[1:].tolist()))
     return series
 
@@ -117,9 +116,8 @@ def static_error(
             )
             for form, ridge in fits
         ]
-        config = model.config
-        blocks = decoder.blocks[0].ffn.blocks
-        marks = {"K = D": float(config.dim), "K = hidden units": float(config.hidden * blocks)}
+        hidden, dim = decoder.blocks[0].ffn.gate.shape
+        marks = {"K = D": float(dim), "K = hidden units": float(hidden)}
         panels.append(Lines(name, "samples K (queries)", "held-out error / variance", tuple(series), True, True, marks))
     return Figure(
         "static-error",
@@ -137,18 +135,15 @@ def static_error(
 def changed_experts(models: Models, size: int = 64) -> Figure:
     """Share of tokens that choose other experts when the context goes, by layer; raises ValueError without experts."""
     panels = []
-    for name, model in models.items():
-        if model.config.name == "moe":
-            tokens, n = example(model, size)
-            shares = switched(model, tokens, n)
-            layers = [str(layer) for layer in range(model.config.layers)]
-            series = (
-                Series("router reads the query alone", layers, shares.reduced.tolist()),
-                Series("control: router patched too", layers, shares.sheared.tolist(), control=True),
-            )
-            panels.append(Bars(name, "layer", "share of tokens with other experts", series))
-    if not panels:
-        raise ValueError("changed-experts needs a mixture of experts among the checkpoints")
+    for name, model in with_experts(models, "changed-experts").items():
+        tokens, n = example(model, size)
+        shares = switched(model, tokens, n)
+        layers = [str(layer) for layer in range(model.config.layers)]
+        series = (
+            Series("router reads the query alone", layers, shares.reduced.tolist()),
+            Series("control: router patched too", layers, shares.sheared.tolist(), control=True),
+        )
+        panels.append(Bars(name, "layer", "share of tokens with other experts", series))
     return Figure(
         "changed-experts",
         "Without its context, a token goes to other experts",
@@ -160,6 +155,57 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     )
 
 
+def with_experts(models: Models, figure: str) -> dict[str, Model]:
+    """The models that route; raises ValueError where none does."""
+    found = {name: model for name, model in models.items() if routes(model)}
+    if not found:
+        raise ValueError(f"{figure} needs a mixture of experts among the checkpoints")
+    return found
+
+
+def held_out(model: Model, size: int = 256) -> list[Batch]:
+    return [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
+
+
+@torch.no_grad()
+def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
+    """Which experts each domain uses, what that says beside controls, which experts go together, and their load."""
+    panels: list[Panel] = []
+    for name, model in with_experts(models, "expert-use").items():
+        batches = held_out(model, size)
+        own = usage(model, batches)
+        layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
+        domains = getattr(model.task.config, "domains", None) or ()
+        if len(domains) > 1:
+            share_LGE = own.by_group() / own.by_group().sum(-1, keepdim=True)
+            rows = [f"layer {layer}, {domain}" for layer in layers for domain in domains]
+            shares = share_LGE.flatten(0, 1).tolist()
+            panels.append(Heat(f"{name}: use by domain", "expert", "", "share of choices", shares, experts, rows))
+            series = []
+            for label, x in information(model, batches, redraws).items():
+                y, low, high = (t.tolist() for t in (x.mean(0), x.amin(0), x.amax(0)))
+                series.append(Series(label, layers, y, low * (len(x) > 1), high * (len(x) > 1), "control" in label))
+            title = f"{name}: what experts tell of the domain"
+            panels.append(Bars(title, "layer", "normalised mutual information", tuple(series)))
+        both_LEE = own.together.masked_fill(torch.eye(len(experts), dtype=torch.bool), torch.nan)
+        if both_LEE.nan_to_num().any():  # a token uses more than one
+            rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
+            shares = both_LEE.flatten(0, 1).tolist()
+            panels.append(Heat(f"{name}: chosen together", "expert", "", "share of tokens", shares, experts, rows))
+        load = [Series(f"layer {k}", experts, row) for k, row in enumerate(own.load().tolist())]
+        panels.append(Bars(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
+    return Figure(
+        "expert-use",
+        "What experts are used for",
+        tuple(panels),
+        f"{size} test sequences. Information of the chosen expert and the domain of the text: 0 if it tells nothing, 1 "
+        f"if it tells the domain. Redrawn: the trained model with new random routers, mean and range of {redraws}.",
+        "that experts specialise, unless a bar stands above that of redrawn routers: the states of domains differ, so "
+        "any router tells them apart to some degree, one with random weights too.",
+        {"sequences": size, "redraws": redraws, "seed": 0},
+    )
+
+
 @torch.no_grad()
 def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Figure:
     """Size of ΔW by layer and matrix, and how the updates of one layer align between contexts and queries."""
@@ -167,7 +213,7 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
     for name, model in models.items():
         tokens, n = example(model, size)
         tokens = tokens[:, : n + queries]
-        relative = structure.norms(model, tokens, n).relative().total.mean((2, 3))
+        relative = structure.relative_norms(model, tokens, n).mean((2, 3))
         layers = [f"layer {layer}" for layer in range(model.config.layers)]
         panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), MATRICES, layers))
         few = structure.shared_queries(tokens[:4], n)
