@@ -201,19 +201,11 @@ def saved_bytes(work: Callable[[], Any]) -> int:
 
 def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
     """Forward and backward of a module, gradients for z and all weights."""
-    _draw(module)
     leaf = z.detach().requires_grad_()
-    leaves = [leaf, *module.parameters()]
+    leaves = [leaf, *module.to(z.device).parameters()]
 
     def work() -> Any:
         out = module(leaf, *rest)
         return torch.autograd.grad(out, leaves, z, allow_unused=True)  # z is as good as any gradient of the output
 
     return work
-
-
-@torch.no_grad()
-def _draw(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)

@@ -112,25 +112,15 @@ def increments(model: Toy, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
     return torch.stack([step.norm(model.inner.weight) for step in steps], 1)
 
 
-def increment_series(label: str, size_BC: Tensor, control: bool = False, start: int = 10) -> Series:
-    """The mean size of increment i = 1, 2, … over B trials, its standard error, and its log-log slope from `start`."""
-    x = range(1, size_BC.shape[1] + 1)
-    return with_slope(mean_series(label, x, size_BC, control), start)
-
-
-def with_slope(series: Series, start: int = 10) -> Series:
-    """The series with its log-log slope over x >= start in the label."""
-    return replace(series, label=f"{series.label}: slope {slope(series, start):.2f}".replace("-", "−"))
+def increment_series(label: str, size_BC: Tensor, control: bool = False) -> Series:
+    """The mean size of increment i = 1, 2, … over B trials, its standard error, and its log-log slope from 10 on."""
+    series = mean_series(label, range(1, size_BC.shape[1] + 1), size_BC, control)
+    return replace(series, label=f"{label}: slope {slope(series):.2f}".replace("-", "−"))
 
 
 def slope(series: Series, start: int = 10) -> float:
-    """The log-log slope of a series over x >= start, by least squares; raises ValueError below two such points."""
-    pairs = [(float(x), y) for x, y in zip(series.x, series.y, strict=True) if float(x) >= start]
-    if len(pairs) < 2:
-        raise ValueError(
-            f"series {series.label!r} has {len(pairs)} points from x={start} on, a slope needs two or more"
-        )
-    log_x, log_y = np.log(np.array(pairs)).T
+    """The log-log slope of a series over x >= start, by least squares."""
+    log_x, log_y = np.log([(x, y) for x, y in zip(series.x, series.y, strict=True) if x >= start]).T
     return float(np.polyfit(log_x, log_y, 1)[0])
 
 
@@ -142,11 +132,10 @@ def increments_of_delta(
     functions: int = 128,
     trained_points: int = 50,
     more_increments: Sequence[Series] = (),
-    more_losses: Sequence[Series] = (),
 ) -> Figure:
     """How much each further pair of the context changes ΔW, and what the loss is by then, for four contextual layers.
 
-    more_increments, more_losses: series of other models, for the left and the right panel.
+    more_increments: series of other models, for the left panel.
     """
     context, query, target = parts(task(seed, points).batch("test", 0, functions))
     models = {
@@ -176,7 +165,7 @@ def increments_of_delta(
                 log_x=True,
                 log_y=True,
             ),
-            Lines("Loss at the same length", "context length i (pairs)", LOSS, (*losses, *more_losses)),
+            Lines("Loss at the same length", "context length i (pairs)", LOSS, tuple(losses)),
         ),
         f"Mean and standard error over {functions} linear functions of two numbers; slopes fitted from i = 10 on. "
         f"Trained on {trained_points} pairs at a time. Averaging gives 1/i (1/(i+2) with the query in the mean: slope "
