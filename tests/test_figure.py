@@ -127,10 +127,12 @@ def test_text_is_at_least_nine_points() -> None:
 
 def test_long_strips_are_broken_and_lose_no_token() -> None:
     tokens = tuple(f"token{i}" for i in range(40))
-    lines = draw._broken(Strip("", {"a": tokens}, {"a": (0,) * 40}, ("same",)))
-    assert len(lines) > 1
-    assert [i for line in lines for i in line] == list(range(40))
-    assert all(sum(len(tokens[i]) + 1 for i in line) <= 88 for line in lines)
+    ax = axes_of(Strip("", {"a": tokens}, {"a": (0,) * 40}, ("same",)))
+    placed = {text.get_text(): text.get_position() for text in ax.texts if text.get_text() != "a"}
+    assert list(placed) == list(tokens)
+    assert len(set(placed.values())) == 40
+    assert len({y for _, y in placed.values()}) == sum(text.get_text() == "a" for text in ax.texts) > 1
+    assert max(x for x, _ in placed.values()) < ax.get_xlim()[1] <= 88
 
 
 def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:

@@ -104,11 +104,14 @@ def figures(options: argparse.Namespace) -> None:
         return
     table = trained if options.runs else theory
     for name in options.names:
-        if name in trained and name not in table:
-            raise ValueError(f"the figure {name} shows trained models: give checkpoints with --runs")
-        if name in theory and name not in table:
-            raise ValueError(f"the figure {name} shows models of its own: leave out --runs")
-        lookup(name, table, "figure")
+        lookup(name, {**theory, **trained}, "figure")
+        if name not in table:
+            why = (
+                "models of its own: leave out --runs"
+                if options.runs
+                else "trained models: give checkpoints with --runs"
+            )
+            raise ValueError(f"the figure {name} shows {why}")
     models = load_all(options.runs)[0] if options.runs else None
     for name in options.names:
         print(draw.save(table[name](models) if models else table[name](), options.out), flush=True)

@@ -67,7 +67,8 @@ def _wrapped(text: str, width: float, size: float = 9) -> str:
 
 def _height(panel: Panel) -> float:
     if isinstance(panel, Strip):
-        return 0.9 + 0.3 * (len(panel.rows) + 0.5) * len(_broken(panel))
+        tokens = len(next(iter(panel.rows.values())))
+        return 0.9 + 0.3 * (len(panel.rows) + 0.5) * math.ceil(tokens / _cells(panel)[1])
     if isinstance(panel, Bars) and panel.horizontal:
         return 1.3 + 0.3 * len(panel.series[0].x)
     return 4.3
@@ -175,38 +176,26 @@ def _draw_heat(ax: Any, panel: Heat) -> None:
 def _draw_strip(ax: Any, panel: Strip) -> None:
     from matplotlib.patches import Patch, Rectangle
 
-    widths, lines, step = _widths(panel), _broken(panel), len(panel.rows) + 0.5
-    for n, line in enumerate(lines):
-        for r, (label, tokens) in enumerate(panel.rows.items()):
-            x, y = 0.0, n * step + r
-            ax.text(-1, y, label, ha="right", va="center", fontsize=9)
-            for i in line:
-                kind, width = panel.kind_of[label][i], widths[i] - 0.2
-                ax.add_patch(Rectangle((x, y - 0.44), width, 0.88, color=TINTS[kind % 4], linewidth=0))
-                look = {"family": "monospace", "fontsize": 9, "weight": "bold" if kind else "normal"}
-                ax.text(x + width / 2, y, _shown(tokens[i]), ha="center", va="center", parse_math=False, **look)
-                x += widths[i]
-    ax.set(xlim=(0, max(sum(widths[i] for i in line) for line in lines)), ylim=(len(lines) * step - 0.5, -0.6))
+    (width, per_line), step = _cells(panel), len(panel.rows) + 0.5
+    for r, (label, tokens) in enumerate(panel.rows.items()):
+        for i, (token, kind) in enumerate(zip(tokens, panel.kind_of[label], strict=True)):
+            line, place = divmod(i, per_line)
+            x, y = place * width, line * step + r
+            if not place:
+                ax.text(-1, y, label, ha="right", va="center", fontsize=9)
+            ax.add_patch(Rectangle((x, y - 0.44), width - 0.2, 0.88, color=TINTS[kind % 4], linewidth=0))
+            look = {"family": "monospace", "fontsize": 9, "weight": "bold" if kind else "normal"}
+            ax.text(x + width / 2, y, _shown(token), ha="center", va="center", parse_math=False, **look)
+    ax.set(xlim=(0, width * min(per_line, len(tokens))), ylim=(step * (line + 1) - 0.5, -0.6))
     ax.set_axis_off()
     handles = [Patch(color=TINTS[k % 4], label=kind) for k, kind in enumerate(panel.kinds)]
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles), frameon=False)
 
 
-def _broken(panel: Strip, width: int = 88) -> list[list[int]]:
-    """Token numbers, broken into lines of at most `width` characters of the widest token at each place."""
-    lines: list[list[int]] = [[]]
-    used = 0
-    for i, size in enumerate(_widths(panel)):
-        if used + size > width and lines[-1]:
-            lines.append([])
-            used = 0
-        lines[-1].append(i)
-        used += size
-    return lines
-
-
-def _widths(panel: Strip) -> list[int]:
-    return [max(len(_shown(token)) for token in column) + 1 for column in zip(*panel.rows.values(), strict=True)]
+def _cells(panel: Strip) -> tuple[int, int]:
+    """Characters that the longest token and a gap take, and how many of such cells a line of 88 has."""
+    width = 1 + max(len(_shown(token)) for row in panel.rows.values() for token in row)
+    return width, max(88 // width, 1)
 
 
 def _shown(token: str) -> str:

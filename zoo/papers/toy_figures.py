@@ -7,6 +7,7 @@ Axes: B functions, C context pairs, Q queries, P numbers of a token.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -41,53 +42,47 @@ def loss_through_delta(
     context, query, target = parts(task(seed, points).batch("validation", 0, functions))
     x: list[int] = []
     recent: list[float] = []
-    losses: dict[str, list[float]] = {name: [] for name in ("training", "context", "delta", "neither")}
-    gaps: dict[str, list[float]] = {name: [] for name in ("float32", "float64", "neither")}
+    training = f"training (mean of {every} steps)"
+    losses: dict[str, list[float]] = defaultdict(list)
+    gaps: dict[str, list[float]] = defaultdict(list)
 
     def watch(step: int, value: float) -> None:
         recent.append(value)
         if step % every:
             return
-        with_context, without = model(context, query), model(context[:, :0], query)
-        through = model.through_delta(context, query)
         x.append(step)
-        losses["training"].append(float(np.mean(recent[:-1] or recent)))
+        losses[training].append(float(np.mean(recent[:-1] or recent)))
         recent.clear()
-        for name, prediction in (("context", with_context), ("delta", through), ("neither", without)):
-            losses[name].append(loss(prediction, target).mean().item())
-        gaps["float32"].append((through - with_context).abs().max().item())
-        gaps["neither"].append((without - with_context).abs().max().item())
+        with_context, through = model(context, query), model.through_delta(context, query)
+        without = model(context[:, :0], query)
         exact, inputs = copy.deepcopy(model).double(), (context.double(), query.double())
-        gaps["float64"].append((exact.through_delta(*inputs) - exact(*inputs)).abs().max().item())
+        for name, prediction in (
+            ("validation, with the context", with_context),
+            ("validation, query alone, W + ΔW", through),
+            ("control: query alone, W", without),
+        ):
+            losses[name].append(loss(prediction, target).mean().item())
+        for name, gap in (
+            ("float32", through - with_context),
+            ("float64", exact.through_delta(*inputs) - exact(*inputs)),
+            ("control: without ΔW, float32", without - with_context),
+        ):
+            gaps[name].append(gap.abs().max().item())
 
     model = build("attention", seed)
     train(model, seed, steps, points, watch=watch)
-
-    def curve(label: str, y: list[float], control: bool = False, points: bool = False) -> Series:
-        return Series(label, tuple(x), tuple(y), control=control, points=points)
-
-    left = Lines(
-        "Loss while the block learns",
-        "training step",
-        f"{LOSS}, mean",
-        (
-            curve(f"training (mean of {every} steps)", losses["training"]),
-            curve("validation, with the context", losses["context"]),
-            curve("validation, query alone, W + ΔW", losses["delta"], points=True),
-            curve("control: query alone, W", losses["neither"], control=True),
-        ),
-        log_y=True,
-    )
-    right = Lines(
-        "Gap between the two predictions",
-        "training step",
-        "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|",
-        (
-            curve("float32", gaps["float32"]),
-            curve("float64", gaps["float64"]),
-            curve("control: without ΔW, float32", gaps["neither"], control=True),
-        ),
-        log_y=True,
+    left, right = (
+        Lines(
+            title,
+            "training step",
+            label,
+            tuple(Series(name, x, y, control="control" in name, points="alone, W +" in name) for name, y in of.items()),
+            log_y=True,
+        )
+        for title, label, of in (
+            ("Loss while the block learns", f"{LOSS}, mean", losses),
+            ("Gap between the two predictions", "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|", gaps),
+        )
     )
     return Figure(
         "loss-through-delta",
