@@ -142,35 +142,6 @@ def test_updates_are_relative_to_the_query_alone(case: Case, part: Part) -> None
         assert max(matrix.norm().max() for matrix in change.values()) <= (1e-14 if index else 0)
 
 
-@torch.no_grad()
-def test_the_shear_acts_on_the_sum() -> None:
-    model = shared("hypernet-segment-attend")
-    tokens, n_context = context_of(model)
-    layer = record(model, tokens, n_context)[0]
-    apart = patched(layer.ffn, Patch(input=layer.total.input), "gate", layer.z.shape[:-1]).dense()
-    apart = apart + layer.matrix("gate", "emitted").dense() - layer.ffn.gate
-    assert (apart - layer.matrix("gate").dense()).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.family == "moe"], ids=lambda case: case.name)
-@torch.no_grad()
-def test_a_change_of_routing_scales_blocks_of_down(case: Case) -> None:
-    """|W_down diag(s − s')|² = Σ_e (s_e − s'_e)² |D_e|²."""
-    model = shared(case.name)
-    tokens, n_context = context_of(model)
-    layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
-    changes = updates(model, tokens, n_context, "emitted")
-    for layer, null, change in zip(layers, alone, changes, strict=True):
-        ffn, one, other = layer.ffn, layer.emitted.routing, null.emitted.routing
-        assert one is not None
-        assert other is not None
-        s_BQE = (one.scales(ffn.blocks) - other.scales(ffn.blocks)).squeeze(2)
-        size_E = ffn.down.unflatten(0, (ffn.blocks, -1)).square().sum((1, 2))
-        expected = (s_BQE.square() * size_E).sum(-1)
-        close(change["down"].norm().square(), expected)
-        assert expected.max() > 1e-2
-
-
 @pytest.mark.parametrize("kind", ["scale", "full"])
 def test_a_routing_scales_what_was_emitted(kind: str) -> None:
     ffn = FeedForward(IN, 2, blocks=3).double()
