@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def machine(device: Any, threads: int) -> dict[str, str]:
-    """What the numbers depend on; the rates are measured."""
+    """The machine and the libraries that the numbers depend on; the rates are measured."""
     from zoo.bench.timing import rates
 
     products, copies = rates(device)

@@ -1,4 +1,4 @@
-"""How cost grows with experts, rank and length, against what theory says, with a fit and a figure.
+"""The growth of cost with experts, rank and length, against what theory says, with a fit and a figure.
 
 Axes: T tokens of a sequence, E experts, R rank, n tokens per expert. Time is per token and relative to the first size.
 """
@@ -65,7 +65,7 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def lines(rows: list[Row]) -> list[str]:
-    """What the curves say, one line each."""
+    """The fits of the curves, one line each."""
     fits = [(case, x, y, *fit(x, y)) for case, (x, y, _) in curves(rows).items()]
     return [
         f"- {case}: time per token {a:.2f} {b:+.2g}·x, R² {r2:.3f}; from {x[0]:.0f} to {x[-1]:.0f} it grows "

@@ -76,7 +76,7 @@ def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
 
 
 def memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """What one FFN keeps for its backward pass."""
+    """The memory that one FFN keeps for its backward pass."""
     z = torch.randn(8, 128, sizes.dim, device=device, requires_grad=True)
     modules: dict[str, nn.Module] = {
         "dense": feed_forward(sizes.dim, sizes.hidden),

@@ -65,7 +65,7 @@ def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
 
 
 def loops(device: torch.device, quick: bool) -> Iterator[Case]:
-    """What surrounds the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
+    """The surroundings of the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
     yield _lightning(device, 10 if quick else 60)
     yield _loader("regression", device)
     for name in MODELS:
@@ -114,7 +114,7 @@ def limit(model: Model, device: torch.device) -> Callable[[], Any]:
 
 
 def bare_step(model: Model) -> Callable[[Any], Any]:
-    """What the trainer does with a batch, and nothing else."""
+    """A training step as the trainer takes it, and nothing else."""
     configured: Any = model.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     context_to_delta = model.decoder.context_to_delta

@@ -35,16 +35,10 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
 def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     """Distance from the contextual output, relative to its largest entry, with the dense patched weights."""
     names, families = list(models), {model.config.name for model in models.values()}
-    labels = ("float64", "float32", "control: another context", "control: no patch")
-    rows: dict[str, list[float]] = {label: [] for label in labels}
-    for model in models.values():
-        for dtype in (torch.float64, torch.float32):
-            errors = _residuals(model, dtype, size, queries)
-            rows[str(dtype).removeprefix("torch.")].append(errors[0])
-            if dtype == torch.float64:
-                rows["control: another context"].append(errors[1])
-                rows["control: no patch"].append(errors[2])
-    series = tuple(Series(label, names, y, control="control" in label) for label, y in rows.items())
+    errors = [_residuals(model, size, queries) for model in models.values()]
+    series = tuple(
+        Series(label, names, [row[label] for row in errors], control="control" in label) for label in errors[0]
+    )
     panel = Bars("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
     return Figure(
         "law-residuals",
@@ -57,27 +51,31 @@ def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     )
 
 
-def _residuals(model: Model, dtype: torch.dtype, size: int, queries: int) -> list[float]:
-    """Errors with formed weights, with those of another context, and of the query alone."""
-    original = next(model.parameters()).dtype
-    model = model.to(dtype)
-    tokens, n = example(model, size)
-    tokens = tokens[:, : n + queries]
-    tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
-    removed, query = torch.arange(tokens.shape[1]) < n, tokens[:, n:]
-    positions = model.decoder.layout(tokens.shape[1], n).positions[n:]
-    contextual, errors = model(tokens, n)[:, n:], []
-    other = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
-    for text in (tokens, other, None):
-        patches = None if text is None else exact(model.decoder, text, removed, n_context=n, formed=True)
-        difference = model(query, patches=patches, positions=positions) - contextual
-        errors.append(float(difference.abs().max() / contextual.abs().max()))
+def _residuals(model: Model, size: int, queries: int) -> dict[str, float]:
+    """Errors with formed weights, and in float64 with those of another context and of the query alone."""
+    original, errors = model.dtype, {}
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        tokens, n = example(model, size)
+        tokens = tokens[:, : n + queries]
+        tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
+        removed, query = torch.arange(tokens.shape[1]) < n, tokens[:, n:]
+        positions = model.decoder.layout(tokens.shape[1], n).positions[n:]
+        contextual = model(tokens, n)[:, n:]
+        contexts: dict[str, Tensor | None] = {str(dtype).removeprefix("torch."): tokens}
+        if dtype == torch.float64:
+            contexts["control: another context"] = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
+            contexts["control: no patch"] = None
+        for label, text in contexts.items():
+            patches = None if text is None else exact(model.decoder, text, removed, n_context=n, formed=True)
+            difference = model(query, patches=patches, positions=positions) - contextual
+            errors[label] = float(difference.abs().max() / contextual.abs().max())
     model.to(original)
     return errors
 
 
 def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> list[Series]:
-    """How much each further context token changes the weights of all layers and matrices, one series per model."""
+    """The change of all weights with each further context token, one series per model."""
     series = []
     for name, model in models.items():
         tokens, n = example(model, size)
@@ -169,7 +167,7 @@ def held_out(model: Model, size: int = 256) -> list[Batch]:
 
 @torch.no_grad()
 def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
-    """Which experts each domain uses, what that says beside controls, which experts go together, and their load."""
+    """The experts of each domain, their information on it beside controls, experts chosen together, and load."""
     panels: list[Panel] = []
     for name, model in with_experts(models, "expert-use").items():
         batches = held_out(model, size)

@@ -1,4 +1,4 @@
-"""Which experts a model with routing uses, for what, and what the context has to do with it.
+"""The use of experts in a model with routing: by domain, together, and without the context.
 
 Axes: B sequences, T tokens, Q queries, L layers, E routed experts (shared ones are left out), K chosen, G groups of
 data, N sequences of all batches.
@@ -74,7 +74,7 @@ def _routing(model: Model, patch: Patch) -> Routing:
 
 
 def expert_sets(routing: Routing) -> Tensor:
-    """Which of the routed experts each token chose, (*,T,E), boolean; shared experts have later ids."""
+    """The routed experts that each token chose, (*,T,E), boolean; shared experts have later ids."""
     experts = torch.arange(routing.logits.shape[-1], device=routing.index.device)
     return (routing.index.unsqueeze(-1) == experts).any(-2)
 
@@ -134,7 +134,7 @@ class Switched(NamedTuple):
 
 @torch.no_grad()
 def switched(model: Model, tokens: Tensor, n_context: int) -> Switched:
-    """How many of the tokens after the first n_context choose other experts when these are taken away.
+    """The share of tokens after the first n_context that choose other experts when these are taken away.
 
     Layer by layer on the stream that the fully patched layers below produced, so that a layer shows its own router
     alone. A router of the token's state is one more reader of it: sheared, it chooses as with the context, up to ties

@@ -1,4 +1,4 @@
-"""What the weight updates of a model look like: size, growth, rank, alignment, and how much the query matters.
+"""The structure of a model's weight updates: size, growth, rank, alignment, and how much the query matters.
 
 Axes: B contexts, n context tokens, Q queries, L layers, M matrices, N updates or codes, C code, P numbers of a latent;
 o outputs and i inputs of a matrix W (o,i). Updates are those of zoo.lens.updates, leading dims (B,Q).
@@ -133,7 +133,7 @@ class Decoding(NamedTuple):
 
 
 def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3) -> Decoding:
-    """How well an affine map reads the latent (N,P) off the code (N,C): ridge on the first half, R² on the second.
+    """The latent (N,P) as an affine map of the code (N,C), how well it fits: ridge on the first half, R² on the second.
 
     R² is over all P numbers together, against their mean in the first half. The penalty is ridge · trace/C of the
     covariance. Random layers mix enough for a code to tell something: compare with an untrained model.

@@ -192,7 +192,7 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
 
 @torch.no_grad()
 def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, FactoredMatrix]]:
-    """What the context does: by layer and matrix, ΔW(context, query) − ΔW(no context, query), leading dims (B,Q).
+    """By layer and matrix, ΔW(context, query) − ΔW(no context, query) with leading dims (B,Q): what the context does.
 
     For a transformer and a hypernetwork that reads the context alone, the second term is zero.
     """

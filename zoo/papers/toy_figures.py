@@ -128,7 +128,7 @@ def increments_of_delta(
     trained_points: int = 50,
     more_increments: Sequence[Series] = (),
 ) -> Figure:
-    """How much each further pair of the context changes ΔW, and what the loss is by then, for four contextual layers.
+    """The change of ΔW with each further pair of the context, and the loss by then, for four contextual layers.
 
     more_increments: series of other models, for the left panel.
     """
