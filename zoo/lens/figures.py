@@ -90,29 +90,27 @@ def static_error(
 ) -> Figure:
     """Held-out error of one patch for all queries against the number of queries it was fitted on, by model."""
     panels = []
-    fits = [("vector", 1e-3), *((form, ridge) for form in ("matrix", "affine", "output") for ridge in (0.0, 1e-3))]
+    fits = {
+        "control: vector": ("vector", 1e-3),
+        **{
+            f"{form}, λ₀ = {ridge:g}": (form, ridge) for form in ("matrix", "affine", "output") for ridge in (0.0, 1e-3)
+        },
+    }
     for name, model in models.items():
         decoder = model.decoder
         tokens, n = example(model, contexts)
-        errors: dict[tuple[str, float], list[list[float]]] = {}
+        errors: dict[str, list[list[float]]] = {label: [] for label in fits}
         for row in tokens:
             samples = sample_queries(model.task, row[:n], max(counts), "train")
             test = sample_queries(model.task, row[:n], held_out, "validation")
-            for form, ridge in fits:
+            for label, (form, ridge) in fits.items():
                 batches = ([static.first(decoder, samples, n, K)] for K in counts)
                 patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
-                found = [static.relative_error(decoder, test, n, patch) for patch in patches]
-                errors.setdefault((form, ridge), []).append(found)
-        medians = {key: torch.tensor(rows).median(0).values.tolist() for key, rows in errors.items()}
+                errors[label].append([static.relative_error(decoder, test, n, patch) for patch in patches])
+        medians = {label: torch.tensor(rows).median(0).values.tolist() for label, rows in errors.items()}
         series = [
-            Series(
-                "control: vector" if form == "vector" else f"{form}, λ₀ = {ridge:g}",
-                list(counts),
-                medians[form, ridge],
-                control=form == "vector",
-                points=ridge == 0,
-            )
-            for form, ridge in fits
+            Series(label, counts, y, control="control" in label, points=label.endswith("= 0"))
+            for label, y in medians.items()
         ]
         hidden, dim = decoder.blocks[0].ffn.gate.shape
         marks = {"K = D": float(dim), "K = hidden units": float(hidden)}
@@ -161,7 +159,7 @@ def with_experts(models: Models, figure: str) -> dict[str, Model]:
     return found
 
 
-def held_out(model: Model, size: int = 256) -> list[Batch]:
+def batches_of(model: Model, size: int = 256) -> list[Batch]:
     return [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
 
 
@@ -170,7 +168,7 @@ def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
     """The experts of each domain, their information on it beside controls, experts chosen together, and load."""
     panels: list[Panel] = []
     for name, model in with_experts(models, "expert-use").items():
-        batches = held_out(model, size)
+        batches = batches_of(model, size)
         own = usage(model, batches)
         layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
         domains = getattr(model.task.config, "domains", None) or ()

@@ -97,7 +97,7 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
         numbers["  before training"] = control.r2
         numbers["  with shuffled tasks"] = decoded.shuffled
     if batch.group is not None and int(batch.group.max()) and routes(model):
-        found = information(model, figures.held_out(model))
+        found = information(model, figures.batches_of(model))
         numbers["information of expert and domain, mean over layers"] = float(found.pop("as trained").mean())
         numbers |= {f"  {control}": float(values.mean()) for control, values in found.items()}
     return numbers
