@@ -158,6 +158,17 @@ def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
     assert sum("control: router redrawn" in name for name in numbers) == 1
 
 
+def test_numbers_of_a_context_that_is_separate(regression: dict[str, Path]) -> None:
+    models = models_of(regression)
+    numbers = {name: report.summary(model, size=4) for name, model in models.items()}
+    for name, model in models.items():
+        values = model.task.evaluate(lambda tokens, n, model=model: model(tokens, n), model.task.batch("test", 0, 64))  # type: ignore[misc]
+        gap = (values["nmse_wrong_context"] - values["nmse"]).mean()
+        assert numbers[name]["error with a wrong context minus right"] == pytest.approx(gap.item())
+        assert ("task read off the code, held-out R²" in numbers[name]) == (name == "hypernet")
+    assert numbers["hypernet"]["  with shuffled tasks"] < 0.1 < numbers["hypernet"]["  before training"]
+
+
 def test_increments_of_families_fall(regression: dict[str, Path]) -> None:
     for series in figures.increments_by_family(models_of(regression), size=4, queries=2):
         assert list(series.x) == list(range(1, 9))
