@@ -15,6 +15,7 @@ import zoo
 from zoo import analyze
 from zoo.lens import draw, figures, report
 from zoo.lens.figure import Bars, Heat, Lines, Strip
+from zoo.models import MODELS
 from zoo.papers import capacity
 
 SIZE = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
@@ -54,6 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "law-residuals": functools.partial(figures.law_residuals, size=4),
         "static-error": functools.partial(figures.static_error, counts=(4, 24), contexts=2, held_out=32),
         "changed-experts": functools.partial(figures.changed_experts, size=4),
+        "expert-use": functools.partial(figures.expert_use, size=64, redraws=2),
         "norms-and-alignment": functools.partial(figures.norms_and_alignment, size=4, queries=3),
         "generation-strip": functools.partial(figures.generation_strip, count=32, prompt=8),
     }
@@ -129,8 +131,42 @@ def test_changed_experts_need_a_mixture(regression: dict[str, Path]) -> None:
     y = series_of(panel)
     assert max(y["router reads the query alone"]) > 0
     assert max(y["control: router patched too"]) == 0
-    with pytest.raises(ValueError, match="changed-experts needs a mixture of experts"):
-        figures.changed_experts({"transformer": models["transformer"]})
+    for figure, name in ((figures.changed_experts, "changed-experts"), (figures.expert_use, "expert-use")):
+        with pytest.raises(ValueError, match=f"{name} needs a mixture of experts"):
+            figure({"transformer": models["transformer"]})
+
+
+def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
+    task = {"name": "text", "tokens": 16, "domains": ["law", "medicine"]}
+    model = MODELS["moe"](model={"name": "moe", **SIZE}, task=task, optim={}).eval().requires_grad_(False)
+    use, information, together, load = figures.expert_use({"moe": model}, size=64, redraws=2).panels
+    assert isinstance(use, Heat)
+    assert list(use.y_names) == [f"layer {layer}, {domain}" for layer in (0, 1) for domain in ("law", "medicine")]
+    assert torch.tensor(use.values).sum(-1).tolist() == pytest.approx([1] * 4)
+    assert isinstance(information, Bars)
+    controls = ["router redrawn", "untrained model", "domains shuffled"]
+    assert [series.label for series in information.series] == ["as trained", *(f"control: {c}" for c in controls)]
+    assert [series.control for series in information.series] == [False, True, True, True]
+    assert [bool(series.low) for series in information.series] == [False, True, False, True]
+    assert isinstance(together, Heat)
+    both = torch.tensor(together.values).unflatten(0, (2, 4))
+    assert both.diagonal(dim1=1, dim2=2).isnan().all()
+    assert both.nan_to_num().sum((1, 2)).tolist() == pytest.approx([2, 2])  # two of four experts, in either order
+    assert isinstance(load, Bars)
+    assert [sum(series.y) for series in load.series] == pytest.approx([4, 4])
+    numbers = report.summary(model, size=4)
+    assert sum("control: router redrawn" in name for name in numbers) == 1
+
+
+def test_numbers_of_a_context_that_is_separate(regression: dict[str, Path]) -> None:
+    models = models_of(regression)
+    numbers = {name: report.summary(model, size=4) for name, model in models.items()}
+    for name, model in models.items():
+        values = model.task.evaluate(lambda tokens, n, model=model: model(tokens, n), model.task.batch("test", 0, 64))  # type: ignore[misc]
+        gap = (values["nmse_wrong_context"] - values["nmse"]).mean()
+        assert numbers[name]["error with a wrong context minus right"] == pytest.approx(gap.item())
+        assert ("task read off the code, held-out R²" in numbers[name]) == (name == "hypernet")
+    assert numbers["hypernet"]["  with shuffled tasks"] < 0.1 < numbers["hypernet"]["  before training"]
 
 
 def test_increments_of_families_fall(regression: dict[str, Path]) -> None:
@@ -207,7 +243,7 @@ def test_figures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out.split()
     theory, trained = analyze.all_figures()
     assert {*theory, *trained} <= set(listed)
-    assert len({*theory, *trained}) == 10
+    assert len({*theory, *trained}) == 11
 
 
 def test_a_figure_of_its_own(

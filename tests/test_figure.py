@@ -44,8 +44,8 @@ STRIP = Strip(
 )
 
 
-def figure(*panels: Panel, name: str = "example") -> Figure:
-    return Figure(name, "A title", panels, "What is seen.", "that it is true.", {"seed": 0})
+def figure(*panels: Panel) -> Figure:
+    return Figure("example", "A title", panels, "What is seen.", "that it is true.", {"seed": 0})
 
 
 def axes_of(panel: Panel) -> Any:
@@ -127,23 +127,12 @@ def test_text_is_at_least_nine_points() -> None:
 
 def test_long_strips_are_broken_and_lose_no_token() -> None:
     tokens = tuple(f"token{i}" for i in range(40))
-    lines = draw._broken(Strip("", {"a": tokens}, {"a": (0,) * 40}, ("same",)))
-    assert len(lines) > 1
-    assert [i for line in lines for i in line] == list(range(40))
-    assert all(sum(len(tokens[i]) + 1 for i in line) <= 88 for line in lines)
-
-
-def test_data_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'a' has 2 x but .*'y': 3"):
-        Series("a", (1, 2), (1.0, 2.0, 3.0))
-    with pytest.raises(ValueError, match="low and high go together"):
-        Series("a", (1, 2), (1.0, 2.0), low=(0.0, 1.0))
-    with pytest.raises(ValueError, match="every series needs the same names"):
-        Bars("b", "", "", (Series("a", ("p", "q"), (1.0, 2.0)), Series("b", ("p", "r"), (1.0, 2.0))))
-    with pytest.raises(ValueError, match="same labels and lengths"):
-        Strip("s", {"a": ("x", "y")}, {"a": (0,)}, ("same",))
-    with pytest.raises(ValueError, match="becomes a file name"):
-        figure(LINES, name="../up")
+    ax = axes_of(Strip("", {"a": tokens}, {"a": (0,) * 40}, ("same",)))
+    placed = {text.get_text(): text.get_position() for text in ax.texts if text.get_text() != "a"}
+    assert list(placed) == list(tokens)
+    assert len(set(placed.values())) == 40
+    assert len({y for _, y in placed.values()}) == sum(text.get_text() == "a" for text in ax.texts) > 1
+    assert max(x for x, _ in placed.values()) < ax.get_xlim()[1] <= 88
 
 
 def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:
@@ -157,4 +146,12 @@ def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:
 
 def test_marks_at_one_place_share_a_label() -> None:
     lines = Lines(**{**vars(LINES), "marks": {"K = D": 3, "K = hidden units": 3, "else": 2}})
-    assert [text.get_text() for text in axes_of(lines).texts] == ["K = D, K = hidden units", "else"]
+    ax = axes_of(lines)
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert [label for label in legend if label in ("K = D, K = hidden units", "else")] == legend[3:5]
+    assert not ax.texts  # nothing is written over the curves
+
+
+def test_a_bar_of_no_height_is_named() -> None:
+    series = Series("none", ("0", "1"), (0.0, 0.5), control=True)
+    assert [text.get_text() for text in axes_of(Bars("", "", "", (series,))).texts] == ["0"]

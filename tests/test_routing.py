@@ -7,11 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build
+from cases import BY_NAME, CASES, Case, batch_of, build, shared
 from torch import Tensor
 
+from zoo.core.layers import FILLING
 from zoo.core.patch import Routing
-from zoo.lens.routing import Usage, expert_sets, mutual_information, switched, usage
+from zoo.lens.routing import drawn_anew, expert_sets, information, mutual_information, switched, usage
 from zoo.models import Model
 from zoo.tasks import Batch
 
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.numeric
 
 MOE = [case for case in CASES if case.family == "moe"]
 every_moe = pytest.mark.parametrize("case", MOE, ids=lambda case: case.name)
-BY_NAME = {case.name: case for case in CASES}
 
 
 def close(actual: Tensor, expected: Tensor | list[float]) -> None:
@@ -47,60 +47,51 @@ def naive_information(pairs: list[tuple[int, int]]) -> float:
 @every_moe
 @torch.no_grad()
 def test_usage_equals_counts_by_loops(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     batch, E, K = grouped(model), model.config.experts, model.config.top_k
-    actual = usage(model, [batch])
+    actual = usage(model, [batch.rows(0, 2), batch.rows(2, 4)])
     assert batch.group is not None
-    assert actual.information is not None
     for layer, patch in enumerate(model.decoder(batch.tokens, batch.n_context)[1]):
         assert patch.routing is not None
         sets = sets_of(patch.routing, E)
         tokens = [chosen for row in sets for chosen in row]
         assert {len(chosen) for chosen in tokens} == {K}
         counts = [sum(e in chosen for chosen in tokens) for e in range(E)]
-        close(actual.load[layer], [count * E / (K * len(tokens)) for count in counts])
-        close(actual.dead[layer], sum(count == 0 for count in counts) / E)
+        close(actual.load()[layer], [count * E / (K * len(tokens)) for count in counts])
         for e in range(E):
-            close(
-                actual.together[layer, e], [sum({e, f} <= chosen for chosen in tokens) / len(tokens) for f in range(E)]
-            )
-        p = patch.routing.logits.softmax(-1)
-        close(actual.entropy[layer], -(p * p.log()).sum(-1).mean().float())
+            both = [sum({e, f} <= chosen for chosen in tokens) / len(tokens) for f in range(E)]
+            close(actual.together[layer, e], both)
         pairs = [(e, int(g)) for g, row in zip(batch.group, sets, strict=True) for chosen in row for e in chosen]
-        close(actual.information[layer], naive_information(pairs))
-    assert actual.together.diagonal(dim1=1, dim2=2).sum(-1).tolist() == pytest.approx([K] * 2)
-
-
-@every_moe
-@torch.no_grad()
-def test_usage_of_parts_is_that_of_the_whole(case: Case) -> None:
-    model = build(case)
-    batch = grouped(model)
-    whole, parts = usage(model, [batch]), usage(model, [batch.rows(0, 2), batch.rows(2, 4)])
-    for name in Usage._fields:
-        close(getattr(parts, name), getattr(whole, name))
-    assert not torch.equal(usage(model, [batch.rows(0, 2)]).load, whole.load)
+        table = Counter(pairs)
+        close(actual.by_group()[layer], torch.tensor([[table[e, g] for e in range(E)] for g in range(3)]).double())
+        close(mutual_information(actual.by_group()[layer]), naive_information(pairs))
 
 
 @torch.no_grad()
-def test_no_token_and_no_group() -> None:
+def test_places_without_a_token_count_for_nothing() -> None:
+    model = build(BY_NAME["moe-prompts"])
+    model.decoder.filled = True
+    tokens = batch_of(model).tokens
+    filled = torch.cat([tokens, torch.full_like(tokens[:, :3], FILLING)], 1)
+    cut, whole = (usage(model, [batch_of(model)._replace(tokens=t)]) for t in (tokens, filled))
+    close(whole.chosen, cut.chosen)
+    close(whole.together, cut.together)
+
+
+@torch.no_grad()
+def test_an_expert_that_no_token_chose() -> None:
     model = build(BY_NAME["moe-token-top1-shared"])
-    with torch.no_grad():
-        model.decoder.context_to_delta.routers[1].bias[2] = -10.0  # type: ignore[union-attr]
+    model.decoder.context_to_delta.routers[1].bias[2] = -10.0  # type: ignore[union-attr]
     actual = usage(model, [batch_of(model)])
-    assert actual.information is None
-    assert actual.shuffled is None
-    assert actual.load[1, 2] == 0
+    assert actual.group is None
+    assert actual.load()[1, 2] == 0
     assert not actual.together[1, 2].any()
-    assert actual.dead[1] >= 0.25
-    with pytest.raises(ValueError, match="no batches"):
-        usage(model, [])
 
 
 def test_shared_experts_are_left_out() -> None:
     index = torch.tensor([[[2, 0, 4], [3, 1, 4]]])
     routing = Routing(index, torch.tensor([0.0, -1.0, 1.0]).expand(1, 2, 3), torch.zeros(1, 2, 4))
-    assert expert_sets(routing, 4).tolist() == [[[True, False, True, False], [False, True, False, True]]]
+    assert expert_sets(routing).tolist() == [[[True, False, True, False], [False, True, False, True]]]
 
 
 def test_mutual_information_of_tables() -> None:
@@ -114,23 +105,47 @@ def test_mutual_information_of_tables() -> None:
 
 
 @torch.no_grad()
-def test_experts_that_follow_the_group_stand_out_from_shuffled_groups() -> None:
+def test_experts_that_follow_the_group_stand_out_from_every_control() -> None:
+    """A router that was made to tell two halves of the vocabulary apart."""
     model = build(BY_NAME["moe-token-top1-shared"])
     group = torch.arange(40) % 2
     tokens = torch.randint(2, (40, 12))
     apart, alike = Batch(tokens + 2 * group[:, None], tokens, 0, group=group), Batch(tokens, tokens, 0, group=group)
+    z = [usage_states(model, tokens + 2 * g) for g in (0, 1)]
+    router = model.decoder.context_to_delta.routers[0]  # type: ignore[union-attr]
+    router.weight.copy_(torch.stack([z[1] - z[0], z[0] - z[1], *(0 * router.weight[2:])]) * 10)
     for batch, stands_out in ((apart, True), (alike, False)):
-        actual = usage(model, [batch])
-        assert actual.information is not None
-        assert actual.shuffled is not None
-        assert (actual.information[0] > 5 * actual.shuffled[0]).item() == stands_out
+        found = {label: values[:, 0] for label, values in information(model, [batch]).items()}
+        (trained,) = found.pop("as trained").tolist()
+        assert (trained > 0.5) == stands_out
+        assert all(len(values) == count for values, count in zip(found.values(), (5, 1, 20), strict=True))
+        assert all(trained > values.mean() + 0.2 for values in found.values()) == stands_out
+
+
+def usage_states(model: Model, tokens: Tensor) -> Tensor:
+    """The mean state that the first router reads, (D)."""
+    block, decoder = model.decoder.blocks[0], model.decoder
+    return block.norm2(block.attend(decoder.embed(tokens), decoder.layout(tokens.shape[1], 0))).mean((0, 1))
+
+
+@torch.no_grad()
+def test_controls_draw_the_router_alone_or_everything() -> None:
+    model = shared("moe-token-sigmoid-gqa-tied")
+    for router_alone in (True, False):
+        fresh, again, other = (drawn_anew(model, seed, router_alone) for seed in (0, 0, 1))
+        for name, weight in model.state_dict().items():
+            kept = torch.equal(fresh.state_dict()[name], weight)
+            if weight.dim() > 1:  # norms and biases start as they are
+                assert kept == (router_alone and ".context_to_delta." not in name), name
+                assert torch.equal(again.state_dict()[name], fresh.state_dict()[name])
+                assert torch.equal(other.state_dict()[name], fresh.state_dict()[name]) == kept
 
 
 @every_moe
 @torch.no_grad()
 def test_a_sheared_router_chooses_as_with_the_context(case: Case) -> None:
     """Once more with the router's dense patched matrix; a router of the context's mean reads no sheared state."""
-    model = build(case)
+    model = shared(case.name)
     batch, E = batch_of(model, 8), model.config.experts
     tokens, n_context = batch.tokens, batch.n_context or 7
     actual = switched(model, tokens, n_context)
@@ -162,7 +177,7 @@ def test_a_sheared_router_chooses_as_with_the_context(case: Case) -> None:
 @every_moe
 @torch.no_grad()
 def test_nothing_switches_if_nothing_goes(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     tokens = batch_of(model).tokens[:, 7:11]
     actual = switched(model, tokens, 0)
     assert not actual.reduced.any()
@@ -170,7 +185,7 @@ def test_nothing_switches_if_nothing_goes(case: Case) -> None:
 
 
 def test_models_without_experts_are_refused() -> None:
-    model = build(BY_NAME["hypernet-constant"])
+    model = shared("hypernet-constant")
     batch = batch_of(model)
     for call in (lambda: usage(model, [batch]), lambda: switched(model, batch.tokens, 7)):
         with pytest.raises(ValueError, match=r"model\.name=hypernet has no experts"):

@@ -1,32 +1,32 @@
-"""The structure of updates, against dense matrices and textbook definitions."""
+"""The structure and growth of updates, against dense matrices and textbook definitions."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build, trained
+from cases import CASES, Case, batch_of, shared
 from torch import Tensor
 
 from zoo.lens.structure import (
     codes,
-    context_gap,
     context_share,
     cosines,
-    effect,
     gram,
+    increments,
     linear_decoding,
     linear_weights,
-    norms,
     participation_ratio,
+    relative_norms,
     shared_queries,
 )
-from zoo.lens.updates import MATRICES, PARTS, Matrix, updates
+from zoo.lens.updates import MATRICES, PARTS, FactoredMatrix, record, updates
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-BY_NAME = {case.name: case for case in CASES}
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -44,29 +44,70 @@ def many_queries(model: Model, queries: int = 40) -> Tensor:
     return torch.cat([batch_of(model).tokens[:, :7], torch.nn.functional.pad(inputs, (0, 1))], 1)
 
 
-def drawn(*lead: int, W: Tensor | None = None) -> Matrix:
+def drawn(*lead: int, W: Tensor | None = None) -> FactoredMatrix:
     W = torch.randn(6, 5).double() if W is None else W
-    return Matrix(W, *(torch.randn(*lead, *shape).double() for shape in ((6, 1), (5, 1), (6, 2), (5, 2))))
+    return FactoredMatrix(W, *(torch.randn(*lead, *shape).double() for shape in ((6, 1), (5, 1), (6, 2), (5, 2))))
 
 
 @every_case
 @torch.no_grad()
 def test_norms_equal_those_of_dense_updates(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     tokens, n_context = context_of(model)
-    actual = norms(model, tokens, n_context)
+    norms = {part: relative_norms(model, tokens, n_context, part) for part in PARTS}
     for part in PARTS:
         for layer, change in enumerate(updates(model, tokens, n_context, part)):
             for index, name in enumerate(MATRICES):
-                expected = torch.linalg.matrix_norm(change[name].dense())
-                close(getattr(actual, part)[layer, index], expected)
                 W = model.decoder.blocks[layer].ffn.weight(name)
-                close(actual.weights[layer, index], W.square().sum().sqrt())
-                close(getattr(actual.relative(), part)[layer, index], expected / W.norm())
+                close(norms[part][layer, index], torch.linalg.matrix_norm(change[name].dense()) / W.norm())
     reads = case.family != "transformer" and case.name != "hypernet-constant"
-    assert bool(actual.emitted.any()) == reads
+    assert bool(norms["emitted"].any()) == reads
     attends = model.decoder.attend_context or not model.task.n_context
-    assert (actual.total - actual.emitted).abs().max().gt(1e-2) == attends
+    assert (norms["total"] - norms["emitted"]).abs().max().gt(1e-3) == attends
+
+
+N = 4  # context tokens of a growing context, short to be quick
+
+
+def prefixes(model: Model) -> list[Tensor]:
+    """Two sequences of the first 0 … N context tokens and three queries."""
+    tokens = batch_of(model, 2).tokens
+    return [torch.cat([tokens[:, :length], tokens[:, -3:]], 1) for length in range(N + 1)]
+
+
+@every_case
+@torch.no_grad()
+def test_increments_equal_those_of_dense_matrices(case: Case) -> None:
+    """W_0 … W_N from dense weights and model.deltas alone."""
+    model = shared(case.name)
+    steps: list[list[Tensor]] = [[] for _ in model.decoder.blocks]
+    for length, sequence in enumerate(prefixes(model)):
+        patches = model.deltas(sequence, torch.arange(sequence.shape[1]) < length)
+        for step, block, patch in zip(steps, model.decoder.blocks, patches, strict=True):
+            dense = [W.expand(2, 3, -1, -1).flatten(-2) for W in block.ffn.dense(patch).values()]
+            step.append(torch.cat(dense, -1))
+    actual = increments(model, prefixes(model)[-1], N)
+    for layer, (step, block) in enumerate(zip(steps, model.decoder.blocks, strict=True)):
+        stored = torch.cat([block.ffn.weight(name).flatten() for name in MATRICES]).norm()
+        close(actual[:, layer], torch.stack(step).diff(dim=0).norm(dim=-1) / stored)
+
+
+@torch.no_grad()
+def test_only_the_first_layer_keeps_its_key() -> None:
+    """Layer 0: increments of rank 1, the delta rule with one key; layer 1: rank 2, as the patched stream moves."""
+    model = shared("transformer-regression")
+    recorded = [record(model, sequence, length) for length, sequence in enumerate(prefixes(model))]
+    W = [[layers[layer].matrix("gate").dense() for layers in recorded] for layer in (0, 1)]
+    for layer, rank in ((0, 1), (1, 2)):
+        for before, after in pairwise(W[layer][1:]):  # at the first token all there is has rank 1
+            assert ((torch.linalg.svdvals(after - before) > 1e-10).sum(-1) == rank).all()
+    block, key = model.decoder.blocks[0], recorded[0][0].z
+    by_rule = block.ffn.gate.expand(2, 3, -1, -1)
+    for length, sequence in enumerate(prefixes(model)):
+        v = block.attend(model.decoder.embed(sequence), model.decoder.layout(length + 3, length))
+        missed = block.norm2(v)[:, length:] @ block.ffn.gate.mT - (by_rule @ key[..., None]).squeeze(-1)
+        by_rule = by_rule + missed[..., None] * (key / key.square().sum(-1, keepdim=True))[..., None, :]
+        close(W[0][length], by_rule)
 
 
 def test_participation_ratio_counts_equal_singular_values() -> None:
@@ -82,10 +123,10 @@ def test_participation_ratio_counts_equal_singular_values() -> None:
 
 @torch.no_grad()
 def test_participation_ratio_of_updates() -> None:
-    tokens, n_context = context_of(build(BY_NAME["transformer-regression"]))
-    one = updates(build(BY_NAME["transformer-regression"]), tokens, n_context)[0]["gate"].svdvals()
+    tokens, n_context = context_of(shared("transformer-regression"))
+    one = updates(shared("transformer-regression"), tokens, n_context)[0]["gate"].svdvals()
     close(participation_ratio(one), torch.ones(3, 5).double())
-    low_rank = updates(build(BY_NAME["hypernet-segment-low-rank"]), tokens, n_context)[0]["gate"].svdvals()
+    low_rank = updates(shared("hypernet-segment-low-rank"), tokens, n_context)[0]["gate"].svdvals()
     assert ((participation_ratio(low_rank) > 1.2) & (participation_ratio(low_rank) < 4)).all()
 
 
@@ -102,42 +143,13 @@ def test_cosines_equal_those_of_flat_dense_matrices() -> None:
 
 @torch.no_grad()
 def test_a_context_aligns_the_updates_of_its_queries_if_it_alone_is_read() -> None:
-    hypernet, transformer = build(BY_NAME["hypernet-segment-low-rank"]), build(BY_NAME["transformer-regression"])
+    hypernet, transformer = shared("hypernet-segment-low-rank"), shared("transformer-regression")
     tokens, n_context = context_of(hypernet)
     gate = updates(hypernet, tokens, n_context)[1]["gate"]
     close(cosines(gate[0], gate[0]), torch.ones(5, 5).double())
     assert cosines(gate[:, 0], gate[:, 0]).fill_diagonal_(0).abs().max() < 0.95
     gate = updates(transformer, tokens, n_context)[1]["gate"]
     assert cosines(gate[0], gate[0]).fill_diagonal_(0).abs().max() < 0.95
-
-
-@torch.no_grad()
-def test_updates_of_two_models_compare_only_if_shapes_agree() -> None:
-    model, other, moe = (build(BY_NAME[n]) for n in ("transformer-regression", "hypernet-segment-attend", "moe-token"))
-    tokens, n_context = context_of(model)
-    gates = [updates(m, tokens, n_context)[0]["gate"][0] for m in (model, other, moe)]
-    close(
-        cosines(gates[0], gates[1])[1, 2],
-        torch.cosine_similarity(*(g.dense()[i].flatten() for g, i in ((gates[0], 1), (gates[1], 2))), dim=0),
-    )
-    with pytest.raises(ValueError, match=r"\(24, 16\) and \(48, 16\).*effects"):
-        cosines(gates[0], gates[2])
-
-
-@every_case
-@torch.no_grad()
-def test_effect_is_what_the_context_does_to_the_output(case: Case) -> None:
-    model = build(case)
-    tokens, n_context = context_of(model)
-    removed = torch.arange(tokens.shape[1]) < n_context
-    positions = model.decoder.layout(tokens.shape[1], n_context).positions[~removed]
-    patched = model(tokens[:, n_context:], patches=model.deltas(tokens, removed), positions=positions)
-    alone = model(tokens[:, n_context:], positions=positions)
-    if model.task.vocabulary:
-        patched, alone = patched.log_softmax(-1), alone.log_softmax(-1)
-    close(effect(model, tokens, n_context), patched - alone)
-    assert (patched - alone).abs().max() > 1e-2
-    assert effect(model, tokens[:, n_context:], 0).abs().max() < 1e-12
 
 
 def naive_share(dense: Tensor) -> Tensor:
@@ -171,7 +183,7 @@ SHARED = [*SEPARATE, "moe-context-linear"]
 @pytest.mark.parametrize("name", [*SHARED, "moe-token", "transformer-regression"])
 @torch.no_grad()
 def test_what_is_made_from_the_context_alone_differs_between_contexts_alone(name: str) -> None:
-    model = build(BY_NAME[name])
+    model = shared(name)
     tokens, n_context = context_of(model)
     grid = shared_queries(tokens, n_context)
     assert torch.equal(grid[:, :n_context], tokens[:, :n_context])
@@ -191,7 +203,7 @@ def test_what_is_made_from_the_context_alone_differs_between_contexts_alone(name
 
 @torch.no_grad()
 def test_an_update_of_rounding_errors_has_no_share() -> None:
-    model = build(BY_NAME["hypernet-segment-down"])
+    model = shared("hypernet-segment-down")
     tokens = many_queries(model)
     gate = updates(model, tokens, 7)[1]["gate"]
     assert 0 < gate.norm().max() < 1e-13
@@ -201,7 +213,7 @@ def test_an_update_of_rounding_errors_has_no_share() -> None:
 @every_case
 @torch.no_grad()
 def test_codes_are_what_the_heads_read(case: Case) -> None:
-    model = build(case)
+    model = shared(case.name)
     tokens, n_context = context_of(model)
     if case.family != "hypernet":
         with pytest.raises(ValueError, match=f"model.name={case.family} has no code"):
@@ -224,16 +236,12 @@ def test_codes_are_what_the_heads_read(case: Case) -> None:
 
 @torch.no_grad()
 def test_linear_weights_answer_the_queries() -> None:
-    model = build(BY_NAME["transformer-regression"])
+    model = shared("transformer-regression")
     batch = batch_of(model, 16)
     w = linear_weights(batch)
     answers = (batch.tokens[:, 7:, :-1] @ w[:, :, None]).squeeze(-1)
     torch.testing.assert_close(answers, batch.targets.double(), rtol=0, atol=1e-5)
     assert (answers.roll(1, 0) - batch.targets).abs().mean() > 0.5
-    with pytest.raises(ValueError, match="from 2 context tokens"):
-        linear_weights(batch._replace(n_context=2))
-    with pytest.raises(ValueError, match="no weights"):
-        linear_weights(batch_of(build(BY_NAME["transformer-noise-tied"])))
 
 
 def test_linear_decoding_finds_what_is_linear_in_the_code() -> None:
@@ -245,15 +253,11 @@ def test_linear_decoding_finds_what_is_linear_in_the_code() -> None:
     assert linear_decoding(code, latent.square()).r2 < 0.1
     assert linear_decoding(code, latent, ridge=10).r2 < 0.9
     assert linear_decoding(torch.ones(400, 8).double(), latent).r2 <= 0
-    assert linear_decoding(code, latent, seed=1).shuffled != linear_decoding(code, latent).shuffled
-    for codes_given, latents_given in ((3, 3), (400, 399)):
-        with pytest.raises(ValueError, match=f"{codes_given} codes and {latents_given} latents"):
-            linear_decoding(code[:codes_given], latent[:latents_given])
 
 
 @torch.no_grad()
 def test_the_code_of_the_first_layer_tells_the_mean_of_the_context() -> None:
-    model = build(BY_NAME["hypernet-segment-low-rank"])
+    model = shared("hypernet-segment-low-rank")
     batch = batch_of(model, 400)
     mean = batch.tokens[:, :7].mean(1)
     found = linear_decoding(codes(model, batch.tokens, 7)[0], mean)
@@ -261,20 +265,3 @@ def test_the_code_of_the_first_layer_tells_the_mean_of_the_context() -> None:
     assert found.shuffled < 0
     queries = batch.tokens[:, 7:].mean(1)[:, :3]
     assert linear_decoding(codes(model, batch.tokens, 7)[0], queries).r2 < 0
-
-
-@torch.no_grad()
-def test_a_model_that_learned_to_read_its_context_suffers_from_a_wrong_one() -> None:
-    name = "hypernet-segment-attend"
-    gaps = []
-    for model in (trained(name), *(build(BY_NAME[name], seed) for seed in range(8))):
-        batch = batch_of(model, 200)
-        gap = context_gap(model, batch)
-        values = model.task.evaluate(lambda tokens, n, m=model: m(tokens, n), batch)  # type: ignore[misc]
-        close(gap, values["nmse_wrong_context"] - values["nmse"])
-        gaps.append(gap.mean().item())
-    assert gaps[0] > 0.2
-    assert abs(sum(gaps[1:])) / 8 < 0.1  # drawn models read their context by chance, on average not at all
-    noise = build(BY_NAME["transformer-noise-tied"])
-    with pytest.raises(ValueError, match=r"task\.name=noise reports no nats_wrong_context: nats, nats_floor"):
-        context_gap(noise, batch_of(noise))

@@ -104,11 +104,14 @@ def figures(options: argparse.Namespace) -> None:
         return
     table = trained if options.runs else theory
     for name in options.names:
-        if name in trained and name not in table:
-            raise ValueError(f"the figure {name} shows trained models: give checkpoints with --runs")
-        if name in theory and name not in table:
-            raise ValueError(f"the figure {name} shows models of its own: leave out --runs")
-        lookup(name, table, "figure")
+        lookup(name, {**theory, **trained}, "figure")
+        if name not in table:
+            why = (
+                "models of its own: leave out --runs"
+                if options.runs
+                else "trained models: give checkpoints with --runs"
+            )
+            raise ValueError(f"the figure {name} shows {why}")
     models = load_all(options.runs)[0] if options.runs else None
     for name in options.names:
         print(draw.save(table[name](models) if models else table[name](), options.out), flush=True)
@@ -185,10 +188,7 @@ def read_context(model: Model, path: Path) -> Tensor:
     if task.token_dim:
         return torch.tensor(_numbers(path, task.token_dim))
     text = _text(path)
-    if not text:
-        raise ValueError(f"{path} is empty: a context has at least one byte")
-    ids = task.encode_context(text) if task.n_context else task.encode(text)
-    return torch.tensor(ids)
+    return torch.tensor(task.encode_context(text) if task.n_context else task.encode(text))
 
 
 def read_query(model: Model, path: Path) -> Tensor:
@@ -197,15 +197,18 @@ def read_query(model: Model, path: Path) -> Tensor:
 
     task = model.task
     if task.token_dim:
-        rows = _numbers(path, task.token_dim - 1)
-        return torch.tensor([[*row, 0.0] for row in rows])[None]
-    ids = task.encode(_text(path))
-    if len(ids) < 2:
-        raise ValueError(f"{path} is empty: a query has at least one byte")
-    return torch.tensor([ids])
+        return torch.nn.functional.pad(torch.tensor(_numbers(path, task.token_dim - 1)), (0, 1))[None]
+    return torch.tensor([task.encode(_text(path))])
 
 
 def _text(path: Path) -> str:
+    text = _read(path)
+    if not text:
+        raise ValueError(f"{path} is empty: at least one byte is wanted")
+    return text
+
+
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -214,17 +217,18 @@ def _text(path: Path) -> str:
 
 def _numbers(path: Path, width: int) -> list[list[float]]:
     """The rows of a file of numbers, `width` in each."""
-    rows = [row for row in csv.reader(_text(path).splitlines()) if row]
-    for line, row in enumerate(rows, 1):
+    rows: list[list[float]] = []
+    for row in filter(None, csv.reader(_read(path).splitlines())):
         try:
-            fits = len([float(cell) for cell in row]) == width
+            rows.append([float(cell) for cell in row])
         except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(f"{path}, line {line}: {width} numbers separated by commas are wanted, got {row!r:.60}")
+            rows.append([])
+        if len(rows[-1]) != width:
+            wanted = f"{width} numbers separated by commas are wanted"
+            raise ValueError(f"{path}, line {len(rows)}: {wanted}, got {row!r:.60}")
     if not rows:
         raise ValueError(f"{path} is empty: {width} numbers per line are wanted")
-    return [[float(cell) for cell in row] for row in rows]
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""How cost grows with experts, rank and length, against what theory says, with a fit and a figure.
+"""The growth of cost with experts, rank and length, against what theory says, with a fit and a figure.
 
 Axes: T tokens of a sequence, E experts, R rank, n tokens per expert. Time is per token and relative to the first size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from zoo.bench import layers
-from zoo.bench.timing import Case, Row
+from zoo.bench.timing import Case, Row, backward
 
 TOKENS, PER_EXPERT = 4096, 128
 
@@ -23,21 +24,21 @@ LENGTHS = {name: f"{name} by length" for name in ("attention", "moe", "hypernet"
 
 def growth(sizes: layers.Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
     """Experts at constant n and K, the rank of an update, the length of sequences at a constant number of tokens."""
+
+    def case(name: str, work: dict[int, Callable[[], Any]]) -> Case:
+        return Case("growth", name, str(next(iter(work))), {str(size): f for size, f in work.items()})
+
     experts = (8, 32) if quick else (8, 16, 32, 64, 128)
     states = {e: torch.randn(1, PER_EXPERT * e, sizes.dim, device=device) for e in experts}
-    yield Case("growth", EXPERTS, str(experts[0]), {str(e): layers.routed(sizes, z, e, 1) for e, z in states.items()})
+    yield case(EXPERTS, {e: backward(layers.routing(sizes, e, 1), z) for e, z in states.items()})
     ranks = (1, 64) if quick else (1, 4, 8, 16, 32, 64)
     z = torch.randn(8, 128, sizes.dim, device=device)
-    yield Case("growth", RANK, str(ranks[0]), {str(r): layers.emitted(sizes, z, r, None) for r in ranks})
+    yield case(RANK, {r: backward(layers.emitting(sizes, r, None), z) for r in ranks})
     lengths = (128, 2048) if quick else (128, 256, 512, 1024, 2048)
     states = {T: torch.randn(TOKENS // T, T, sizes.dim, device=device) for T in lengths}
-    yield _by_length("attention", {str(T): layers.attention(z) for T, z in states.items()})
-    yield _by_length("moe", {str(T): layers.routed(sizes, z, 16, 1) for T, z in states.items()})
-    yield _by_length("hypernet", {str(T): layers.emitted(sizes, z, 8, 64) for T, z in states.items()})
-
-
-def _by_length(name: str, work: dict) -> Case:
-    return Case("growth", LENGTHS[name], next(iter(work)), work)
+    yield case(LENGTHS["attention"], {T: layers.attention(z) for T, z in states.items()})
+    yield case(LENGTHS["moe"], {T: backward(layers.routing(sizes, 16, 1), z) for T, z in states.items()})
+    yield case(LENGTHS["hypernet"], {T: backward(layers.emitting(sizes, 8, 64), z) for T, z in states.items()})
 
 
 def curves(rows: list[Row]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -64,15 +65,13 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def lines(rows: list[Row]) -> list[str]:
-    """What the curves say, one line each."""
-    text = []
-    for case, (x, y, _) in curves(rows).items():
-        a, b, r2 = fit(x, y)
-        text.append(
-            f"- {case}: time per token {a:.2f} {b:+.2g}·x, R² {r2:.3f}; from {x[0]:.0f} to {x[-1]:.0f} it grows "
-            f"{y[-1]:.2f} times"
-        )
-    return text
+    """The fits of the curves, one line each."""
+    fits = [(case, x, y, *fit(x, y)) for case, (x, y, _) in curves(rows).items()]
+    return [
+        f"- {case}: time per token {a:.2f} {b:+.2g}·x, R² {r2:.3f}; from {x[0]:.0f} to {x[-1]:.0f} it grows "
+        f"{y[-1]:.2f} times"
+        for case, x, y, a, b, r2 in fits
+    ]
 
 
 def draw(rows: list[Row], folder: Path) -> Path:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from zoo.bench import peers
 from zoo.bench.timing import Case, Row, backward, kernels, saved_bytes
 from zoo.core.layers import Attention, FeedForward, Layout
-from zoo.core.patch import Patch
 from zoo.models.hypernet import HypernetConfig, HypernetDelta
 from zoo.models.moe import ExpertRouting, MoEConfig
 
@@ -46,15 +45,16 @@ def cases(sizes: Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
 def mixture(sizes: Sizes, n: int, top_k: int, device: torch.device) -> Case:
     experts = sizes.tokens * top_k // n
     z = torch.randn(1, sizes.tokens, sizes.dim, device=device)
-    module = routing(sizes, experts, top_k).to(device)
+    module = routing(sizes, experts, top_k)
     work = backward(module, z)
     variants: dict[str, Callable[[], Any]] = {
-        "dense": backward(FeedForward(sizes.dim, top_k * sizes.hidden).to(device), z),
+        "dense": backward(feed_forward(sizes.dim, top_k * sizes.hidden), z),
         "matrix products": products(z, top_k * sizes.hidden),
         "moe": work,
         "moe, kernels alone": kernels(work),
-        **peers.mixtures(module.ffn, module.context_to_delta.routers[0], top_k, z),
     }
+    others = peers.mixtures(module.ffn, module.context_to_delta.routers[0], top_k)
+    variants |= {name: backward(block, z) for name, block in others.items()}
     wanted = {512: 1.15, 256: 1.15, 128: 1.30, 32: 1.75}
     bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
     if GROUPED in variants:
@@ -65,10 +65,10 @@ def mixture(sizes: Sizes, n: int, top_k: int, device: torch.device) -> Case:
 def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
     z = torch.randn(8, 128, sizes.dim, device=device)
     variants = {
-        "dense": backward(FeedForward(sizes.dim, sizes.hidden).to(device), z),
+        "dense": backward(feed_forward(sizes.dim, sizes.hidden), z),
         "matrix products": products(z, sizes.hidden),
-        ONCE: emitted(sizes, z, 8, None),
-        CHUNKS: emitted(sizes, z, 8, 64),
+        ONCE: backward(emitting(sizes, 8, None), z),
+        CHUNKS: backward(emitting(sizes, 8, 64), z),
     }
     variants |= {f"{name}, kernels alone": kernels(variants[name]) for name in (ONCE, CHUNKS)}
     bars = {(ONCE, "dense"): 1.35, (CHUNKS, "dense"): 1.5}
@@ -76,10 +76,10 @@ def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
 
 
 def memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """What one FFN keeps for its backward pass."""
+    """The memory that one FFN keeps for its backward pass."""
     z = torch.randn(8, 128, sizes.dim, device=device, requires_grad=True)
     modules: dict[str, nn.Module] = {
-        "dense": FeedForward(sizes.dim, sizes.hidden),
+        "dense": feed_forward(sizes.dim, sizes.hidden),
         ONCE: emitting(sizes, 8, None),
         CHUNKS: emitting(sizes, 8, 64),
         "moe, K=1": routing(sizes, 8, 1),
@@ -106,47 +106,47 @@ def products(z: Tensor, hidden: int) -> Callable[[], Any]:
     return work
 
 
-class PatchedFeedForward(nn.Module):
-    """The FFN and what updates it as one module of z (B,T,D)."""
+@torch.no_grad()
+def feed_forward(dim: int, hidden: int, blocks: int = 1) -> FeedForward:
+    """An FFN with drawn weights."""
+    ffn = FeedForward(dim, hidden, blocks)
+    for parameter in ffn.parameters():
+        parameter.normal_(std=dim**-0.5)
+    return ffn
 
-    def __init__(self, context_to_delta: Any, ffn: FeedForward, patch_of: Callable[[Any, Tensor], Patch]):
+
+class PatchedFeedForward(nn.Module):
+    """The FFN and what updates it as one module of z (B,T,D), each sequence its own context if the family reads one."""
+
+    def __init__(self, context_to_delta: Any, ffn: FeedForward):
         super().__init__()
-        self.context_to_delta, self.ffn, self.patch_of = context_to_delta, ffn, patch_of
+        self.context_to_delta, self.ffn = context_to_delta, ffn
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.ffn(z, self.patch_of(self.context_to_delta, z))
+        reads_query = self.context_to_delta.reads_query
+        patch = self.context_to_delta(z, 0, 0 if reads_query else z.shape[1])
+        if not reads_query:  # every token is patched, none is masked
+            patch = replace(patch, weights={name: replace(delta, gate=None) for name, delta in patch.weights.items()})
+        return self.ffn(z, patch)
 
 
 def routing(sizes: Sizes, experts: int, top_k: int) -> PatchedFeedForward:
     config = MoEConfig(
         dim=sizes.dim, layers=1, hidden=sizes.hidden, experts=experts, top_k=top_k, renormalise=top_k > 1
     )
-    ffn = FeedForward(sizes.dim, sizes.hidden, experts)
-    return PatchedFeedForward(ExpertRouting(config), ffn, lambda context_to_delta, z: context_to_delta(z, 0, 0))
-
-
-def routed(sizes: Sizes, z: Tensor, experts: int, top_k: int) -> Callable[[], Any]:
-    return backward(routing(sizes, experts, top_k).to(z.device), z)
+    return PatchedFeedForward(ExpertRouting(config), feed_forward(sizes.dim, sizes.hidden, experts))
 
 
 def emitting(sizes: Sizes, rank: int, chunk: int | None) -> PatchedFeedForward:
     """The generator on the mean of each sequence, or of all earlier chunks, and the FFN it patches."""
     context: Literal["chunk", "segment"] = "chunk" if chunk else "segment"
     config = HypernetConfig(dim=sizes.dim, layers=1, hidden=sizes.hidden, rank=rank, context=context, chunk=chunk)
-    patch_of = _whole if chunk is None else lambda context_to_delta, z: context_to_delta(z, 0, 0)
-    return PatchedFeedForward(HypernetDelta(config), FeedForward(sizes.dim, sizes.hidden), patch_of)
-
-
-def emitted(sizes: Sizes, z: Tensor, rank: int, chunk: int | None) -> Callable[[], Any]:
-    return backward(emitting(sizes, rank, chunk).to(z.device), z)
-
-
-def _whole(context_to_delta: nn.Module, z: Tensor) -> Patch:
-    # as if the sequence were its own context: every token is patched, none is masked
-    patch = context_to_delta(z, 0, z.shape[1])
-    return replace(patch, served=None)
+    family = HypernetDelta(config)
+    for head in family.generator.heads.values():  # as after some training: at the start ΔW is zero
+        nn.init.normal_(head.weight, std=config.code_dim**-0.5)  # type: ignore[arg-type]
+    return PatchedFeedForward(family, feed_forward(sizes.dim, sizes.hidden))
 
 
 def attention(z: Tensor) -> Callable[[], Any]:
     layout = Layout(torch.arange(z.shape[1], device=z.device), None)
-    return backward(Attention(z.shape[2], 8, 8).to(z.device), z, layout)
+    return backward(Attention(z.shape[2], 8, 8), z, layout)

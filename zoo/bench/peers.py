@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.bench.timing import backward
 from zoo.core.layers import FeedForward
 from zoo.models import Model
 
@@ -80,30 +79,24 @@ def experts(ffn: FeedForward, router: nn.Module) -> dict[str, Tensor]:
     return {"gate.weight": router.weight, **weights}
 
 
-def mixtures(ffn: FeedForward, router: Any, top_k: int, z: Tensor) -> dict[str, Callable[[], Any]]:
-    """Forward and backward of other libraries' blocks of experts."""
-    found: dict[str, Callable[[], Any]] = {}
+def mixtures(ffn: FeedForward, router: Any, top_k: int) -> dict[str, nn.Module]:
+    """Other libraries' blocks of experts."""
+    found: dict[str, nn.Module] = {}
     if installed("transformers"):
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-        sizes: dict[str, Any] = {
-            "hidden_size": ffn.dim,
-            "intermediate_size": ffn.hidden_per_block,
-            "num_local_experts": ffn.blocks,
-        }
+        sizes: dict[str, Any] = {"hidden_size": ffn.dim, "intermediate_size": ffn.hidden_per_block}
         for way in ("grouped_mm", "eager") if ffn.blocks <= 16 else ("grouped_mm",):  # eager is quadratic in experts
-            config = MixtralConfig(**sizes, num_experts_per_tok=top_k)
+            config = MixtralConfig(**sizes, num_local_experts=ffn.blocks, num_experts_per_tok=top_k)
             config._experts_implementation = way
-            block = MixtralSparseMoeBlock(config).to(z.device)
-            work = backward(block, z)
+            block = found[f"transformers Mixtral, {way}"] = MixtralSparseMoeBlock(config)
             block.load_state_dict(experts(ffn, router))
-            found[f"transformers Mixtral, {way}"] = work
     if installed("st_moe_pytorch") and top_k == 2:
         from st_moe_pytorch import MoE
 
         block = MoE(dim=ffn.dim, num_experts=ffn.blocks, expert_hidden_mult=ffn.hidden_per_block / ffn.dim)
-        found["st-moe-pytorch"] = backward(_First(block.to(z.device)), z)
+        found["st-moe-pytorch"] = _First(block)
     return found
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from zoo.bench import peers
 from zoo.bench.timing import Case, clock, kernels
 from zoo.models import MODELS, Model
+from zoo.tasks import Batch
 from zoo.training.data import Stream
 
 SIZE = {"dim": 256, "layers": 4, "heads": 8, "hidden": 704}
@@ -63,7 +65,7 @@ def steps(device: torch.device, quick: bool, compiled: bool) -> Iterator[Case]:
 
 
 def loops(device: torch.device, quick: bool) -> Iterator[Case]:
-    """What surrounds the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
+    """The surroundings of the steps: Lightning's loop with our logging, loaders, imports, the extraction of a patch."""
     yield _lightning(device, 10 if quick else 60)
     yield _loader("regression", device)
     for name in MODELS:
@@ -112,16 +114,14 @@ def limit(model: Model, device: torch.device) -> Callable[[], Any]:
 
 
 def bare_step(model: Model) -> Callable[[Any], Any]:
-    """What the trainer does with a batch, and nothing else."""
+    """A training step as the trainer takes it, and nothing else."""
     configured: Any = model.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     context_to_delta = model.decoder.context_to_delta
 
     def work(batch: Any) -> None:
-        output, patches = model.decoder(batch.tokens, batch.n_context)
-        loss = model.task.loss(output, batch) + (context_to_delta.aux_loss(patches, 0) if context_to_delta else 0.0)
         optimizer.zero_grad()
-        loss.backward()
+        model.training_step(batch, 0).backward()
         nn.utils.clip_grad_norm_(model.parameters(), model.optim.clip)
         optimizer.step()
         schedule.step()
@@ -131,12 +131,13 @@ def bare_step(model: Model) -> Callable[[Any], Any]:
     return work
 
 
+def moved(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
+
+
 def _default_step(family: str, device: torch.device) -> Callable[[], Any]:
     model = build(family, {}, {"name": "noise", "vocabulary": V, "tokens": 128}).to(device)
-    batch = model.task.batch("train", 0, 32)
-    batch = batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
-    work = bare_step(model)
-    return lambda: work(batch)
+    return partial(bare_step(model), moved(model.task.batch("train", 0, 32), device))
 
 
 def _lightning(device: torch.device, count: int) -> Case:
@@ -146,11 +147,12 @@ def _lightning(device: torch.device, count: int) -> Case:
     now = clock(device)
 
     def by_trainer() -> float:
-        quiet = contextlib.ExitStack()
-        with quiet, tempfile.TemporaryDirectory() as folder:
-            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            quiet.enter_context(mock.patch("zoo.training.callbacks.monotonic", now))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            mock.patch("zoo.training.callbacks.monotonic", now),
+        ):
             metrics = train(
                 optim={"steps": count, "warmup": 0},
                 trainer={"accelerator": device.type},
@@ -166,7 +168,7 @@ def _lightning(device: torch.device, count: int) -> Case:
         work = bare_step(model)
         start = now()
         for batch in Stream(model.task, "train", model.optim.batch_size, count):
-            work(batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device)))
+            work(moved(batch, device))
         return now() - start
 
     bars = {("trainer", "bare loop"): 1.05}
@@ -176,10 +178,8 @@ def _lightning(device: torch.device, count: int) -> Case:
 def _loader(task: str, device: torch.device) -> Case:
     model = build("transformer", {}, {"name": task})
     stream = iter(Stream(model.task, "train", model.optim.batch_size, 10**9))
-    batch = next(stream)
-    batch = batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
-    bare = bare_step(model.to(device))
-    variants = {"step": lambda: bare(batch), "loader": lambda: next(stream)}
+    one_step = partial(bare_step(model.to(device)), moved(next(stream), device))
+    variants: dict[str, Callable[[], Any]] = {"step": one_step, "loader": partial(next, stream)}
     tokens = model.optim.batch_size * model.task.tokens
     return Case("loops", f"loader alone, {task}", "step", variants, {("loader", "step"): 1 / 50}, tokens=tokens)
 

@@ -129,25 +129,19 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self.sizes: dict[int, int] = {}  # of living storages
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         old = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for t in _tensors(out):
-            storage = t.untyped_storage()
+        for storage in (t.untyped_storage() for t in _tensors(out)):
             key = storage._cdata
-            if key not in old and key not in self._seen:
-                self._seen.add(key)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, key, storage.nbytes())
+            if key not in old and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return out
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -201,19 +195,11 @@ def saved_bytes(work: Callable[[], Any]) -> int:
 
 def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
     """Forward and backward of a module, gradients for z and all weights."""
-    _draw(module)
     leaf = z.detach().requires_grad_()
-    leaves = [leaf, *module.parameters()]
+    leaves = [leaf, *module.to(z.device).parameters()]
 
     def work() -> Any:
         out = module(leaf, *rest)
         return torch.autograd.grad(out, leaves, z, allow_unused=True)  # z is as good as any gradient of the output
 
     return work
-
-
-@torch.no_grad()
-def _draw(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)

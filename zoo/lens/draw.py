@@ -16,6 +16,7 @@ from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
 MARKERS, DASHES = "os^Dvph", ("--", ":", "-.")
+HATCHES = {"+": "////", "1": "...."}  # of the second and the third control, by marker
 DPI = 140
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
 
@@ -66,7 +67,8 @@ def _wrapped(text: str, width: float, size: float = 9) -> str:
 
 def _height(panel: Panel) -> float:
     if isinstance(panel, Strip):
-        return 0.9 + 0.3 * (len(panel.rows) + 0.5) * len(_broken(panel))
+        tokens = len(next(iter(panel.rows.values())))
+        return 0.9 + 0.3 * (len(panel.rows) + 0.5) * math.ceil(tokens / _cells(panel)[1])
     if isinstance(panel, Bars) and panel.horizontal:
         return 1.3 + 0.3 * len(panel.series[0].x)
     return 4.3
@@ -118,12 +120,9 @@ def _draw_lines(ax: Any, panel: Lines) -> None:
             ax.fill_between(one.x, *band, color=style["color"], alpha=0.18, linewidth=0)
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
-    for x in dict.fromkeys(panel.marks.values()):
+    for k, x in enumerate(dict.fromkeys(panel.marks.values())):
         label = ", ".join(name for name, place in panel.marks.items() if place == x)
-        ax.axvline(x, color="0.2", linewidth=1, linestyle=":")
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (-3, 0)}
-        look = {"rotation": 90, "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-        ax.annotate(label, (x, 0.5), **where, **look, ha="right", va="center")
+        ax.axvline(x, color="0.2", linewidth=1, linestyle=(":", "-.")[k % 2], label=label)
     _legend(ax, panel, ax.axhline)
 
 
@@ -138,7 +137,11 @@ def _draw_bars(ax: Any, panel: Bars) -> None:
         ]
         look = {"fmt": style["marker"], "color": style["color"], "label": one.label}
         if not panel.log_y:
-            (ax.barh if across else ax.bar)(place, y, 0.8 / count, color=style["color"], label=one.label)
+            bars = {"color": style["color"], "edgecolor": "white", "hatch": HATCHES.get(style["marker"])}
+            (ax.barh if across else ax.bar)(place, y, 0.8 / count, **bars, linewidth=0, label=one.label)
+            for at, size in zip(place, y, strict=True):
+                if not size:  # nothing would be seen
+                    ax.annotate("0", (size, at) if across else (at, size), ha="center", va="bottom", fontsize=9)
             look = {"fmt": "none", "ecolor": "0.1"}
         whiskers = {"xerr" if across else "yerr": reach if one.low else None}
         ax.errorbar(*((y, place) if across else (place, y)), **whiskers, **look, capsize=3, markersize=6)
@@ -173,38 +176,26 @@ def _draw_heat(ax: Any, panel: Heat) -> None:
 def _draw_strip(ax: Any, panel: Strip) -> None:
     from matplotlib.patches import Patch, Rectangle
 
-    widths, lines, step = _widths(panel), _broken(panel), len(panel.rows) + 0.5
-    for n, line in enumerate(lines):
-        for r, (label, tokens) in enumerate(panel.rows.items()):
-            x, y = 0.0, n * step + r
-            ax.text(-1, y, label, ha="right", va="center", fontsize=9)
-            for i in line:
-                kind, width = panel.kind_of[label][i], widths[i] - 0.2
-                ax.add_patch(Rectangle((x, y - 0.44), width, 0.88, color=TINTS[kind % 4], linewidth=0))
-                look = {"family": "monospace", "fontsize": 9, "weight": "bold" if kind else "normal"}
-                ax.text(x + width / 2, y, _shown(tokens[i]), ha="center", va="center", parse_math=False, **look)
-                x += widths[i]
-    ax.set(xlim=(0, max(sum(widths[i] for i in line) for line in lines)), ylim=(len(lines) * step - 0.5, -0.6))
+    (width, per_line), step = _cells(panel), len(panel.rows) + 0.5
+    for r, (label, tokens) in enumerate(panel.rows.items()):
+        for i, (token, kind) in enumerate(zip(tokens, panel.kind_of[label], strict=True)):
+            line, place = divmod(i, per_line)
+            x, y = place * width, line * step + r
+            if not place:
+                ax.text(-1, y, label, ha="right", va="center", fontsize=9)
+            ax.add_patch(Rectangle((x, y - 0.44), width - 0.2, 0.88, color=TINTS[kind % 4], linewidth=0))
+            look = {"family": "monospace", "fontsize": 9, "weight": "bold" if kind else "normal"}
+            ax.text(x + width / 2, y, _shown(token), ha="center", va="center", parse_math=False, **look)
+    ax.set(xlim=(0, width * min(per_line, len(tokens))), ylim=(step * (line + 1) - 0.5, -0.6))
     ax.set_axis_off()
     handles = [Patch(color=TINTS[k % 4], label=kind) for k, kind in enumerate(panel.kinds)]
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles), frameon=False)
 
 
-def _broken(panel: Strip, width: int = 88) -> list[list[int]]:
-    """Token numbers, broken into lines of at most `width` characters of the widest token at each place."""
-    lines: list[list[int]] = [[]]
-    used = 0
-    for i, size in enumerate(_widths(panel)):
-        if used + size > width and lines[-1]:
-            lines.append([])
-            used = 0
-        lines[-1].append(i)
-        used += size
-    return lines
-
-
-def _widths(panel: Strip) -> list[int]:
-    return [max(len(_shown(token)) for token in column) + 1 for column in zip(*panel.rows.values(), strict=True)]
+def _cells(panel: Strip) -> tuple[int, int]:
+    """Characters that the longest token and a gap take, and how many of such cells a line of 88 has."""
+    width = 1 + max(len(_shown(token)) for row in panel.rows.values() for token in row)
+    return width, max(88 // width, 1)
 
 
 def _shown(token: str) -> str:

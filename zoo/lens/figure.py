@@ -5,7 +5,6 @@ A figure is one or more panels: Lines, Bars, Heat or Strip. zoo.lens.draw makes 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from zoo.files import finite
 class Series:
     """One curve or one set of bars: y at x (numbers for Lines, names for Bars), the range low to high around it.
 
-    control: a reference, drawn in grey. points: markers without a line. Raises ValueError where lengths differ.
+    control: a reference, drawn in grey. points: markers without a line.
     """
 
     label: str
@@ -27,11 +26,6 @@ class Series:
     high: Sequence[float] = ()
     control: bool = False
     points: bool = False
-
-    def __post_init__(self) -> None:
-        lengths = {"y": len(self.y), "low": len(self.low or self.x), "high": len(self.high or self.x)}
-        if bool(self.low) != bool(self.high) or set(lengths.values()) != {len(self.x)}:
-            raise ValueError(f"series {self.label!r} has {len(self.x)} x but {lengths}; low and high go together")
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,6 @@ class Bars:
     log_y: bool = False
     horizontal: bool = False
 
-    def __post_init__(self) -> None:
-        names = [list(series.x) for series in self.series]
-        if any(row != names[0] for row in names):
-            raise ValueError(f"bars {self.title!r}: every series needs the same names, got {names}")
-
 
 @dataclass(frozen=True)
 class Heat:
@@ -87,11 +76,6 @@ class Strip:
     kind_of: Mapping[str, Sequence[int]]
     kinds: Sequence[str]
 
-    def __post_init__(self) -> None:
-        sizes = {len(row) for rows in (self.rows, self.kind_of) for row in rows.values()}
-        if self.rows.keys() != self.kind_of.keys() or len(sizes) != 1:
-            raise ValueError(f"strip {self.title!r}: rows and kind_of need the same labels and lengths, got {sizes}")
-
 
 Panel = Lines | Bars | Heat | Strip
 
@@ -107,10 +91,6 @@ class Figure:
     caveat: str
     settings: Mapping[str, float | str] = field(default_factory=dict)
     columns: int = 2
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
-            raise ValueError(f"figure name {self.name!r} becomes a file name: use a-z, 0-9, _ and -")
 
     def plain(self) -> dict[str, Any]:
         """The figure as JSON data; panels name their kind, numbers that are not finite are null."""

@@ -2,7 +2,7 @@
 
 Every figure has its control. Regression gives contexts of pairs and queries that are blind to each other; on text the
 context is the first half of a sequence and the query what follows.
-Axes: B sequences, T tokens, Q queries, L layers, K samples.
+Axes: B sequences, T tokens, Q queries, L layers, E experts, G groups of data, K samples.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from zoo.core.exact import exact
 from zoo.lens import static, structure
-from zoo.lens.dynamics import growth
 from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
-from zoo.lens.routing import switched
+from zoo.lens.routing import information, routes, switched, usage
 from zoo.lens.updates import MATRICES, updates
 from zoo.models import MODELS, Model
+from zoo.tasks import Batch
 
 Models = Mapping[str, Model]
 
@@ -34,16 +34,10 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
 def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     """Distance from the contextual output, relative to its largest entry, with the dense patched weights."""
     names, families = list(models), {model.config.name for model in models.values()}
-    labels = ("float64", "float32", "control: another context", "control: no patch")
-    rows: dict[str, list[float]] = {label: [] for label in labels}
-    for model in models.values():
-        for dtype in (torch.float64, torch.float32):
-            errors = _residuals(model, dtype, size, queries)
-            rows[str(dtype).removeprefix("torch.")].append(errors[0])
-            if dtype == torch.float64:
-                rows["control: another context"].append(errors[1])
-                rows["control: no patch"].append(errors[2])
-    series = tuple(Series(label, names, y, control="control" in label) for label, y in rows.items())
+    errors = [_residuals(model, size, queries) for model in models.values()]
+    series = tuple(
+        Series(label, names, [row[label] for row in errors], control="control" in label) for label in errors[0]
+    )
     panel = Bars("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
     return Figure(
         "law-residuals",
@@ -56,32 +50,35 @@ def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     )
 
 
-def _residuals(model: Model, dtype: torch.dtype, size: int, queries: int) -> list[float]:
-    """Errors with formed weights, with those of another context, and of the query alone."""
-    original = next(model.parameters()).dtype
-    model = model.to(dtype)
-    tokens, n = example(model, size)
-    tokens = tokens[:, : n + queries]
-    tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
-    removed, query = torch.arange(tokens.shape[1]) < n, tokens[:, n:]
-    positions = model.decoder.layout(tokens.shape[1], n).positions[n:]
-    contextual, errors = model(tokens, n)[:, n:], []
-    other = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
-    for text in (tokens, other, None):
-        patches = None if text is None else exact(model.decoder, text, removed, n_context=n, formed=True)
-        difference = model(query, patches=patches, positions=positions) - contextual
-        errors.append(float(difference.abs().max() / contextual.abs().max()))
+def _residuals(model: Model, size: int, queries: int) -> dict[str, float]:
+    """Errors with formed weights, and in float64 with those of another context and of the query alone."""
+    original, errors = model.dtype, {}
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        tokens, n = example(model, size)
+        tokens = tokens[:, : n + queries]
+        tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
+        removed, query = torch.arange(tokens.shape[1]) < n, tokens[:, n:]
+        positions = model.decoder.layout(tokens.shape[1], n).positions[n:]
+        contextual = model(tokens, n)[:, n:]
+        contexts: dict[str, Tensor | None] = {str(dtype).removeprefix("torch."): tokens}
+        if dtype == torch.float64:
+            contexts["control: another context"] = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
+            contexts["control: no patch"] = None
+        for label, text in contexts.items():
+            patches = None if text is None else exact(model.decoder, text, removed, n_context=n, formed=True)
+            difference = model(query, patches=patches, positions=positions) - contextual
+            errors[label] = float(difference.abs().max() / contextual.abs().max())
     model.to(original)
     return errors
 
 
 def increments_by_family(models: Models, size: int = 32, queries: int = 4) -> list[Series]:
-    """How much each further context token changes the weights of all layers and matrices, one series per model."""
+    """The change of all weights with each further context token, one series per model."""
     series = []
     for name, model in models.items():
         tokens, n = example(model, size)
-        sizes = growth(model, tokens[:, : n + queries], n).relative().together().increments
-        mean_i = sizes.mean((1, 2, 3, 4))
+        mean_i = structure.increments(model, tokens[:, : n + queries], n).mean((1, 2, 3))
         series.append(Series(f"{name}, all layers, relative to |W|", list(range(1, n)), mean_i[1:].tolist()))
     return series
 
@@ -92,33 +89,30 @@ def static_error(
 ) -> Figure:
     """Held-out error of one patch for all queries against the number of queries it was fitted on, by model."""
     panels = []
-    fits = [("vector", 1e-3), *((form, ridge) for form in ("matrix", "affine", "output") for ridge in (0.0, 1e-3))]
+    fits = {
+        "control: vector": ("vector", 1e-3),
+        **{
+            f"{form}, λ₀ = {ridge:g}": (form, ridge) for form in ("matrix", "affine", "output") for ridge in (0.0, 1e-3)
+        },
+    }
     for name, model in models.items():
         decoder = model.decoder
         tokens, n = example(model, contexts)
-        errors: dict[tuple[str, float], list[list[float]]] = {}
+        errors: dict[str, list[list[float]]] = {label: [] for label in fits}
         for row in tokens:
             samples = model.task.sample_queries(row[:n], max(counts), "train")
             test = model.task.sample_queries(row[:n], held_out, "validation")
-            for form, ridge in fits:
+            for label, (form, ridge) in fits.items():
                 batches = ([static.first(decoder, samples, n, K)] for K in counts)
                 patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
-                found = [static.relative_error(decoder, test, n, patch) for patch in patches]
-                errors.setdefault((form, ridge), []).append(found)
-        medians = {key: torch.tensor(rows).median(0).values.tolist() for key, rows in errors.items()}
+                errors[label].append([static.relative_error(decoder, test, n, patch) for patch in patches])
+        medians = {label: torch.tensor(rows).median(0).values.tolist() for label, rows in errors.items()}
         series = [
-            Series(
-                "control: vector" if form == "vector" else f"{form}, λ₀ = {ridge:g}",
-                list(counts),
-                medians[form, ridge],
-                control=form == "vector",
-                points=ridge == 0,
-            )
-            for form, ridge in fits
+            Series(label, counts, y, control="control" in label, points=label.endswith("= 0"))
+            for label, y in medians.items()
         ]
-        config = model.config
-        blocks = decoder.blocks[0].ffn.blocks
-        marks = {"K = D": float(config.dim), "K = hidden units": float(config.hidden * blocks)}
+        hidden, dim = decoder.blocks[0].ffn.gate.shape
+        marks = {"K = D": float(dim), "K = hidden units": float(hidden)}
         panels.append(Lines(name, "samples K (queries)", "held-out error / variance", tuple(series), True, True, marks))
     return Figure(
         "static-error",
@@ -136,18 +130,15 @@ def static_error(
 def changed_experts(models: Models, size: int = 64) -> Figure:
     """Share of tokens that choose other experts when the context goes, by layer; raises ValueError without experts."""
     panels = []
-    for name, model in models.items():
-        if model.config.name == "moe":
-            tokens, n = example(model, size)
-            shares = switched(model, tokens, n)
-            layers = [str(layer) for layer in range(model.config.layers)]
-            series = (
-                Series("router reads the query alone", layers, shares.reduced.tolist()),
-                Series("control: router patched too", layers, shares.sheared.tolist(), control=True),
-            )
-            panels.append(Bars(name, "layer", "share of tokens with other experts", series))
-    if not panels:
-        raise ValueError("changed-experts needs a mixture of experts among the checkpoints")
+    for name, model in with_experts(models, "changed-experts").items():
+        tokens, n = example(model, size)
+        shares = switched(model, tokens, n)
+        layers = [str(layer) for layer in range(model.config.layers)]
+        series = (
+            Series("router reads the query alone", layers, shares.reduced.tolist()),
+            Series("control: router patched too", layers, shares.sheared.tolist(), control=True),
+        )
+        panels.append(Bars(name, "layer", "share of tokens with other experts", series))
     return Figure(
         "changed-experts",
         "Without its context, a token goes to other experts",
@@ -159,6 +150,57 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     )
 
 
+def with_experts(models: Models, figure: str) -> dict[str, Model]:
+    """The models that route; raises ValueError where none does."""
+    found = {name: model for name, model in models.items() if routes(model)}
+    if not found:
+        raise ValueError(f"{figure} needs a mixture of experts among the checkpoints")
+    return found
+
+
+def batches_of(model: Model, size: int = 256) -> list[Batch]:
+    return [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
+
+
+@torch.no_grad()
+def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
+    """The experts of each domain, their information on it beside controls, experts chosen together, and load."""
+    panels: list[Panel] = []
+    for name, model in with_experts(models, "expert-use").items():
+        batches = batches_of(model, size)
+        own = usage(model, batches)
+        layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
+        domains = getattr(model.task.config, "domains", None) or ()
+        if len(domains) > 1:
+            share_LGE = own.by_group() / own.by_group().sum(-1, keepdim=True)
+            rows = [f"layer {layer}, {domain}" for layer in layers for domain in domains]
+            shares = share_LGE.flatten(0, 1).tolist()
+            panels.append(Heat(f"{name}: use by domain", "expert", "", "share of choices", shares, experts, rows))
+            series = []
+            for label, x in information(model, batches, redraws).items():
+                y, low, high = (t.tolist() for t in (x.mean(0), x.amin(0), x.amax(0)))
+                series.append(Series(label, layers, y, low * (len(x) > 1), high * (len(x) > 1), "control" in label))
+            title = f"{name}: what experts tell of the domain"
+            panels.append(Bars(title, "layer", "normalised mutual information", tuple(series)))
+        both_LEE = own.together.masked_fill(torch.eye(len(experts), dtype=torch.bool), torch.nan)
+        if both_LEE.nan_to_num().any():  # a token uses more than one
+            rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
+            shares = both_LEE.flatten(0, 1).tolist()
+            panels.append(Heat(f"{name}: chosen together", "expert", "", "share of tokens", shares, experts, rows))
+        load = [Series(f"layer {k}", experts, row) for k, row in enumerate(own.load().tolist())]
+        panels.append(Bars(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
+    return Figure(
+        "expert-use",
+        "What experts are used for",
+        tuple(panels),
+        f"{size} test sequences. Information of the chosen expert and the domain of the text: 0 if it tells nothing, 1 "
+        f"if it tells the domain. Redrawn: the trained model with new random routers, mean and range of {redraws}.",
+        "that experts specialise, unless a bar stands above that of redrawn routers: the states of domains differ, so "
+        "any router tells them apart to some degree, one with random weights too.",
+        {"sequences": size, "redraws": redraws, "seed": 0},
+    )
+
+
 @torch.no_grad()
 def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Figure:
     """Size of ΔW by layer and matrix, and how the updates of one layer align between contexts and queries."""
@@ -166,7 +208,7 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
     for name, model in models.items():
         tokens, n = example(model, size)
         tokens = tokens[:, : n + queries]
-        relative = structure.norms(model, tokens, n).relative().total.mean((2, 3))
+        relative = structure.relative_norms(model, tokens, n).mean((2, 3))
         layers = [f"layer {layer}" for layer in range(model.config.layers)]
         panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), MATRICES, layers))
         few = structure.shared_queries(tokens[:4], n)

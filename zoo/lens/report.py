@@ -14,13 +14,15 @@ from zoo.console import say
 from zoo.lens import draw, figures, structure
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
-from zoo.lens.updates import updates
+from zoo.lens.routing import drawn_anew, information, routes
+from zoo.lens.updates import PARTS, updates
 from zoo.models import Model, flops
 
 TRAINED: dict[str, Callable[[Models], Figure]] = {
     "law-residuals": figures.law_residuals,
     "static-error": figures.static_error,
     "changed-experts": figures.changed_experts,
+    "expert-use": figures.expert_use,
     "norms-and-alignment": figures.norms_and_alignment,
     "generation-strip": figures.generation_strip,
 }
@@ -31,8 +33,8 @@ def fitting(models: Models) -> list[str]:
     """The figures that these models can give, those that take long and need no model left out."""
     tasks = [model.task for model in models.values()]
     names = ["law-residuals", "norms-and-alignment"]
-    if any(model.config.name == "moe" for model in models.values()):
-        names.append("changed-experts")
+    if any(map(routes, models.values())):
+        names += ["changed-experts", "expert-use"]
     if all(task.independent_queries for task in tasks):
         names.append("static-error")
     if all(task.has_text and not task.n_context for task in tasks):
@@ -65,34 +67,39 @@ def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str
 @torch.no_grad()
 def summary(model: Model, size: int = 16) -> dict[str, float]:
     """The numbers that matter: sizes, effective rank, who decides the update, and what the context is worth."""
+    task = model.task
     tokens, n = example(model, size)
     tokens = tokens[:, : n + 8]
-    relative = structure.norms(model, tokens, n).relative()
+    total, emitted = (structure.relative_norms(model, tokens, n, part).mean() for part in PARTS)
     singular = updates(model, tokens[:4], n)[-1]["gate"].svdvals()
     shared = structure.shared_queries(tokens[:4], n)
     share = structure.context_share(updates(model, shared, n)[-1]["gate"])
     numbers = {
         "parameters": float(flops.parameters(model)["total"]),
-        "size of the update, |ΔW|/|W|": float(relative.total.mean()),
-        "of it emitted by the family": float(relative.emitted.mean()),
+        "size of the update, |ΔW|/|W|": float(total),
+        "of it emitted by the family": float(emitted),
         "effective rank of ΔW, last layer, gate": float(structure.participation_ratio(singular).nanmean()),
         "variance of ΔW between contexts, last layer, gate": float(share),
     }
-    batch = model.task.batch("test", 0, 64)
+    batch = task.batch("test", 0, 64)
     if batch.wrong_context is not None:
-        numbers["error with a wrong context minus right"] = float(structure.context_gap(model, batch).mean())
-    if model.config.name == "hypernet" and model.task.n_context and not model.task.vocabulary:
-        many = model.task.batch("test", 1, 512)
-        untrained = type(model)(**dict(model.hparams)).eval()  # random codes tell a good part of the task, too
-        decoded, control = (
-            structure.linear_decoding(
-                structure.codes(m, many.tokens, many.n_context)[-1], structure.linear_weights(many)
-            )
-            for m in (model, untrained)
+        values = task.evaluate(lambda tokens, n: model(tokens, n), batch)
+        gap = values[f"{task.main_metric}_wrong_context"] - values[task.main_metric]
+        numbers["error with a wrong context minus right"] = float(gap.mean())
+    context_to_delta = model.decoder.context_to_delta
+    if context_to_delta and context_to_delta.code and task.n_context and not task.vocabulary:
+        many = task.batch("test", 1, 512)
+        decoded, control = (  # random codes tell a good part of the task, too
+            structure.linear_decoding(structure.codes(m, many.tokens, n)[-1], structure.linear_weights(many))
+            for m in (model, drawn_anew(model, 0, router_alone=False))
         )
         numbers["task read off the code, held-out R²"] = decoded.r2
         numbers["  before training"] = control.r2
         numbers["  with shuffled tasks"] = decoded.shuffled
+    if batch.group is not None and int(batch.group.max()) and routes(model):
+        found = information(model, figures.batches_of(model))
+        numbers["information of expert and domain, mean over layers"] = float(found.pop("as trained").mean())
+        numbers |= {f"  {control}": float(values.mean()) for control, values in found.items()}
     return numbers
 
 

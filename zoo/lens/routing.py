@@ -1,4 +1,4 @@
-"""Which experts a mixture of experts uses, for what, and what the context has to do with it.
+"""The use of experts in a model with routing: by domain, together, and without the context.
 
 Axes: B sequences, T tokens, Q queries, L layers, E routed experts (shared ones are left out), K chosen, G groups of
 data, N sequences of all batches.
@@ -6,7 +6,7 @@ data, N sequences of all batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,77 +17,67 @@ from zoo.core.delta import InputShift
 from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.core.patch import Patch, Routing
 from zoo.models import Model
-from zoo.models.moe import ExpertLoad, ExpertRouting, RouterEntropy
 from zoo.tasks import Batch
 
 SHUFFLES = 20
 
 
 class Usage(NamedTuple):
-    """The use of experts in each layer, over all tokens of all batches.
+    """chosen (L,N,E): how many tokens of each sequence chose each expert; together (L,E,E): share of tokens that chose
+    both experts, on the diagonal those that chose one; group (N): Batch.group, or None."""
 
-    load (L,E): tokens of each expert over the mean, 1 at balance; dead (L): share of experts that no token chose;
-    entropy (L): mean entropy in nats of the softmax of the router's logits; together (L,E,E): share of tokens that
-    chose both experts, on the diagonal those that chose one; information (L): normalised mutual information of chosen
-    expert and Batch.group, and shuffled (L): its mean with groups shuffled among sequences, or None without groups.
-    """
-
-    load: Tensor
-    dead: Tensor
-    entropy: Tensor
+    chosen: Tensor
     together: Tensor
-    information: Tensor | None
-    shuffled: Tensor | None
+    group: Tensor | None
+
+    def load(self) -> Tensor:
+        """Choices of each expert over the mean, (L,E): 1 at balance, 0 for an expert that no token chose."""
+        count_LE = self.chosen.sum(1)
+        return count_LE / count_LE.mean(1, keepdim=True)
+
+    def by_group(self, order: Tensor | None = None) -> Tensor:
+        """Choices by group and expert, (L,G,E); order: another order of the groups among sequences."""
+        assert self.group is not None
+        group = self.group if order is None else self.group[order]
+        return F.one_hot(group).to(self.chosen).mT @ self.chosen
 
 
 @torch.no_grad()
 def usage(model: Model, batches: Iterable[Batch]) -> Usage:
-    """The use of experts on `batches` of any task; raises ValueError for a model without experts or without batches."""
-    context_to_delta = _experts(model)
-    E = context_to_delta.config.experts
-    loads = [ExpertLoad(E).to(model.device) for _ in model.decoder.blocks]
-    entropies = [RouterEntropy().to(model.device) for _ in model.decoder.blocks]
-    counts: list[Tensor] = []  # (L,B,E) of each batch
-    groups: list[Tensor | None] = []
-    together_LEE, tokens = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    """The use of experts over all tokens of the batches; raises ValueError for a model without experts."""
+    chosen: list[Tensor] = []
+    groups: list[Tensor] = []
+    pairs_LEE, tokens = torch.zeros(()), 0
     for batch in batches:
-        patches = model.decoder(batch.tokens, batch.n_context)[1]
-        for block, patch, load, entropy in zip(model.decoder.blocks, patches, loads, entropies, strict=True):
-            load.update(patch, block.ffn)
-            entropy.update(patch, block.ffn)
-        chosen = torch.stack([expert_sets(patch.routing, E) for patch in patches if patch.routing]).double()
         real = model.decoder.real(batch.tokens)
-        chosen = chosen if real is None else chosen * real.unsqueeze(-1)
-        counts.append(chosen.sum(2))
-        together_LEE = together_LEE + (chosen.mT @ chosen).sum(1)
-        groups.append(batch.group)
-        tokens += batch.tokens.shape[:2].numel() if real is None else int(real.sum())
-    if not counts:
-        raise ValueError("no batches: the use of experts is counted over at least one")
-    labels = [group for group in groups if group is not None]
-    information = shuffled = None
-    if len(labels) == len(groups):
-        information, shuffled = _information(torch.cat(counts, 1), torch.cat(labels))
-    return Usage(
-        load=torch.stack([load.counts / load.counts.mean() for load in loads]),
-        dead=torch.stack([load.compute()["dead_fraction"] for load in loads]),
-        entropy=torch.stack([entropy.compute() for entropy in entropies]),
-        together=together_LEE / tokens,
-        information=information,
-        shuffled=shuffled,
-    )
+        real = torch.ones(batch.tokens.shape[:2], dtype=torch.bool) if real is None else real
+        patches = model.decoder(batch.tokens, batch.n_context)[1]
+        sets_LBTE = (
+            torch.stack([expert_sets(_routing(model, patch)) for patch in patches]) * real.unsqueeze(-1).double()
+        )
+        chosen.append(sets_LBTE.sum(2))
+        pairs_LEE = pairs_LEE + (sets_LBTE.mT @ sets_LBTE).sum(1)
+        tokens += int(real.sum())
+        groups += [] if batch.group is None else [batch.group]
+    return Usage(torch.cat(chosen, 1), pairs_LEE / tokens, torch.cat(groups) if groups else None)
 
 
-def _experts(model: Model) -> ExpertRouting:
-    context_to_delta = model.decoder.context_to_delta
-    if not isinstance(context_to_delta, ExpertRouting):
-        raise ValueError(f"model.name={model.config.name} has no experts: only a moe routes tokens")
-    return context_to_delta
+def routes(model: Model) -> bool:
+    """Whether a router of the model chooses what each token uses."""
+    batch = model.task.batch("test", 0, 1)
+    return model.decoder(batch.tokens, batch.n_context)[1][0].routing is not None
 
 
-def expert_sets(routing: Routing, experts: int) -> Tensor:
-    """Which of the first `experts` experts each token chose, (*,T,E), boolean; shared experts have later ids."""
-    return (routing.index.unsqueeze(-1) == torch.arange(experts, device=routing.index.device)).any(-2)
+def _routing(model: Model, patch: Patch) -> Routing:
+    if patch.routing is None:
+        raise ValueError(f"model.name={model.config.name} has no experts: no router chooses what its tokens use")
+    return patch.routing
+
+
+def expert_sets(routing: Routing) -> Tensor:
+    """The routed experts that each token chose, (*,T,E), boolean; shared experts have later ids."""
+    experts = torch.arange(routing.logits.shape[-1], device=routing.index.device)
+    return (routing.index.unsqueeze(-1) == experts).any(-2)
 
 
 def mutual_information(counts: Tensor) -> Tensor:
@@ -105,14 +95,34 @@ def _entropy(p: Tensor) -> Tensor:
     return -torch.xlogy(p, p).sum(-1)
 
 
-def _information(chosen_LNE: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Mutual information of experts and groups, (L), as it is and with shuffled groups."""
+@torch.no_grad()
+def information(model: Model, batches: Sequence[Batch], redraws: int = 5) -> dict[str, Tensor]:
+    """Mutual information of chosen expert and group by layer, (·,L), as trained and for its controls.
+
+    The control that counts has the routers drawn anew: it reads the same states, but was never trained to choose.
+    """
+    own = usage(model, batches)
     generator = torch.Generator().manual_seed(0)
     # whole sequences are shuffled: their tokens share a text, which alone makes experts and labels depend
-    orders = [torch.randperm(len(group_N), generator=generator).to(group_N.device) for _ in range(SHUFFLES)]
-    tables = [chosen_LNE.mT @ F.one_hot(group).to(chosen_LNE) for group in (group_N, *(group_N[o] for o in orders))]
-    information = mutual_information(torch.stack(tables))
-    return information[0], information[1:].mean(0)
+    orders = [torch.randperm(own.chosen.shape[1], generator=generator) for _ in range(SHUFFLES)]
+    tables = {
+        "as trained": [own.by_group()],
+        "control: router redrawn": [usage(drawn_anew(model, seed), batches).by_group() for seed in range(redraws)],
+        "control: untrained model": [usage(drawn_anew(model, 0, router_alone=False), batches).by_group()],
+        "control: domains shuffled": [own.by_group(order) for order in orders],
+    }
+    return {label: mutual_information(torch.stack(found)) for label, found in tables.items()}
+
+
+def drawn_anew(model: Model, seed: int, router_alone: bool = True) -> Model:
+    """The model with weights as before training: those of its router alone, with all that it reads through, or all."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2_718_281_828 + seed)  # a run's own seed would draw the weights that it started from
+        fresh = type(model)(**dict(model.hparams)).to(model.device, model.dtype)
+    if router_alone:
+        trained = {name: value for name, value in model.state_dict().items() if ".context_to_delta." not in name}
+        fresh.load_state_dict(trained, strict=False)
+    return fresh.requires_grad_(False).eval()
 
 
 class Switched(NamedTuple):
@@ -125,26 +135,22 @@ class Switched(NamedTuple):
 
 @torch.no_grad()
 def switched(model: Model, tokens: Tensor, n_context: int) -> Switched:
-    """How many of the tokens after the first n_context choose other experts when these are taken away.
+    """The share of tokens after the first n_context that choose other experts when these are taken away.
 
     Layer by layer on the stream that the fully patched layers below produced, so that a layer shows its own router
     alone. A router of the token's state is one more reader of it: sheared, it chooses as with the context, up to ties
     (Goldwaser et al. 2025, arXiv 2511.17864). One that reads the mean of the context is not: no shear of the token's
     state replaces the context. Raises ValueError for a model without experts.
     """
-    E = _experts(model).config.experts
     shares: list[Tensor] = []
 
     def patch_of(pair: LayerStates) -> Patch:
-        assert pair.emitted.routing
-        contextual = expert_sets(pair.emitted.routing, E).squeeze(2)
+        contextual = expert_sets(_routing(model, pair.emitted)).squeeze(2)
         shear = InputShift(pair.z, pair.z_ctx - pair.z)
-        states = {"reduced": pair.z, "sheared": shear.apply(pair.z.unsqueeze(2)).squeeze(2)}
         changed = []
-        for z in states.values():
-            routing = model.decoder.emit(z, pair.layer, 0).routing
-            assert routing
-            changed.append((expert_sets(routing, E) != contextual).any(-1).double().mean())
+        for z in (pair.z, shear.apply(pair.z.unsqueeze(2)).squeeze(2)):
+            alone = expert_sets(_routing(model, model.decoder.emit(z, pair.layer, 0)))
+            changed.append((alone != contextual).any(-1).double().mean())
         shares.append(torch.stack(changed))
         return shear_and_down(pair)
 

@@ -1,7 +1,7 @@
-"""What the weight updates of a model look like: size, rank, alignment, and how much the query matters.
+"""The structure of a model's weight updates: size, growth, rank, alignment, and how much the query matters.
 
-Axes: B contexts, Q queries, L layers, M matrices, N updates or codes, C code, P numbers of a latent, V outputs; o
-outputs and i inputs of a matrix W (o,i). Updates are those of zoo.lens.updates: factors with leading dims, here (B,Q).
+Axes: B contexts, n context tokens, Q queries, L layers, M matrices, N updates or codes, C code, P numbers of a latent;
+o outputs and i inputs of a matrix W (o,i). Updates are those of zoo.lens.updates, leading dims (B,Q).
 """
 
 from __future__ import annotations
@@ -11,38 +11,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.lens.updates import MATRICES, PARTS, Matrix, changes, record
+from zoo.lens.updates import MATRICES, FactoredMatrix, Part, record, updates
 from zoo.models import Model
-from zoo.models.hypernet import HypernetDelta
 from zoo.tasks import Batch
 
 
-class Norms(NamedTuple):
-    """Frobenius norms: total and emitted (L,M,B,Q) of the update that the context makes, weights (L,M) of stored W."""
+@torch.no_grad()
+def relative_norms(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> Tensor:
+    """|ΔW(context, query) − ΔW(no context, query)| / |W| by layer, matrix (gate, up, down) and query, (L,M,B,Q)."""
+    changes = updates(model, tokens, n_context, part)
+    norms = torch.stack([torch.stack([change[name].norm() for name in MATRICES]) for change in changes])
+    return norms / stored_norms(model)[..., None, None]
 
-    total: Tensor
-    emitted: Tensor
-    weights: Tensor
 
-    def relative(self) -> Norms:
-        """Updates in units of |W|."""
-        weights = self.weights[:, :, None, None]
-        return Norms(self.total / weights, self.emitted / weights, self.weights)
+def stored_norms(model: Model) -> Tensor:
+    """|W| of every FFN matrix, (L,M)."""
+    ffns = [block.ffn for block in model.decoder.blocks]
+    return torch.stack([torch.stack([torch.linalg.matrix_norm(ffn.weight(name)) for name in MATRICES]) for ffn in ffns])
 
 
 @torch.no_grad()
-def norms(model: Model, tokens: Tensor, n_context: int) -> Norms:
-    """The size of ΔW(context, query) − ΔW(no context, query), by layer, matrix (gate, up, down), sequence and query."""
-    layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
-    total, emitted = (
-        torch.stack(
-            [torch.stack([change[name].norm() for name in MATRICES]) for change in changes(layers, alone, part)]
-        )
-        for part in PARTS
-    )
-    ffns = [block.ffn for block in model.decoder.blocks]
-    weights = [torch.stack([torch.linalg.matrix_norm(ffn.weight(name)) for name in MATRICES]) for ffn in ffns]
-    return Norms(total, emitted, torch.stack(weights))
+def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
+    """|W_{i+1} − W_i| / |W| of all matrices of a layer as one long vector, for i = 0 … n−1: (n,L,B,Q).
+
+    W_i is the weight that stands for c_1 … c_i at query x: the model reads (c_1 … c_i, x), the query right after the
+    prefix. All W_i share the stored W, so differences need no reference; W_0 is the query alone. In layer 0 the readers
+    keep one key, the query's reduced state, and the increments have rank 1. Deeper layers run on the patched stream of
+    the layers below, so their key moves with i and increments reach rank 2: each W_i is exact for its own stream, and
+    the sequence is no delta rule there. A falling curve is no sign of learning: an average over i tokens falls like 1/i
+    without any training.
+    """
+    steps: list[Tensor] = []
+    before: list[list[FactoredMatrix]] = []
+    for length in range(n_context + 1):
+        prefix = torch.cat([tokens[:, :length], tokens[:, n_context:]], 1)
+        now = [[layer.matrix(name) for name in MATRICES] for layer in record(model, prefix, length)]
+        if before:
+            steps.append(torch.stack([_distance(*layers) for layers in zip(now, before, strict=True)]))
+        before = now
+    return torch.stack(steps) / stored_norms(model).norm(dim=1)[:, None, None]
+
+
+def _distance(one: list[FactoredMatrix], other: list[FactoredMatrix]) -> Tensor:
+    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm(dim=0)
 
 
 def participation_ratio(singular: Tensor) -> Tensor:
@@ -54,17 +65,16 @@ def participation_ratio(singular: Tensor) -> Tensor:
     return square.sum(-1).square() / square.square().sum(-1)
 
 
-def gram(x: Matrix, y: Matrix) -> Tensor:
+def gram(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
     """Frobenius inner products of N updates with N' others, (N,N'); leading dims (N) and (N')."""
-    return torch.stack([x[n : n + 1].inner(y) for n in range(x.u.shape[0])])
+    return torch.stack([x[n : n + 1].inner(y) for n in range(len(x.u))])
 
 
-def cosines(x: Matrix, y: Matrix) -> Tensor:
+def cosines(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
     """Cosines of N updates with N' others, (N,N'); nan for an update that is zero.
 
-    x[b] against itself aligns the queries of a context, x[:, q] the contexts of a query. Updates of two models have to
-    have equal shapes, and mean something only where hidden units correspond, as in models from the same start:
-    otherwise compare their effects.
+    x[b] against itself aligns the queries of a context, x[:, q] the contexts of a query. Between two models they mean
+    something only where hidden units correspond, as in models from the same start.
     """
     return gram(x, y) / (x.norm()[:, None] * y.norm())
 
@@ -75,52 +85,33 @@ def shared_queries(tokens: Tensor, n_context: int) -> Tensor:
     return torch.cat([tokens[:, :n_context], queries], 1)
 
 
-def context_share(update: Matrix) -> Tensor:
+def context_share(update: FactoredMatrix) -> Tensor:
     """Share of the variance of updates (B,Q) that lies between contexts, (): 1 if the query does not matter.
 
     Σ_b Q |mean_q ΔW − mean ΔW|² over Σ_bq |ΔW − mean ΔW|², for a grid as of shared_queries; nan if all are equal up
-    to rounding.
+    to rounding, where the ratio would be noise.
     """
     B, Q = update.u.shape[:2]
     flat = update.each(lambda t: t.flatten(0, 1))
     products = gram(flat, flat).view(B, Q, B, Q)
-    squares = torch.einsum("bqbq->", products)
     of_means = products.mean((1, 3))
-    of_mean = of_means.mean()
-    total = squares - B * Q * of_mean
-    between = Q * of_means.diagonal().sum() - B * Q * of_mean
-    return _unless_rounding(between, total, B * Q * update.W.square().sum())
-
-
-def _unless_rounding(part: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
-    """part/whole of sums of squares; nan where the whole is rounding beside `scale`, and the ratio would be noise."""
-    return (part / whole).where(whole > (100 * torch.finfo(scale.dtype).eps) ** 2 * scale, torch.nan)
-
-
-@torch.no_grad()
-def effect(model: Model, tokens: Tensor, n_context: int) -> Tensor:
-    """What the context does to the output at the queries, (B,Q,V): outputs, or log-probabilities of token ids."""
-    kept = torch.arange(tokens.shape[1], device=tokens.device) >= n_context
-    positions = model.decoder.layout(tokens.shape[1], n_context, tokens.device).positions[kept]
-    outputs = model(tokens, n_context)[:, kept], model(tokens[:, kept], positions=positions)
-    if model.task.vocabulary:
-        outputs = outputs[0].log_softmax(-1), outputs[1].log_softmax(-1)
-    return outputs[0] - outputs[1]
+    of_mean = B * Q * of_means.mean()
+    total, between = torch.einsum("bqbq->", products) - of_mean, Q * of_means.diagonal().sum() - of_mean
+    rounding = (100 * torch.finfo(total.dtype).eps) ** 2 * B * Q * update.W.square().sum()
+    return (between / total).where(total > rounding, torch.nan)
 
 
 @torch.no_grad()
 def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
-    """The hypernetwork's code in each layer, (L,*,C), * as of its context source: (B) for a separate context.
+    """The code of the context in each layer, (L,*,C), * as of its source: (B) for a separate context.
 
     Raises ValueError for a model without a code.
     """
     context_to_delta = model.decoder.context_to_delta
-    if not isinstance(context_to_delta, HypernetDelta):
-        raise ValueError(f"model.name={model.config.name} has no code: only a hypernetwork makes one of its context")
+    if context_to_delta is None or context_to_delta.code is None:
+        raise ValueError(f"model.name={model.config.name} has no code: it makes none of its context")
     read: list[Tensor] = []
-    hook = context_to_delta.generator.code_norm.register_forward_hook(
-        lambda module, inputs, output: read.append(output)
-    )
+    hook = context_to_delta.code.register_forward_hook(lambda module, inputs, output: read.append(output))
     try:
         model(tokens, n_context)
     finally:
@@ -129,13 +120,8 @@ def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
 
 
 def linear_weights(batch: Batch) -> Tensor:
-    """w (B,d) of y = w·x by least squares from the context pairs of a regression batch: the latent of linear tasks.
-
-    Raises ValueError for a batch of token ids and for fewer pairs than dimensions.
-    """
+    """w (B,d) of y = w·x by least squares from the context pairs of a regression batch: the latent of linear tasks."""
     pairs = batch.tokens[:, : batch.n_context]
-    if not pairs.is_floating_point() or batch.n_context < pairs.shape[-1] - 1:
-        raise ValueError(f"no weights follow from {batch.n_context} context tokens of shape {tuple(pairs.shape[2:])}")
     return torch.linalg.lstsq(pairs[..., :-1], pairs[..., -1:]).solution.squeeze(-1)
 
 
@@ -146,17 +132,14 @@ class Decoding(NamedTuple):
     shuffled: float
 
 
-def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3, seed: int = 0) -> Decoding:
-    """How well an affine map reads the latent (N,P) off the code (N,C): ridge on the first half, R² on the second.
+def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3) -> Decoding:
+    """The latent (N,P) as an affine map of the code (N,C), how well it fits: ridge on the first half, R² on the second.
 
     R² is over all P numbers together, against their mean in the first half. The penalty is ridge · trace/C of the
-    covariance. Random layers mix enough for a code to tell something: compare with an untrained model. Raises
-    ValueError for fewer than 4 contexts.
+    covariance. Random layers mix enough for a code to tell something: compare with an untrained model.
     """
-    if len(code) != len(latent) or len(code) < 4:
-        raise ValueError(f"{len(code)} codes and {len(latent)} latents: as many of both are needed, at least 4")
     half = len(code) // 2
-    order = torch.randperm(len(latent), generator=torch.Generator().manual_seed(seed)).to(latent.device)
+    order = torch.randperm(len(latent), generator=torch.Generator().manual_seed(0)).to(latent.device)
 
     def r2(y: Tensor) -> float:
         x, y = code - code[:half].mean(0), y - y[:half].mean(0)
@@ -166,18 +149,3 @@ def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3, seed: int
         return 1 - (missed[half:].square().sum() / y[half:].square().sum()).item()
 
     return Decoding(r2(latent), r2(latent[order]))
-
-
-@torch.no_grad()
-def context_gap(model: Model, batch: Batch) -> Tensor:
-    """Error with another sequence's context minus error with the right one, per prediction, in its units.
-
-    Raises ValueError for a task that reports no error with a wrong context.
-    """
-    main_metric = model.task.main_metric
-    values = model.task.evaluate(lambda tokens, n: model(tokens, n), batch)
-    if f"{main_metric}_wrong_context" not in values:
-        raise ValueError(
-            f"task.name={model.task.config.name} reports no {main_metric}_wrong_context: {', '.join(values)}"
-        )
-    return values[f"{main_metric}_wrong_context"] - values[main_metric]

@@ -7,7 +7,7 @@ full: that is a matrix per token from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -28,8 +28,8 @@ PARTS: tuple[Part, ...] = ("total", "emitted")
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """ΔW = W∘(rows columnsᵀ) + u vᵀ + full: rows (*,o,P), columns (*,i,P), u (*,o,R), v (*,i,R), full (*,o,i) or None.
+class FactoredMatrix:
+    """W∘(rows columnsᵀ) + u vᵀ + full: rows (*,o,P), columns (*,i,P), u (*,o,R), v (*,i,R), full (*,o,i) or None.
 
     rows columnsᵀ scales W entry by entry, a routing scales the hidden units that `down` reads.
     """
@@ -41,54 +41,41 @@ class Matrix:
     v: Tensor
     full: Tensor | None = None
 
-    def each(self, f: Callable[[Tensor], Tensor]) -> Matrix:
+    def each(self, f: Callable[[Tensor], Tensor]) -> FactoredMatrix:
         """f, which acts on leading dims alone, applied to every tensor but W."""
         full = None if self.full is None else f(self.full)
-        return Matrix(self.W, f(self.rows), f(self.columns), f(self.u), f(self.v), full)
+        return FactoredMatrix(self.W, f(self.rows), f(self.columns), f(self.u), f(self.v), full)
 
-    def __getitem__(self, index: object) -> Matrix:
+    def __getitem__(self, index: object) -> FactoredMatrix:
         return self.each(lambda t: t[index])  # type: ignore[index]
 
-    def __sub__(self, other: Matrix) -> Matrix:
-        """The difference of two matrices, as differences of factors: exactly 0 between equals.
-
-        Raises ValueError unless both have the same W.
-        """
-        if self.W.shape != other.W.shape or not torch.equal(self.W, other.W):
+    def __sub__(self, other: FactoredMatrix) -> FactoredMatrix:
+        """The difference of two matrices, as differences of factors: exactly 0 between equals."""
+        if not torch.equal(self.W, other.W):
             raise ValueError("the patched matrices have different stored W: only those of one model have a difference")
         rows, columns = _difference(self.rows, self.columns, other.rows, other.columns)
         u, v = _difference(self.u, self.v, other.u, other.v)
         full = self.full
         if other.full is not None:
             full = other.full.neg() if full is None else full - other.full
-        return Matrix(self.W, rows, columns, u, v, full)
+        return FactoredMatrix(self.W, rows, columns, u, v, full)
 
     def apply(self, x: Tensor) -> Tensor:
-        """ΔW x for x (*,n,i): (*,n,o)."""
-        y = (x @ self.v) @ self.u.mT
-        for row, column in self._scalings():
-            y = y + F.linear(x * column.unsqueeze(-2), self.W) * row.unsqueeze(-2)
-        return y if self.full is None else y + x @ self.full.mT
+        """The products with the rows of x (*,n,i): (*,n,o)."""
+        return (x @ self.v) @ self.u.mT + self._apply_rest(x)
 
     def dense(self) -> Tensor:
-        """ΔW itself, (*,o,i), for tests."""
-        dense = self.W * (self.rows @ self.columns.mT) + self.u @ self.v.mT
-        return dense if self.full is None else dense + self.full
+        """The matrix itself, (*,o,i)."""
+        return self._rest() + self.u @ self.v.mT
 
-    def inner(self, other: Matrix) -> Tensor:
-        """Frobenius inner product ⟨ΔW, ΔW'⟩ (*), leading dims broadcast; raises ValueError if the shapes differ."""
-        if self.W.shape != other.W.shape:
-            raise ValueError(
-                f"matrices of shapes {tuple(self.W.shape)} and {tuple(other.W.shape)} have no inner product: "
-                f"compare their effects on the output instead (zoo.lens.structure.effect)"
-            )
-        total = ((self.u.mT @ other.u) * (self.v.mT @ other.v)).sum((-2, -1))
-        for a, b in self._scalings():
-            for c, d in other._scalings():
-                total = total + ((a * c) @ (self.W * other.W) * (b * d)).sum(-1)
-        if self.full is not None and other.full is not None:
-            total = total + (self.full * other.full).sum((-2, -1))
-        return total + _across(self, other) + _across(other, self)
+    def inner(self, other: FactoredMatrix) -> Tensor:
+        """Frobenius inner product (*), leading dims broadcast."""
+        total = (self.apply(other.v.mT) * other.u.mT).sum((-2, -1))
+        total = total + (other._apply_rest(self.v.mT) * self.u.mT).sum((-2, -1))
+        if self.full is None and other.full is None:
+            rows, columns = _products(self.rows, other.rows), _products(self.columns, other.columns)
+            return total + (torch.einsum("...op,oi->...ip", rows, self.W * other.W) * columns).sum((-2, -1))
+        return total + (self._rest() * other._rest()).sum((-2, -1))
 
     def norm(self) -> Tensor:
         """Frobenius norm (*)."""
@@ -105,8 +92,16 @@ class Matrix:
         flat = self.each(lambda t: t.flatten(0, len(lead) - 1))
         return torch.stack([torch.linalg.svdvals(flat[n].dense()) for n in range(lead.numel())]).unflatten(0, lead)
 
-    def _scalings(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.rows.unbind(-1), self.columns.unbind(-1), strict=True)
+    def _rest(self) -> Tensor:
+        """All but u vᵀ, (*,o,i)."""
+        scaled = self.W * (self.rows @ self.columns.mT)
+        return scaled if self.full is None else scaled + self.full
+
+    def _apply_rest(self, x: Tensor) -> Tensor:
+        y = x.new_zeros(()) if self.full is None else x @ self.full.mT
+        for row, column in zip(self.rows.unbind(-1), self.columns.unbind(-1), strict=True):
+            y = y + F.linear(x * column.unsqueeze(-2), self.W) * row.unsqueeze(-2)
+        return y
 
 
 def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,21 +113,13 @@ def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Ten
     return left[..., used], right[..., used]
 
 
-def _across(one: Matrix, other: Matrix) -> Tensor | float:
-    """Products of what is scaled or full in `one` with what has factors in `other`, and of scaled with full, (*)."""
-    total: Tensor | float = 0.0
-    for row, column in one._scalings():
-        u, v = row.unsqueeze(-1) * other.u, column.unsqueeze(-1) * other.v
-        total = total + ((u.mT @ one.W) * v.mT).sum((-2, -1))
-        if other.full is not None:
-            total = total + ((row.unsqueeze(-2) @ (one.W * other.full)).squeeze(-2) * column).sum(-1)
-    if one.full is not None:
-        total = total + ((other.u.mT @ one.full) * other.v.mT).sum((-2, -1))
-    return total
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Every column of a (*,n,P) times every column of b (*,n,P'), entry by entry: (*,n,P·P')."""
+    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
 
 
-def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Matrix:
-    """The matrix `name` under `patch`, W + ΔW, with leading dims `lead`; patch: one matrix per token, as at() gives.
+def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> FactoredMatrix:
+    """The matrix `name` under `patch`, W + ΔW, with leading dims `lead`; patch: one matrix per token.
 
     The shear acts on the sum of W and the emitted update; a routing scales the columns of `down`.
     """
@@ -149,12 +136,12 @@ def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Matr
             new = delta.factors(W)
             assert new is not None
             u, v = (torch.cat([t, f.expand(*lead, -1, -1)], -1) for t, f in zip((u, v), new, strict=True))
-    matrix = Matrix(W, rows, columns, u, v, full)
+    matrix = FactoredMatrix(W, rows, columns, u, v, full)
     if patch.input and name in ffn.input_matrices:
         matrix = _sheared(matrix, patch.input)
     if patch.routing and name == "down":
         s = patch.routing.scales(ffn.blocks).squeeze(-2).repeat_interleave(ffn.hidden_per_block, -1).unsqueeze(-1)
-        full = None if matrix.full is None else matrix.full * s.mT
+        full = None if full is None else full * s.mT
         matrix = replace(matrix, columns=matrix.columns * s, v=matrix.v * s, full=full)
     return matrix
 
@@ -165,7 +152,7 @@ def _terms(delta: Delta | None) -> list[Delta]:
     return [] if delta is None else [delta]
 
 
-def _sheared(matrix: Matrix, shear: InputShift) -> Matrix:
+def _sheared(matrix: FactoredMatrix, shear: InputShift) -> FactoredMatrix:
     """A (I + shift aᵀ/|a|²) for the matrix A."""
     u = matrix.apply(shear.shift.unsqueeze(-2)).mT
     v = (shear.a / shear.a.square().sum(-1, keepdim=True)).unsqueeze(-1)
@@ -180,13 +167,9 @@ class Layer(NamedTuple):
     total: Patch
     emitted: Patch
 
-    def matrix(self, name: str, part: Part = "total") -> Matrix:
+    def matrix(self, name: str, part: Part = "total") -> FactoredMatrix:
         """The patched matrix `name` of each query, W + ΔW (B,Q,o,i) as factors."""
         return patched(self.ffn, self.total if part == "total" else self.emitted, name, self.z.shape[:-1])
-
-    def reads(self, name: str) -> Tensor:
-        """What the matrix `name` reads in the patched pass without the context, (B,Q,i); `down` before any routing."""
-        return self.z if name in self.ffn.input_matrices else self.ffn.hidden(self.z, replace(self.total, routing=None))
 
 
 @torch.no_grad()
@@ -209,17 +192,13 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
 
 
 @torch.no_grad()
-def changes(layers: list[Layer], alone: list[Layer], part: Part = "total") -> list[dict[str, Matrix]]:
-    """By layer and matrix, the patched matrices of `layers` less those of `alone`, the record without a context."""
+def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, FactoredMatrix]]:
+    """By layer and matrix, ΔW(context, query) − ΔW(no context, query) with leading dims (B,Q): what the context does.
+
+    For a transformer and a hypernetwork that reads the context alone, the second term is zero.
+    """
+    layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
     return [
         {name: layer.matrix(name, part) - null.matrix(name, "emitted") for name in MATRICES}
         for layer, null in zip(layers, alone, strict=True)
     ]
-
-
-def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, Matrix]]:
-    """What the context does: by layer and matrix, ΔW(context, query) − ΔW(no context, query), leading dims (B,Q).
-
-    For a transformer and a hypernetwork that reads the context alone, the second term is zero.
-    """
-    return changes(record(model, tokens, n_context), record(model, tokens[:, n_context:], 0), part)

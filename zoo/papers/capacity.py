@@ -1,4 +1,4 @@
-"""How many query tokens one static patch can serve: as many as the matrix it changes has inputs.
+"""The number of query tokens that one static patch can serve: as many as the matrix it changes has inputs.
 
 Axes: B = 1 sequence, m query tokens, D model, F hidden units.
 """

@@ -1,4 +1,4 @@
-"""What low precision leaves of each kind of patch, for one block and one query token.
+"""The error of each kind of patch in low precision, for one block and one query token.
 
 The kinds are those of Goldwaser et al. 2025 (arXiv 2511.17864), and one more for blocks with a norm after the FFN.
 Patches are made in float64, then stored and applied in low precision. Axes: B = 1 sequence, T tokens, D model.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.core.decoder import Decoder
 from zoo.core.delta import InputShift, LowRank, Scale
 from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
 from zoo.core.patch import Patch
@@ -88,25 +87,19 @@ def post_norm_menu(pair: LayerStates, scale_D: Tensor) -> dict[str, tuple[Patch,
     }
 
 
-def _pair(model: Decoder, tokens_BT: Tensor, removed_T: Tensor) -> LayerStates:
-    """The states of the only layer, with and without the tokens marked as removed."""
+def _errors(seed: int, context: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative error of each patch's output in `dtype`: of the gated block, and of the one with a scale after it."""
+    exact, generator = decoder(seed, layers=1), torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randperm(VOCABULARY, generator=generator)[None, : context + 1]
+    scale_D = torch.randn(DIM, generator=generator, dtype=torch.float64)
     pairs: list[LayerStates] = []
 
     def keep(pair: LayerStates) -> Patch:
         pairs.append(pair)
         return pair.emitted
 
-    replace_context(model, tokens_BT, removed_T, keep)
-    return pairs[0]
-
-
-def _errors(seed: int, context: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative error of each patch's output in `dtype`: of the gated block, and of the one with a scale after it."""
-    exact, generator = decoder(seed, layers=1), torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randperm(VOCABULARY, generator=generator)[None, : context + 1]
-    scale_D = torch.randn(DIM, generator=generator, dtype=torch.float64)
-    pair = _pair(exact, tokens_BT, torch.arange(context + 1) < context)
-
+    replace_context(exact, tokens_BT, torch.arange(context + 1) < context, keep)
+    (pair,) = pairs  # of the only layer
     low, low_scale_D = copy.deepcopy(exact).to(dtype), scale_D.to(dtype)
     block, x_BTD = low.blocks[0], low.embed(tokens_BT)
     v_ctx = block.attend(x_BTD, low.layout(context + 1, 0))[:, -1:]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from zoo.core.delta import InputShift
+from zoo.core.layers import Attention, Layout
 from zoo.tasks.base import Batch
 from zoo.tasks.regression import Regression
 
@@ -24,26 +25,17 @@ LR, BATCH_SIZE = 2e-3, 128
 
 
 class SoftmaxAttention(nn.Module):
-    """Every query attends to the context and to itself, without positions; context tokens attend to nothing."""
+    """Every query attends to the context and to itself, without positions."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.embedding = nn.Linear(width, DIM)
-        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
+        self.embedding, self.attention = nn.Linear(width, DIM), Attention(DIM, HEADS, HEADS, theta=1.0)
 
     def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
-        C, context_BCD, query_BQD = context_BCP.shape[1], self.embedding(context_BCP), self.embedding(query_BQP)
-        q_BHQd, own_k_BHQd, own_v_BHQd = (_heads(f(query_BQD)) for f in (self.q, self.k, self.v))
-        k_BHCd, v_BHCd = _heads(self.k(context_BCD)), _heads(self.v(context_BCD))
-        own_BHQ1 = (q_BHQd * own_k_BHQd).sum(-1, keepdim=True)
-        score_BHQC1 = torch.cat([q_BHQd @ k_BHCd.mT, own_BHQ1], -1) * q_BHQd.shape[-1] ** -0.5
-        weight_BHQC1 = score_BHQC1.softmax(-1)
-        y_BHQd = weight_BHQC1[..., :C] @ v_BHCd + weight_BHQC1[..., C:] * own_v_BHQd
-        return self.o(y_BHQd.transpose(1, 2).flatten(2))
-
-
-def _heads(x_BTD: Tensor) -> Tensor:
-    return x_BTD.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        C, T = context_BCP.shape[1], context_BCP.shape[1] + query_BQP.shape[1]
+        mask_TT = (torch.arange(T) < C) | torch.eye(T, dtype=torch.bool)
+        x_BTD = self.embedding(torch.cat([context_BCP, query_BQP], 1))
+        return self.attention(x_BTD, Layout(torch.zeros(T), mask_TT))[:, C:]
 
 
 class MeanPooling(nn.Module):

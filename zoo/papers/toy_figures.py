@@ -7,6 +7,7 @@ Axes: B functions, C context pairs, Q queries, P numbers of a token.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -41,53 +42,47 @@ def loss_through_delta(
     context, query, target = parts(task(seed, points).batch("validation", 0, functions))
     x: list[int] = []
     recent: list[float] = []
-    losses: dict[str, list[float]] = {name: [] for name in ("training", "context", "delta", "neither")}
-    gaps: dict[str, list[float]] = {name: [] for name in ("float32", "float64", "neither")}
+    training = f"training (mean of {every} steps)"
+    losses: dict[str, list[float]] = defaultdict(list)
+    gaps: dict[str, list[float]] = defaultdict(list)
 
     def watch(step: int, value: float) -> None:
         recent.append(value)
         if step % every:
             return
-        with_context, without = model(context, query), model(context[:, :0], query)
-        through = model.through_delta(context, query)
         x.append(step)
-        losses["training"].append(float(np.mean(recent[:-1] or recent)))
+        losses[training].append(float(np.mean(recent[:-1] or recent)))
         recent.clear()
-        for name, prediction in (("context", with_context), ("delta", through), ("neither", without)):
-            losses[name].append(loss(prediction, target).mean().item())
-        gaps["float32"].append((through - with_context).abs().max().item())
-        gaps["neither"].append((without - with_context).abs().max().item())
+        with_context, through = model(context, query), model.through_delta(context, query)
+        without = model(context[:, :0], query)
         exact, inputs = copy.deepcopy(model).double(), (context.double(), query.double())
-        gaps["float64"].append((exact.through_delta(*inputs) - exact(*inputs)).abs().max().item())
+        for name, prediction in (
+            ("validation, with the context", with_context),
+            ("validation, query alone, W + ΔW", through),
+            ("control: query alone, W", without),
+        ):
+            losses[name].append(loss(prediction, target).mean().item())
+        for name, gap in (
+            ("float32", through - with_context),
+            ("float64", exact.through_delta(*inputs) - exact(*inputs)),
+            ("control: without ΔW, float32", without - with_context),
+        ):
+            gaps[name].append(gap.abs().max().item())
 
     model = build("attention", seed)
     train(model, seed, steps, points, watch=watch)
-
-    def curve(label: str, y: list[float], control: bool = False, points: bool = False) -> Series:
-        return Series(label, tuple(x), tuple(y), control=control, points=points)
-
-    left = Lines(
-        "Loss while the block learns",
-        "training step",
-        f"{LOSS}, mean",
-        (
-            curve(f"training (mean of {every} steps)", losses["training"]),
-            curve("validation, with the context", losses["context"]),
-            curve("validation, query alone, W + ΔW", losses["delta"], points=True),
-            curve("control: query alone, W", losses["neither"], control=True),
-        ),
-        log_y=True,
-    )
-    right = Lines(
-        "Gap between the two predictions",
-        "training step",
-        "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|",
-        (
-            curve("float32", gaps["float32"]),
-            curve("float64", gaps["float64"]),
-            curve("control: without ΔW, float32", gaps["neither"], control=True),
-        ),
-        log_y=True,
+    left, right = (
+        Lines(
+            title,
+            "training step",
+            label,
+            tuple(Series(name, x, y, control="control" in name, points="alone, W +" in name) for name, y in of.items()),
+            log_y=True,
+        )
+        for title, label, of in (
+            ("Loss while the block learns", f"{LOSS}, mean", losses),
+            ("Gap between the two predictions", "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|", gaps),
+        )
     )
     return Figure(
         "loss-through-delta",
@@ -112,25 +107,15 @@ def increments(model: Toy, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
     return torch.stack([step.norm(model.inner.weight) for step in steps], 1)
 
 
-def increment_series(label: str, size_BC: Tensor, control: bool = False, start: int = 10) -> Series:
-    """The mean size of increment i = 1, 2, … over B trials, its standard error, and its log-log slope from `start`."""
-    x = range(1, size_BC.shape[1] + 1)
-    return with_slope(mean_series(label, x, size_BC, control), start)
-
-
-def with_slope(series: Series, start: int = 10) -> Series:
-    """The series with its log-log slope over x >= start in the label."""
-    return replace(series, label=f"{series.label}: slope {slope(series, start):.2f}".replace("-", "−"))
+def increment_series(label: str, size_BC: Tensor, control: bool = False) -> Series:
+    """The mean size of increment i = 1, 2, … over B trials, its standard error, and its log-log slope from 10 on."""
+    series = mean_series(label, range(1, size_BC.shape[1] + 1), size_BC, control)
+    return replace(series, label=f"{label}: slope {slope(series):.2f}".replace("-", "−"))
 
 
 def slope(series: Series, start: int = 10) -> float:
-    """The log-log slope of a series over x >= start, by least squares; raises ValueError below two such points."""
-    pairs = [(float(x), y) for x, y in zip(series.x, series.y, strict=True) if float(x) >= start]
-    if len(pairs) < 2:
-        raise ValueError(
-            f"series {series.label!r} has {len(pairs)} points from x={start} on, a slope needs two or more"
-        )
-    log_x, log_y = np.log(np.array(pairs)).T
+    """The log-log slope of a series over x >= start, by least squares."""
+    log_x, log_y = np.log([(x, y) for x, y in zip(series.x, series.y, strict=True) if x >= start]).T
     return float(np.polyfit(log_x, log_y, 1)[0])
 
 
@@ -142,11 +127,10 @@ def increments_of_delta(
     functions: int = 128,
     trained_points: int = 50,
     more_increments: Sequence[Series] = (),
-    more_losses: Sequence[Series] = (),
 ) -> Figure:
-    """How much each further pair of the context changes ΔW, and what the loss is by then, for four contextual layers.
+    """The change of ΔW with each further pair of the context, and the loss by then, for four contextual layers.
 
-    more_increments, more_losses: series of other models, for the left and the right panel.
+    more_increments: series of other models, for the left panel.
     """
     context, query, target = parts(task(seed, points).batch("test", 0, functions))
     models = {
@@ -176,7 +160,7 @@ def increments_of_delta(
                 log_x=True,
                 log_y=True,
             ),
-            Lines("Loss at the same length", "context length i (pairs)", LOSS, (*losses, *more_losses)),
+            Lines("Loss at the same length", "context length i (pairs)", LOSS, tuple(losses)),
         ),
         f"Mean and standard error over {functions} linear functions of two numbers; slopes fitted from i = 10 on. "
         f"Trained on {trained_points} pairs at a time. Averaging gives 1/i (1/(i+2) with the query in the mean: slope "
