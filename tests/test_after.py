@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,8 @@ from zoo import console, files, generate
 from zoo.models import Model
 from zoo.training import run as training
 from zoo.training import summary as report
-from zoo.training.callbacks import Interrupted
+from zoo.training.callbacks import Interrupted, Progress
 from zoo.training.checkpoint import AtomicCheckpointIO
-from zoo.training.progress import Progress
 from zoo.training.safeguards import Untested
 
 TINY = {"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8}
@@ -64,7 +64,7 @@ def test_a_test_that_fails_says_what_is_safe_and_is_made_up_for(
 
 @pytest.mark.parametrize(
     ("number", "where"),
-    [(signal.SIGINT, "zoo.models.Model.test_step"), (signal.SIGTERM, "zoo.training.validate._check_weights")],
+    [(signal.SIGINT, "zoo.models.Model.test_step"), (signal.SIGTERM, "zoo.training.validate.model")],
     ids=["tested", "read"],
 )
 def test_a_signal_after_training(
@@ -275,6 +275,8 @@ def test_in_a_terminal_progress_is_a_bar_of_steps(tmp_path: Path, monkeypatch: p
 
 
 def test_the_bar_is_of_one_process() -> None:
-    progress = Progress()
-    progress.disable()
-    progress.on_validation_end(None)  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(is_global_zero=False, max_steps=4, global_step=2, callback_metrics={})
+    progress = Progress(1)
+    progress.on_train_start(trainer, None)  # type: ignore[arg-type]
+    assert progress.bar.disable
+    progress.on_validation_end(trainer)

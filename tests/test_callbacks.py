@@ -16,7 +16,7 @@ import zoo
 from zoo.models import Model
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
-from zoo.training.callbacks import FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
+from zoo.training.callbacks import Checkpoints, Interrupted, MetricsFile
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
@@ -79,10 +79,12 @@ def test_between_rows_of_metrics_a_loss_is_read_before_a_checkpoint_is_written(
         global_step=3,
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )
-    model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)})
-    FiniteLoss().on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
+    model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)}, hparams={})
+    Checkpoints(tmp_path, {}, "").on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
     with pytest.raises(ValueError, match=r"an entry of norm\.weight is nan at step 3; no checkpoint was written yet"):
-        FiniteLoss().on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.tensor([1.0, math.nan])}})
+        Checkpoints(tmp_path, {}, "").on_save_checkpoint(
+            trainer, model, {"state_dict": {"norm.weight": torch.tensor([1.0, math.nan])}}
+        )
 
 
 def test_before_the_first_checkpoint_none_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +136,7 @@ def test_the_exit_code_and_the_message_name_the_signal(
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    callback = LastCheckpoint(tmp_path)
+    callback = Checkpoints(tmp_path, {}, "")
     callback._note(signal.SIGINT, None)
     callback._note(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):

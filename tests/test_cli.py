@@ -219,7 +219,7 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
 
 
 def test_ctrl_c_before_the_training_is_one_line(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.training.run._run", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("zoo.training.run.of_run", lambda *args: signal.raise_signal(signal.SIGINT))
     answer = command("out=run")
     assert (answer.code, answer.err) == (130, "\nstopped by SIGINT\n")
 

@@ -47,13 +47,8 @@ def contents(path: Path) -> Any:
         _scan(_pickle(path, size), CODES + size // BYTES)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # damaged files fail in many ways, none of which the user can tell apart
-        raise ValueError(
-            f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it"
-        ) from None
-    try:
-        return copied(content, size)
-    except ValueError as error:
-        raise ValueError(f"{path} is no checkpoint: {error}") from None
+        raise ValueError("it is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it") from None
+    return copied(content, size)
 
 
 def _pickle(path: Path, size: int) -> bytes:
