@@ -18,12 +18,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 import zoo
 from zoo import console, files, generate
+from zoo.console import Interrupted, Untested
 from zoo.models import Model
 from zoo.training import run as training
 from zoo.training import summary as report
-from zoo.training.callbacks import Interrupted, Progress
+from zoo.training.callbacks import Progress
 from zoo.training.checkpoint import AtomicCheckpointIO
-from zoo.training.safeguards import Untested
 
 TINY = {"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8}
 CPU = {"accelerator": "cpu", "enable_progress_bar": False}

@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import zoo
+from zoo.console import Interrupted
 from zoo.models import Model
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
-from zoo.training.callbacks import Checkpoints, Interrupted, MetricsFile
+from zoo.training.callbacks import Checkpoints, MetricsFile
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 

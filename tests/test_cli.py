@@ -354,7 +354,7 @@ def test_what_would_be_ignored_is_refused(command: Any, tmp_path: Path) -> None:
         (["resume=run", "out=other"], f"resume=run continues in its own folder, {tmp_path}/run: leave out=other away"),
         (["-m", "out=mine", "seed=0,1"], "out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that"),
         (["hydra.run.dir=mine"], "hydra.run.dir is decided by the option out"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate; options are written name=value"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate; train.py --help shows all options"),
     ):
         answer = command(*arguments)
         assert answer.code == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.console import Interrupted
 from zoo.core.layers import Attention
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
@@ -19,7 +20,6 @@ from zoo.tasks import Batch
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
 from zoo.training import run_folder
-from zoo.training.callbacks import Interrupted
 from zoo.training.data import Stream
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}

@@ -19,19 +19,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from tqdm import tqdm
 
 from zoo.config import VERSION
-from zoo.console import say
+from zoo.console import Interrupted, say
 from zoo.files import to_json, write
 from zoo.training.checkpoint import SCHEMA
-
-
-class Interrupted(BaseException):
-    """A signal stopped the run; its last checkpoint is complete. code: the exit code that shells expect.
-
-    As KeyboardInterrupt it is no Exception: it may come at any line, also where every Exception is a broken file."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.code = 128 + number
 
 
 class Checkpoints(Checkpoint):

@@ -9,14 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from zoo.console import describe, warn
-from zoo.training.callbacks import Interrupted
-
-
-class Untested(RuntimeError):
-    """Training is complete and saved, what comes after it failed; code: the exit code."""
-
-    code = 1
+from zoo.console import Interrupted, Untested, describe, warn
 
 
 @contextmanager
