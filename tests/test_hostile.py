@@ -12,7 +12,7 @@ import hostile
 import pytest
 import torch
 from cases import batch_of
-from test_checkpoint import OPTIONS, QUIET, one_line
+from runs import QUIET, one_line, saved, small
 from test_patch_files import model_and_patch
 
 import zoo
@@ -28,7 +28,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the smallest model."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("genuine") / "run"
-    zoo.train(model={"name": "transformer", **SIZES}, trainer=QUIET, out=str(folder), **OPTIONS)
+    few = {"optim": {"steps": 3, "batch_size": 4, "warmup": 1}, "validate_every": 1, "test_batches": 1, "seed": 3}
+    small(folder, model_options=SIZES, **few)
     return folder
 
 
@@ -37,10 +38,6 @@ def last(run: Path, tmp_path: Path) -> Path:
     """Where hostile files are written: a run folder without a best checkpoint."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     return tmp_path / "run/checkpoints/last.ckpt"
-
-
-def content_of(run: Path) -> Any:
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
 
 def memory(name: str) -> int:
@@ -80,7 +77,7 @@ FREE = ("left out", "'points'", "'queries'", "'optim'", "'seed'", "is nothing")
 
 def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Path) -> None:
     genuine, proof = (run / "checkpoints/last.ckpt").read_bytes(), tmp_path / "proof"
-    read = refused(hostile.archives(content_of(run), last, proof), zoo.load)[1]
+    read = refused(hostile.archives(saved(run), last, proof), zoo.load)[1]
     assert read == []
     assert not proof.exists()
     read = refused(hostile.damaged(genuine, last), zoo.load)[1]
@@ -88,27 +85,27 @@ def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Pat
 
 
 def test_weights_of_other_names_dtypes_numbers_and_shapes(run: Path, last: Path) -> None:
-    _, read = refused(hostile.weights(content_of(run), last), zoo.load)
+    _, read = refused(hostile.weights(saved(run), last), zoo.load)
     assert all("parameter" in what or "state_dict." in what for what in read)
-    torch.save(hostile.changed(content_of(run), ("state_dict", "decoder.head.weight"), torch.ones(1, 4) * 1j), last)
+    torch.save(hostile.changed(saved(run), ("state_dict", "decoder.head.weight"), torch.ones(1, 4) * 1j), last)
     assert (
         "must be a finite Tensor of shape (1, 4), torch.float32, got Tensor of shape (1, 4), torch.complex64"
         in one_line(lambda: zoo.load(last))
     )
-    bfloat16 = {name: t.bfloat16() for name, t in content_of(run)["state_dict"].items()}
-    torch.save({**content_of(run), "state_dict": bfloat16}, last)
+    bfloat16 = {name: t.bfloat16() for name, t in saved(run)["state_dict"].items()}
+    torch.save({**saved(run), "state_dict": bfloat16}, last)
     assert torch.equal(zoo.load(last).decoder.head.weight.bfloat16(), bfloat16["decoder.head.weight"])
 
 
 def test_sizes_are_bounded_by_the_weights(run: Path, last: Path) -> None:
-    no, read = refused(hostile.sizes(content_of(run), last), zoo.load)
+    no, read = refused(hostile.sizes(saved(run), last), zoo.load)
     assert read == []
     assert len(no) >= 25
 
 
 @pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_field_of_a_checkpoint(run: Path, last: Path, share: int) -> None:
-    content = content_of(run)
+    content = saved(run)
     no, read = refused(hostile.fields(content, last, LOADED, share), zoo.load)
     assert [what for what in read if not any(free in what for free in FREE)] == []
     content["zoo"]["config"] = {}  # its groups come from the options, the rest is tried below
@@ -134,7 +131,7 @@ def test_patch_files(tmp_path: Path) -> None:
 
 def test_no_path_that_is_removed_or_written_comes_out_of_a_file(run: Path, last: Path) -> None:
     """Of a file as they were, with the state of Lightning's ModelCheckpoint, which removes what it takes for worse."""
-    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    content = saved(run, "best")
     (victim := last.parent.parent.parent / "victim").mkdir()
     (victim / "thesis.txt").write_text("all of it")
     evil, score = f"{last.parent}/../../victim", torch.tensor(9e9)  # that every step beats
@@ -182,7 +179,7 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("what", RESUMES)
 def test_damaged_runs_do_not_go_on(run: Path, last: Path, what: str) -> None:
-    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    content = saved(run, "best")
     RESUMES[what][0](content)
     torch.save(content, last)
     with pytest.raises(ValueError, match=RESUMES[what][1]):
@@ -191,7 +188,7 @@ def test_damaged_runs_do_not_go_on(run: Path, last: Path, what: str) -> None:
 
 def test_only_moments_and_the_step_are_taken_from_a_file(run: Path, last: Path) -> None:
     """All else is as the options say, and no two moments share memory."""
-    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    content = saved(run, "best")
     for group in content["optimizer_states"][0]["param_groups"]:
         group.update(fused=True, capturable=True, maximize=True, betas="x", weight_decay=None, junk=1, lr=-1.0)
     content["lr_schedulers"][0].update(base_lrs="x", optimizer=5, lr_lambdas=[{"__code__": 5}] * 2, _last_lr=[9.0, 9.0])
@@ -202,7 +199,7 @@ def test_only_moments_and_the_step_are_taken_from_a_file(run: Path, last: Path) 
         state["step"] = steps[0]
     torch.save(content, last)
     zoo.train(resume=last.parent.parent, trainer=QUIET)
-    whole = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    whole = saved(run)["state_dict"]
     resumed = torch.load(last, weights_only=True)["state_dict"]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
@@ -219,7 +216,7 @@ def test_a_damaged_last_checkpoint_names_the_best_one(run: Path, last: Path) -> 
 
 
 def test_a_best_checkpoint_of_another_run_is_not_gone_on_with(run: Path, last: Path) -> None:
-    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    content = saved(run, "best")
     torch.save(content, last)
     content["hyper_parameters"]["seed"] = content["zoo"]["config"]["seed"] = 4
     torch.save(content, last.with_name("best.ckpt"))

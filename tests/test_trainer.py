@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from test_training import QUIET, small
+from runs import QUIET, saved, small
 
 import zoo
 from zoo.training import options, trainer
@@ -44,17 +44,13 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def saved(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["zoo"]
-
-
 def test_a_resumed_run_keeps_its_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small(tmp_path / "run", trainer={"precision": "bf16-mixed"})
     capsys.readouterr()
     again = zoo.train(resume=tmp_path / "run")  # the accelerator and the silence are stored as well
     assert again["precision"] == "bf16-mixed"
     assert "goes on with" not in capsys.readouterr().out
-    assert saved(tmp_path / "run")["trainer"] == {**QUIET, "precision": "bf16-mixed"}
+    assert saved(tmp_path / "run")["zoo"]["trainer"] == {**QUIET, "precision": "bf16-mixed"}
 
 
 def test_what_changes_is_said_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +123,7 @@ def test_objects_are_given_to_lightning_and_not_stored(tmp_path: Path) -> None:
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     small(tmp_path / "run", trainer={"strategy": SingleDeviceStrategy("cpu"), "accelerator": "auto"})
-    assert "strategy" not in saved(tmp_path / "run")["trainer"]
+    assert "strategy" not in saved(tmp_path / "run")["zoo"]["trainer"]
 
 
 def test_a_shell_of_slurm_starts_what_is_asked(processes: Any) -> None:
@@ -182,7 +178,12 @@ def test_a_resumed_run_goes_on_in_its_own_run_of_wandb(tmp_path: Path, monkeypat
     zoo.train(resume=tmp_path / "run")
     assert made[0] == made[1]
     assert made[0].id
-    assert saved(tmp_path / "run")["logger"] == {"name": "wandb", "project": "mine", "offline": True, "id": made[0].id}
+    assert saved(tmp_path / "run")["zoo"]["logger"] == {
+        "name": "wandb",
+        "project": "mine",
+        "offline": True,
+        "id": made[0].id,
+    }
 
 
 @pytest.mark.slow
@@ -190,4 +191,4 @@ def test_one_id_of_wandb_on_disk(tmp_path: Path) -> None:
     small(tmp_path / "run", logger="wandb")
     zoo.train(resume=tmp_path / "run")
     ids = {path.stem for path in tmp_path.rglob("run-*.wandb")}
-    assert ids == {f"run-{saved(tmp_path / 'run')['logger']['id']}"}
+    assert ids == {f"run-{saved(tmp_path / 'run')['zoo']['logger']['id']}"}

@@ -25,19 +25,9 @@ from zoo.training import untrusted, validate
 SCHEMA = 4
 
 
-def _text_of_four_domains(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Text had no source but its domains, and no tokens but bytes."""
-    new = dict.fromkeys(("files", "hub", "subset", "documents", "column", "vocabulary"))
-    for options in (checkpoint["hyper_parameters"], checkpoint["zoo"].get("config")):
-        task = options.get("task") if isinstance(options, dict) else None
-        if isinstance(task, dict) and task.get("name") == "text":
-            task.update({**new, "tokenizer": "bytes", **task})
-    checkpoint["zoo"]["schema"] = 2
-    return checkpoint
-
-
 def _factors_as_they_are_used(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Heads of factors gave (o,R) and (i,R), and each head was the first of two modules."""
+    """Heads of factors gave (o,R) and (i,R), and each head was the first of two modules; in schema 1, options of text
+    were missing, which have their defaults."""
     rank, weights = checkpoint["hyper_parameters"]["model"].get("rank"), {}
 
     def transposed(t: Any) -> Any:
@@ -69,11 +59,11 @@ def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _text_of_four_domains,
+    1: _factors_as_they_are_used,
     2: _factors_as_they_are_used,
     3: _score_of_the_best,
 }
-"""From schema n to a function that turns such a checkpoint into one of schema n + 1."""
+"""From schema n to a function that turns such a checkpoint into one of a later schema."""
 
 ENTRIES = ("zoo", "hyper_parameters", "state_dict", "task", "family")
 
@@ -100,21 +90,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def find(path: str | Path, name: str) -> Path:
     """The checkpoint file `path`, or `name` (best, last) in the run folder `path`, last for best where nothing was
     validated; raises ValueError if absent."""
-    try:
-        path = home(path)
-        path = path.parent if path.name == "checkpoints" else path
-        file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
-        if path.is_dir() and name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
-            file = file.with_name("last.ckpt")  # nothing was validated
-        found = file.is_file()
-    except (TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
-        found, file = False, path  # type: ignore[assignment]
-    if not found:
-        at = str(file) if isinstance(file, Path) else show(file)
-        raise ValueError(
-            f"no checkpoint at {at[:200]}: give a .ckpt file, or a run folder with checkpoints/{name}.ckpt"
-        )
-    return file
+    file: Any = path
+    with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
+        file = home(path)
+        folder = file.parent if file.name == "checkpoints" else file
+        if folder.is_dir():
+            file = folder / "checkpoints" / f"{name}.ckpt"
+            if name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
+                file = file.with_name("last.ckpt")
+    return untrusted.regular(file, "checkpoint", f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
 
 
 def read(path: Path, resume: bool = False) -> dict[str, Any]:
