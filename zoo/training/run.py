@@ -102,13 +102,13 @@ def run(
                 say(f"continues at step {saved['global_step']} of {model.optim.steps}")
             if news := changes(before.get("placement"), here):
                 say(news)
-        data = Data(model, options.validation_batches, options.test_batches, options.overfit)
+        data = Data(model, options)
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(model)
         engine.fit(model, data, ckpt_path=options.resume, weights_only=True)
         if not engine.global_step:
             raise ValueError(f"trainer.max_time={show(arguments.get('max_time'))} was over before the first step")
-        return _test(model, data, options, engine, keeper)
+        return _test(model, data, engine, keeper)
 
 
 def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
@@ -128,7 +128,7 @@ def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
     return model
 
 
-def _test(model: Model, data: Data, options: RunConfig, engine: L.Trainer, keeper: Checkpoints) -> dict[str, Any]:
+def _test(model: Model, data: Data, engine: L.Trainer, keeper: Checkpoints) -> dict[str, Any]:
     """Tests the best checkpoint and writes what came out."""
     folder = keeper.folder
     if engine.is_global_zero and engine.global_step < model.optim.steps:

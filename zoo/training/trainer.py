@@ -75,7 +75,9 @@ def make(
             "trainer.precision=16-true trains nothing: the squares of gradients that AdamW keeps are zero in float16; "
             "take 16-mixed or bf16-true"
         )
-    given["plugins"] = [AtomicCheckpointIO(), *_alone(), *(given.get("plugins") or [])]
+    given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
+    if SLURMEnvironment.detect() and not _srun() and not TorchElasticEnvironment.detect():
+        given["plugins"].append(LightningEnvironment())  # else Lightning takes the other processes for started
     if given["precision"] == "bf16-true":
         given["plugins"].append(HalfWeights(given["precision"]))
         given["precision"] = None
@@ -104,12 +106,6 @@ def _srun() -> bool:
     """True if srun started this process: in a batch script or a shell Slurm sets the same variables but for the step,
     and the numbers of its own steps are huge."""
     return SLURMEnvironment.detect() and int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31
-
-
-def _alone() -> list[Any]:
-    """What tells Lightning that Slurm did not start the other processes, where it would think so."""
-    alone = SLURMEnvironment.detect() and not _srun() and not TorchElasticEnvironment.detect()
-    return [LightningEnvironment()] if alone else []
 
 
 def _check_started(asked: int) -> None:
