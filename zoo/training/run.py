@@ -95,7 +95,7 @@ def run(
             stack.enter_context(begun(loggers))
         if engine.world_size > 1 and not run_id():
             os.environ["ZOO_RUN_ID"] = folder.name  # by which the processes that are started now find the folder
-            stack.callback(os.environ.pop, "ZOO_RUN_ID")
+            stack.callback(os.environ.pop, "ZOO_RUN_ID", None)
         if engine.is_global_zero:
             say(report.opening(model, engine, folder))
             if saved:
