@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MethodType
+from typing import Any
 
 import hydra
 from hydra._internal import utils as internal
@@ -47,14 +49,11 @@ def added(argument: str) -> str:
         return argument
     if option and option[1] != "hydra" and (option[2] or not (CONF / option[1]).is_dir()):
         argument = f"++{argument}"
-    with contextlib.suppress(HydraException):
-        OverridesParser.create().parse_override(argument)
-        return argument
     key, _, value = argument.partition("=")
-    quoted = f"{key}={re.sub(r'[^][,]+', _quoted, value)}"
-    with contextlib.suppress(HydraException):
-        OverridesParser.create().parse_override(quoted)
-        return quoted
+    for attempt in (argument, f"{key}={re.sub(r'[^][,]+', _quoted, value)}"):
+        with contextlib.suppress(HydraException):
+            OverridesParser.create().parse_override(attempt)
+            return attempt
     return argument
 
 
@@ -69,7 +68,7 @@ def checked(arguments: list[str]) -> list[str]:
         return arguments  # install=bash is no option of ours
     arguments = [argument if argument.startswith("-") else added(argument) for argument in arguments]
     parser = internal.get_args_parser()
-    parser.error = _unknown  # type: ignore[method-assign,assignment]
+    parser.error = MethodType(console.Parser.error, parser)  # type: ignore[method-assign]
     known = parser.parse_args(arguments)
     for word in known.overrides:
         if "=" not in word and not word.startswith("~"):
@@ -84,10 +83,6 @@ def checked(arguments: list[str]) -> list[str]:
     if "hydra.run.dir" in options and options["hydra.run.dir"].value() != ".":
         raise ValueError("hydra.run.dir is decided by the option out")
     return arguments
-
-
-def _unknown(message: str) -> None:
-    raise ValueError(f"{message}; options are written name=value, python train.py --help shows them")
 
 
 def reason(error: Exception) -> str:
@@ -106,122 +101,95 @@ def reason(error: Exception) -> str:
     return text.replace("'++", "'")
 
 
-def refuse(error: Exception, *kinds: type[Exception], code: int = 2, sweep: bool = False) -> NoReturn:
-    """One line, and the end of this process, or of this job of a sweep; the error itself where that is not enough."""
-    if not console.expected(error, *HYDRAS, *kinds):
-        raise error
-    console.say(f"error: {reason(error)}", sys.stderr)
-    if sweep:
-        raise JobFailed from error
-    sys.exit(code)
+def as_command(main: Callable[..., Any]) -> Callable[..., int]:
+    return console.command(main, HYDRAS, reason)
 
 
 def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The part of `config` that the command line named: a resumed run takes all else from its checkpoint."""
-
-    def read(group: str, name: Any) -> dict[str, Any]:
-        return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # type: ignore[return-value]
-
-    paths: list[str] = []
-    for override in OverridesParser.create().parse_overrides(overrides):
-        path, value = override.key_or_group, override.value()
-        if path in PRESETS and value is not None:
-            for key, options in read(path, value).items():
-                paths += [f"{key}.{option}" for option in options] if isinstance(options, dict) else [key]
-        elif path in ("model", "task"):
-            named = read(path, value)
-            # a file that builds on another one asks for what it changes
-            paths += [f"{path}.{option}" for option in named] if "defaults" in named else [f"{path}.name"]
-        elif path in ("trainer", "logger") and value is not None:
-            paths += [f"{path}.{option}" for option in read(path, value)]
-        else:
-            paths.append(path)
     asked: dict[str, Any] = {}
-    for path in paths:
-        group, _, option = path.partition(".")
-        option = option.partition(".")[0]
-        if group in ("model", "task", "optim", "trainer", "logger") and option in config.get(group, {}):
-            asked.setdefault(group, {})[option] = config[group][option]
-        elif group in config and not option and not isinstance(config[group], dict):
-            asked[group] = config[group]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group, _, option = override.key_or_group.partition(".")
+        named: Any = {group: [option.partition(".")[0]]}
+        file = CONF / group / f"{override.value()}.yaml"
+        if (
+            group in (*PRESETS, "model", "task", "trainer", "logger")
+            and isinstance(override.value(), str)
+            and not option
+        ):
+            named = OmegaConf.to_container(OmegaConf.load(file))
+            if group in ("model", "task") and "defaults" not in named:  # a file that builds on another is its changes
+                named = ["name"]
+            named = named if group in PRESETS else {group: named}
+        for key, options in named.items():
+            if isinstance(config.get(key), dict):
+                found = {name: config[key][name] for name in options or () if name in config[key]}
+                asked[key] = {**asked.get(key, {}), **found}
+            elif key in config:
+                asked[key] = config[key]
     return asked
 
 
 def train_alone(overrides: list[str], folder: str, resume: str | None) -> dict[str, Any]:
     """One job of a sweep over several processes, in a process of its own: its ranks must not repeat the sweep."""
     out = [] if resume else [f"out={QuotedString(folder, Quote.double).with_quotes()}"]
-    code = subprocess.run([sys.executable, __file__, *overrides, *out]).returncode
-    if code:
-        raise JobFailed  # which it has said
+    if subprocess.run([sys.executable, __file__, *overrides, *out]).returncode:
+        raise JobFailed
     path = home(resume or folder)
-    return json.loads(
-        (path if path.is_dir() else path.parent.parent).joinpath("metrics.json").read_text(encoding="utf-8")
-    )
+    return json.loads(((path if path.is_dir() else path.parent.parent) / "metrics.json").read_text(encoding="utf-8"))
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    try:
-        return job(cfg)
-    except JobFailed:  # of which Hydra would say more
-        FAILED.append(HydraConfig.get().runtime.output_dir)
-        return None
-
-
-def job(cfg: DictConfig) -> float | None:
-    """Trains what Hydra composed; returns the main metric."""
     state = HydraConfig.get()
-    folder, overrides = state.runtime.output_dir, list(state.overrides.task)
-    sweep = state.mode == RunMode.MULTIRUN
-    from zoo.training.callbacks import Interrupted
+    if state.mode != RunMode.MULTIRUN:
+        sys.exit(
+            as_command(job)(cfg, list(state.overrides.task), None)
+        )  # an error that got to Hydra is more than a line
+    folder = state.runtime.output_dir
+    try:
+        return job(cfg, list(state.overrides.task), folder)
+    except BrokenPipeError:
+        raise
+    except JobFailed:  # of which Hydra would say more
+        pass
+    except Exception as error:  # the next jobs are run before Hydra shows more of one that is not expected
+        console.say(f"error: {reason(error)}", sys.stderr)
+        if not console.expected(error, *HYDRAS):
+            raise
+    finally:
+        with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
+            os.rmdir(folder)
+    FAILED.append(folder)
+    return None
+
+
+def job(cfg: DictConfig, overrides: list[str], folder: str | None) -> float | None:
+    """Trains what Hydra composed, in `folder` if it is a job of a sweep; returns the main metric."""
     from zoo.training.memory import keep_freed_memory
     from zoo.training.run import run
-    from zoo.training.safeguards import Untested
 
     keep_freed_memory()
-    try:
-        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        if sweep and (config["resume"] or str(config.get("trainer", {}).get("devices", 1)) != "1"):
-            metrics = train_alone(overrides, folder, config["resume"])
-        else:
-            if config["resume"]:
-                config = asked_for(config, overrides)
-            elif sweep:
-                config["out"] = folder
-            # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
-            trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
-            metrics = run(config, trainer, config.pop("logger", {}))
-    except (JobFailed, BrokenPipeError):
-        raise
-    except Interrupted as stop:
-        console.say(f"\n{stop}", sys.stderr)
-        sys.exit(stop.code)
-    except Untested as error:
-        refuse(error, Untested, code=error.code, sweep=sweep)
-    except Exception as error:
-        if sweep and not console.expected(error, *HYDRAS):  # the next jobs are run before Hydra shows more of it
-            console.say(f"error: {console.describe(error)}", sys.stderr)
-        refuse(error, sweep=sweep)
-    finally:
-        if sweep:
-            with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
-                os.rmdir(folder)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if folder and (config["resume"] or str(config.get("trainer", {}).get("devices", 1)) != "1"):
+        metrics = train_alone(overrides, folder, config["resume"])
+    else:
+        config["out"] = folder or config["out"]
+        if config["resume"]:
+            config = asked_for(config, overrides)
+        # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
+        trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
+        metrics = run(config, trainer, config.pop("logger", {}))
     return metrics["test"].get(metrics["main_metric"])
 
 
-@console.command
 def start() -> int:
-    try:
-        sys.argv[1:] = checked(sys.argv[1:])
-        main()
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        refuse(error)
+    sys.argv[1:] = checked(sys.argv[1:])
+    main()
     return 1 if FAILED else 0
 
 
 if __name__ == "__main__":
     OmegaConf.register_new_resolver("fresh_folder", lambda path: str(fresh(path)), use_cache=True, replace=True)
     internal.run_and_report = lambda func: func()  # Hydra's own takes many lines and says 1
-    sys.exit(start())
+    sys.exit(as_command(start)())

@@ -1,6 +1,5 @@
 """Callbacks: a diverged run stops with its last checkpoint intact, rows are repaired, signals are handed back."""
 
-import json
 import math
 import signal
 import threading
@@ -11,25 +10,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from runs import QUIET, rows, saved, small
 
 import zoo
-from zoo.models import Model
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
-from zoo.training.callbacks import FiniteLoss, Interrupted, LastCheckpoint, MetricsFile
-
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-
-
-def small(out: Path, **options: Any) -> dict[str, Any]:
-    return zoo.train(
-        model={"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8},
-        task={"name": "regression", "points": 5, "queries": 3},
-        optim={"steps": 6, "batch_size": 8, "warmup": 1, **options.pop("optim", {})},
-        trainer=QUIET,
-        out=str(out),
-        **{"validate_every": 2, "log_every": 1, "validation_batches": 1, "test_batches": 1, **options},
-    )
+from zoo.training.callbacks import Checkpoints
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, split: str, k: int, value: float = math.nan) -> None:
@@ -45,8 +31,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, split: str, k: int, value: float =
     monkeypatch.setattr(Regression, "batch", batch)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("value", "accumulate"), [(math.nan, 2), (math.inf, 1)])
 def test_a_loss_that_is_no_number_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, accumulate: int
 ) -> None:
@@ -55,7 +40,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         ValueError, match=r"training loss is (nan|inf) at step 5; .*last good checkpoint is .*last\.ckpt"
     ):
         small(tmp_path / "run", optim={"accumulate": accumulate})
-    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    last = saved(tmp_path / "run")
     assert last["global_step"] == 4
     assert all(weight.isfinite().all() for weight in last["state_dict"].values())
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
@@ -71,7 +56,7 @@ def test_between_rows_of_metrics_a_loss_is_read_before_a_checkpoint_is_written(
     poisoned(monkeypatch, "train", 4)
     with pytest.raises(ValueError, match="nan at step 6"):
         small(tmp_path / "run", log_every=100)
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert saved(tmp_path / "run")["global_step"] == 4
     # a signal saves at once: the loss may be a number where the step after it was none
     trainer: Any = SimpleNamespace(
         accumulate_grad_batches=1,
@@ -79,25 +64,17 @@ def test_between_rows_of_metrics_a_loss_is_read_before_a_checkpoint_is_written(
         global_step=3,
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )
-    model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)})
-    FiniteLoss().on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
+    model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)}, hparams={})
+    Checkpoints(tmp_path, {}, "").on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
     with pytest.raises(ValueError, match=r"an entry of norm\.weight is nan at step 3; no checkpoint was written yet"):
-        FiniteLoss().on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.tensor([1.0, math.nan])}})
+        Checkpoints(tmp_path, {}, "").on_save_checkpoint(
+            trainer, model, {"state_dict": {"norm.weight": torch.tensor([1.0, math.nan])}}
+        )
 
 
-def test_before_the_first_checkpoint_none_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, "train", 0)
-    with pytest.raises(ValueError, match="at step 1; no checkpoint was written yet"):
-        small(tmp_path / "run")
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_validation_loss_that_is_no_number_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
-    poisoned(monkeypatch, "validation", 0, value)
-    with pytest.raises(ValueError, match=f"the validation loss is {value} at step 2; no checkpoint"):
+def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, "validation", 0)
+    with pytest.raises(ValueError, match="the validation loss is nan at step 2; no checkpoint"):
         small(tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -115,26 +92,8 @@ def test_signals_are_handed_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_exit_code_and_the_message_name_the_signal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    original = Model.training_step
-
-    def step(self: Model, batch: Any, index: int) -> torch.Tensor:
-        if index == 2:
-            signal.raise_signal(number)
-        return original(self, batch, index)
-
-    monkeypatch.setattr(Model, "training_step", step)
-    with pytest.raises(Interrupted, match=f"stopped by {number.name} at step 3") as stop:
-        small(tmp_path / "run")
-    assert f"python train.py resume={tmp_path / 'run'}" in str(stop.value)
-    assert stop.value.code == 128 + number
-
-
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    callback = LastCheckpoint(tmp_path)
+    callback = Checkpoints(tmp_path, {}, "")
     callback._note(signal.SIGINT, None)
     callback._note(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
@@ -147,20 +106,6 @@ def test_training_in_a_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join(60)
     assert results[0]["steps"] == 6
-
-
-def test_rows_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
-    class Trainer:
-        is_global_zero, global_step = True, 4
-
-    path = tmp_path / "metrics.jsonl"
-    kept = [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 0.5}, {"step": 4, "validation_loss": 0.4}]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    for tail in ("", '{"step": 5, "loss": 0.1}\n', '{"st', "{}\n", '{"step": 4, "loss', "[1]\n", "7\n"):
-        path.write_text(text + tail)
-        MetricsFile(path, 1).on_train_start(Trainer(), None)  # type: ignore[arg-type]
-        assert path.read_text() == text, tail
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_seconds_add_up_over_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +122,6 @@ def test_seconds_add_up_over_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 1000 < metrics["seconds"] < 1060
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.1)
     assert metrics["command"] == "what was typed first"
-
-
-def test_log_every(tmp_path: Path) -> None:
-    small(tmp_path / "run", log_every=3, optim={"accumulate": 2})
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [3, 6]
-    assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4, 6]
 
 
 class Kept(DummyLogger):
@@ -208,8 +146,7 @@ def test_loggers_are_told_what_the_metrics_file_holds(tmp_path: Path, accumulate
         **{"validate_every": 6, "log_every": 2, "validation_batches": 1, "test_batches": 1},
     }
     training.run(options, QUIET, [logger])
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    written = [(row["step"], row["loss"], row["aux_loss"]) for row in rows if "loss" in row]
+    written = [(row["step"], row["loss"], row["aux_loss"]) for row in rows(tmp_path / "run") if "loss" in row]
     assert [step for step, *_ in written] == [2, 4, 6]
     assert all(aux > 0 for *_, aux in written)
     told = [(step + 1, row["loss"], row["aux_loss"]) for step, row in logger.rows if "loss" in row]

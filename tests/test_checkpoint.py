@@ -1,6 +1,5 @@
 """Checkpoints: what zoo.load gives back, what it refuses in one line, and that nothing in a file is ever run."""
 
-import contextlib
 import copy
 import os
 import pickle
@@ -13,25 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from runs import QUIET, one_line, small
 
 import zoo
 from zoo.models import MODELS
 from zoo.training import checkpoint
 from zoo.training import run as training
 from zoo.training.checkpoint import SCHEMA, UPGRADES, AtomicCheckpointIO, find, read
-from zoo.training.validate import differences
 
-OPTIONS: dict[str, Any] = {
-    "task": {"name": "regression", "points": 5, "queries": 3},
-    "optim": {"steps": 3, "batch_size": 4, "warmup": 1},
-    "validate_every": 1,
-    "log_every": 1,
-    "validation_batches": 1,
-    "test_batches": 1,
-    "seed": 3,
-}
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-SIZES = {"dim": 8, "layers": 1, "heads": 1, "hidden": 8}
+OPTIONS: dict[str, Any] = {"optim": {"steps": 3, "batch_size": 4, "warmup": 1}, "validate_every": 1, "seed": 3}
+OPTIONS["model_options"] = SIZES = {"dim": 8, "layers": 1, "heads": 1, "hidden": 8}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]
         build = MODELS[name]
         original, build.on_test_end = build.on_test_end, lambda self, into=trained: into.append(self)  # type: ignore
         try:
-            training.train(model={"name": name, **SIZES}, trainer=QUIET, out=str(folder), **OPTIONS)
+            small(folder, name, **OPTIONS)
         finally:
             build.on_test_end = original  # type: ignore[method-assign]
         kept[name] = folder, trained[0]
@@ -54,16 +44,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]
 @pytest.fixture
 def best(runs: dict[str, tuple[Path, Any]]) -> Path:
     return runs["hypernet"][0] / "checkpoints" / "best.ckpt"
-
-
-def one_line(call: Callable[[], Any]) -> str:
-    """The message of the ValueError that `call` raises."""
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (messages are compared by the callers)
-        call()
-    assert type(error.value) is ValueError
-    assert len(str(error.value).splitlines()) == 1
-    assert len(str(error.value)) < 700
-    return str(error.value)
 
 
 def tampered(best: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -142,34 +122,24 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
     ("change", "message"),
     [
         (lambda c: c["hyper_parameters"]["model"].update(rnak=2), r"model.rnak is not an option .* did you mean rank"),
-        (lambda c: c["hyper_parameters"]["task"].update(pints=2), r"task.pints is not an option"),
         (lambda c: c["hyper_parameters"]["model"].update(name="os.system"), r"model 'os.system' does not exist"),
         (lambda c: c["hyper_parameters"]["task"].update(name="os.system"), r"task 'os.system' does not exist"),
-        (lambda c: c["hyper_parameters"]["model"].update(name=["moe"]), r"does not exist"),
-        (lambda c: c["hyper_parameters"]["model"].pop("name"), r"model None does not exist"),
-        (lambda c: c["hyper_parameters"]["model"].update(dim="8"), r"model.dim='8' must be of type int"),
-        (lambda c: c["hyper_parameters"]["model"].update(dim=-8), r"model.dim=-8 must be above 0"),
         (lambda c: c["hyper_parameters"]["model"].update(_target_="os.system"), r"model._target_ is not an option"),
-        (lambda c: c["hyper_parameters"].update(extra=1), r"must hold the options model, task, optim, seed"),
         (lambda c: c["hyper_parameters"].pop("seed"), r"must hold the options model, task, optim, seed"),
-        (lambda c: c["hyper_parameters"].update(seed="3"), r"must hold the options"),
-        (lambda c: c["hyper_parameters"].update(task="regression"), r"must hold the options"),
-        (lambda c: c["hyper_parameters"].update(model=[1]), r"must hold the options"),
-        (lambda c: c.update(hyper_parameters=[1]), r"is no checkpoint of this zoo"),
-        (lambda c: c.pop("hyper_parameters"), r"is no checkpoint of this zoo: it lacks"),
-        (lambda c: c.pop("state_dict"), r"is no checkpoint of this zoo"),
-        (lambda c: c.update(state_dict=[1]), r"is no checkpoint of this zoo"),
-        (lambda c: c.pop("zoo"), r"is no checkpoint of this zoo"),
+        (
+            lambda c: c.pop("hyper_parameters"),
+            r"is no checkpoint of this zoo, which must hold hyper_parameters as a dict, got None",
+        ),
         (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 1, 2"),
         (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
-        (lambda c: c["zoo"].update(schema=[1]), r"has schema \[1\]"),
-        (lambda c: c["zoo"].update(schema="1"), r"has schema '1'"),
-        (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"has schema tensor\(3\)"),
+        (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"has schema tensor\(4\)"),
         (lambda c: c["zoo"].update(schema=torch.tensor([3, 3])), r"has schema Tensor of shape \(2\)"),
-        (lambda c: c["zoo"].update(trainer=[1]), r"must hold zoo.trainer as dict or NoneType, got \[1\]"),
-        (lambda c: c["state_dict"].pop("decoder.head.weight"), r"Missing key.*decoder.head.weight"),
-        (lambda c: c["state_dict"].update(bogus=torch.zeros(1)), r"Unexpected key.*bogus"),
-        (lambda c: c["state_dict"].update({"decoder.head.weight": torch.zeros(2, 8)}), r"size mismatch"),
+        (lambda c: c["state_dict"].pop("decoder.head.weight"), r"state_dict lacks 'decoder.head.weight'"),
+        (lambda c: c["state_dict"].update(bogus=torch.zeros(1)), r"state_dict holds {'bogus'}, which the model lacks"),
+        (
+            lambda c: c["state_dict"].update({"decoder.head.weight": torch.zeros(2, 8)}),
+            r"must be a finite Tensor of shape \(1, 8\).*, got Tensor of shape \(2, 8\)",
+        ),
         (lambda c: c["state_dict"].update({"decoder.head.weight": 3}), r"decoder.head.weight"),
     ],
 )
@@ -192,22 +162,6 @@ def test_one_matrix_of_two_names_is_one_matrix(tmp_path: Path) -> None:
     assert "decoder.head.weight and decoder.embedding.weight are one matrix" in one_line(lambda: zoo.load(path))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(best: Path, tmp_path: Path, share: float) -> None:
-    content = best.read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
-    assert "cut.ckpt is damaged or no checkpoint" in one_line(lambda: zoo.load(tmp_path / "cut.ckpt"))
-
-
-def test_a_flipped_byte_raises_nothing_but_valueerror(best: Path, tmp_path: Path) -> None:
-    content = bytearray(best.read_bytes())
-    for place in range(100, len(content), len(content) // 20):
-        (tmp_path / "flipped.ckpt").write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
-        # some bytes matter to nobody, such as the padding of the archive
-        with contextlib.suppress(ValueError):
-            zoo.load(tmp_path / "flipped.ckpt")
-
-
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
     assert one_line(lambda: zoo.load(tmp_path / "no.ckpt")).startswith(f"no checkpoint at {tmp_path}/no.ckpt")
     assert "checkpoints/best.ckpt" in one_line(lambda: zoo.load(tmp_path))
@@ -216,21 +170,12 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "foreign.ckpt"
-    for content in (
-        b"step,loss\n1,2\n",
-        "größer".encode(),
-        b"\x00" * 1000,
-        pickle.dumps({"zoo": 1}),
-        pickle.dumps([1]),
-    ):
-        path.write_bytes(content)
-        assert "foreign.ckpt" in one_line(lambda: zoo.load(path))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data.txt", "hello")
-    assert "foreign.ckpt" in one_line(lambda: zoo.load(path))
     for other in ([1, 2], torch.zeros(3), {"state_dict": {}}):
         torch.save(other, path)
         assert "is no checkpoint of this zoo" in one_line(lambda: zoo.load(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.txt", "hello")
+    assert "is damaged or no checkpoint" in one_line(lambda: zoo.load(path))
     torch.save(torch.nn.Linear(2, 2), path)
     assert "is damaged or no checkpoint" in one_line(lambda: zoo.load(path))
 
@@ -262,18 +207,6 @@ def test_nothing_in_a_file_is_executed(best: Path, tmp_path: Path) -> None:
     path.rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
     one_line(lambda: training.train(resume=tmp_path / "run", trainer=QUIET))
     assert not proof.exists()
-
-
-def test_no_module_is_imported_by_name(best: Path, tmp_path: Path) -> None:
-    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        for group in ("model", "task"):
-            path = tampered(best, tmp_path, lambda c, g=group: c["hyper_parameters"][g].update(name="evil_module"))
-            one_line(lambda path=path: zoo.load(path))
-    finally:
-        sys.path.remove(str(tmp_path))
-    assert "evil_module" not in sys.modules
 
 
 def test_upgrades_are_chained(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,11 +243,11 @@ def test_upgrades_are_chained(best: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_trainer_reads_old_checkpoints_too(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-        return {**content, "upgraded": True, "zoo": {**content["zoo"], "schema": SCHEMA + 1}}
+        return {**content, "zoo": {**content["zoo"], "schema": SCHEMA + 1}}
 
     monkeypatch.setattr(checkpoint, "SCHEMA", SCHEMA + 1)
     monkeypatch.setitem(UPGRADES, SCHEMA, upgrade)
-    assert AtomicCheckpointIO().load_checkpoint(best)["upgraded"]
+    assert AtomicCheckpointIO().load_checkpoint(best)["zoo"]["schema"] == SCHEMA + 1
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,16 +269,6 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     assert moves == [(tmp_path, path)]
 
 
-def test_differences_name_both_values() -> None:
-    saved = {"model": {"rank": 4, "dim": 8}, "seed": 0}
-    assert differences(saved, {"model": {"dim": 8}, "seed": 0}) == []
-    assert differences(saved, {"model": {"rank": 2}}) == ["model.rank is 4 in the checkpoint, 2 asked"]
-    assert differences(saved, {"seed": 1, "sed": 2}) == [
-        "seed is 0 in the checkpoint, 1 asked",
-        "sed=2 is not in the checkpoint",
-    ]
-
-
 def test_an_option_that_is_younger_than_a_checkpoint_has_its_default(best: Path, tmp_path: Path) -> None:
     def forget(content: dict[str, Any]) -> None:
         options = content["hyper_parameters"]  # the file holds them once, under two names
@@ -361,10 +284,6 @@ def test_an_option_that_is_younger_than_a_checkpoint_has_its_default(best: Path,
         training.run({"resume": tmp_path / "run", "overfit": True}, QUIET)
 
 
-def test_read_is_strict_about_its_own_files(best: Path) -> None:
-    assert set(read(best)) >= {"zoo", "hyper_parameters", "state_dict", "optimizer_states", "loops", "callbacks"}
-
-
 def test_text_of_schema_1_had_four_domains_and_bytes_alone(tmp_path: Path) -> None:
     task = {"name": "text", "tokens": 32, "domains": ["code"]}
     model = MODELS["transformer"](model={"name": "transformer", "dim": 8, "heads": 2}, task=task, optim={})
@@ -372,15 +291,13 @@ def test_text_of_schema_1_had_four_domains_and_bytes_alone(tmp_path: Path) -> No
     content = {"zoo": {"schema": 1, "config": {"task": dict(task)}}, "state_dict": model.state_dict()}
     torch.save({**content, "hyper_parameters": options}, tmp_path / "old.ckpt")
     assert zoo.load(tmp_path / "old.ckpt").task.config == model.task.config
-    assert read(tmp_path / "old.ckpt")["zoo"]["config"]["task"] == dict(model.hparams)["task"]
 
 
-@pytest.mark.parametrize("task", [{}, {"name": "noise", "vocabulary": 7, "tokens": 8}], ids=["untied", "tied"])
-def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: dict[str, Any]) -> None:
+@pytest.mark.parametrize("task", ["regression", "noise"], ids=["untied", "tied"])
+def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: str) -> None:
     """Entry (a,r) of a factor came from row a·R + r of its head, and the optimizer's moments with it."""
-    model = {"name": "hypernet", **SIZES, "rank": 3, **({"tied": True, "chunk": 2} if task else {})}
-    options = {**OPTIONS, "task": task or OPTIONS["task"]}
-    training.train(model=model, trainer=QUIET, out=str(tmp_path / "run"), **options)
+    model = {**SIZES, "rank": 3, **({"tied": True, "chunk": 2} if task == "noise" else {})}
+    small(tmp_path / "run", "hypernet", task, **{**OPTIONS, "model_options": model})
     file = tmp_path / "run/checkpoints/last.ckpt"
     today = torch.load(file, weights_only=True)
     old: dict[str, Any] = copy.deepcopy(today)
@@ -396,6 +313,8 @@ def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: dict[str, Any]
             assert state[moment].any()
             state[moment] = state[moment][rows]
     old["zoo"]["schema"] = 2
+    score = old["zoo"].pop("best")
+    old["callbacks"] = {"ModelCheckpoint{'monitor': 'validation_loss'}": {"best_model_score": torch.tensor(score)}}
     torch.save(old, tmp_path / "old.ckpt")
     upgraded = read(tmp_path / "old.ckpt")
     assert upgraded["zoo"] == today["zoo"]
@@ -404,4 +323,4 @@ def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: dict[str, Any]
     for key in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(upgraded[key], today[key], rtol=0, atol=0)
     torch.save({**old, "hyper_parameters": {}}, tmp_path / "damaged.ckpt")
-    assert "its contents are not those of schema 2" in one_line(lambda: read(tmp_path / "damaged.ckpt"))
+    assert "damaged.ckpt cannot be used: KeyError: 'model'" in one_line(lambda: read(tmp_path / "damaged.ckpt"))

@@ -105,8 +105,6 @@ def assert_same(a: Path, b: Path) -> None:
 
 WRONG = [
     (["model=hypernet", "model.rnak=2"], "model.rnak is not an option of HypernetConfig; did you mean rank?"),
-    (["optim.lrr=0.1"], "optim.lrr is not an option of OptimConfig; did you mean lr?"),
-    (["task.pints=3"], "task.pints is not an option of RegressionConfig; did you mean points?"),
     (["sed=1"], "sed is not an option of RunConfig; did you mean seed?"),
     (["mdel=moe"], "mdel is not an option of RunConfig; did you mean model?"),
     (["steps=10"], "steps is an option of optim: did you mean optim.steps?"),
@@ -114,18 +112,7 @@ WRONG = [
     (["hello"], "'hello' is no option: options are written name=value; python train.py --help shows them"),
     (["seed=1,2"], "several values of one option are runs of a sweep: python train.py -m"),
     (["+bogus=1"], "bogus is not an option of RunConfig; known: model, task"),
-    (["model.dim=wide"], "model.dim='wide' must be of type int"),
-    (["model.dim=10"], "model.dim=10 must be a multiple of 2·model.heads=8"),
     (["model=moe", "model.top_k=5"], "model.top_k=5 exceeds model.experts=4"),
-    (["optim.batch_size=7", "optim.accumulate=2"], "optim.batch_size=7 is no multiple of optim.accumulate=2"),
-    (
-        ["optim.batch_size=7", "trainer.devices=2", "trainer.accelerator=cpu"],
-        "optim.batch_size=7 must be a multiple of 2",
-    ),
-    (["trainer.max_steps=3"], "trainer.max_steps is decided by the option optim.steps"),
-    (["trainer.bogus=3"], "unexpected keyword argument 'bogus'"),
-    (["trainer.accelerator=gpu"], "trainer: No supported gpu backend found!"),
-    (["trainer.accelerator=tpu"], "trainer: Requirement 'torch_xla"),
     (
         ["trainer.strategy=ddp_spawn", "trainer.accelerator=cpu"],
         "ddp_spawn' loses what its processes trained; take ddp",
@@ -133,7 +120,6 @@ WRONG = [
     (["trainer.min_steps=abc"], "trainer.min_steps is decided by the option optim.steps"),
     (["trainer.limit_test_batches=0.01"], "trainer.limit_test_batches=0.01 of 20 batches is none"),
     (["trainer.max_time=00:00:00:00", "trainer.accelerator=cpu"], "='00:00:00:00' was over before the first step"),
-    (["validate_every=0"], "validate_every=0 must be above 0"),
     ([f"log_every={10**20}"], f"log_every={10**20} must be a number of 64 bits"),
     (["model.dim=1000000000000"], "can't allocate memory"),
     (["resume="], "resume= names no run"),
@@ -167,15 +153,6 @@ def test_an_unknown_choice_lists_those_that_exist(command: Any) -> None:
     for argument, message in TYPOS:
         answer = command(argument)
         assert (answer.code, answer.err) == (2, f"error: {message}\n")
-
-
-def test_resume_of_nothing(command: Any, tmp_path: Path) -> None:
-    for path in ("nowhere", "nowhere/checkpoints/last.ckpt", str(tmp_path / "a" / "b")):
-        answer = command(f"resume={path}")
-        assert answer.code == 2
-        assert answer.err.startswith(f"error: no checkpoint at {path}: give a .ckpt file, or a run folder")
-        assert len(answer.err.splitlines()) == 1
-    assert tmp_path.is_dir()
 
 
 def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Path) -> None:
@@ -219,7 +196,7 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
 
 
 def test_ctrl_c_before_the_training_is_one_line(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.training.run._run", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("zoo.training.run.of_run", lambda *args: signal.raise_signal(signal.SIGINT))
     answer = command("out=run")
     assert (answer.code, answer.err) == (130, "\nstopped by SIGINT\n")
 
@@ -354,7 +331,7 @@ def test_what_would_be_ignored_is_refused(command: Any, tmp_path: Path) -> None:
         (["resume=run", "out=other"], f"resume=run continues in its own folder, {tmp_path}/run: leave out=other away"),
         (["-m", "out=mine", "seed=0,1"], "out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that"),
         (["hydra.run.dir=mine"], "hydra.run.dir is decided by the option out"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate; options are written name=value"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate; train.py --help shows all options"),
     ):
         answer = command(*arguments)
         assert answer.code == 2
@@ -397,14 +374,6 @@ def test_jobs_of_sweeps_that_start_in_one_second_have_folders_of_their_own(
         "now-2/1",
     ]
     assert "${fresh_folder:" in (ROOT / "conf/config.yaml").read_text()
-
-
-def test_the_default_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZOO_RUN_ID", "job9")
-    assert command(*TINY, *SHORT, "debug=fast", "task=regression").code == 0
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("metrics.json")] == [
-        "runs/transformer-regression/job9/metrics.json"
-    ]
 
 
 @pytest.fixture(scope="module")

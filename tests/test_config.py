@@ -11,7 +11,7 @@ from typing import Any, Literal, Optional
 import numpy as np
 import pytest
 import torch
-from test_training import small
+from runs import small
 
 import zoo
 from zoo.config import did_you_mean, from_dict, lookup, plain, require_positive, show

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import QUIET, small, weights
+from runs import QUIET, small, weights
 
 import zoo
 from zoo.training import run_folder

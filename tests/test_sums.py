@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, Case, build
+from runs import FAMILIES, QUIET
 from torch import Tensor
 
 import zoo
@@ -21,8 +22,6 @@ from zoo.tasks.regression import Regression
 from zoo.tasks.text.corpus import START
 from zoo.tasks.text.prompts import Prompts
 from zoo.training.data import Stream
-
-CPU = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
 def prompts_file(folder: Path) -> str:
@@ -50,8 +49,15 @@ def gradient(model: Model, parts: int, world: int) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("name", ["transformer-prompts", "hypernet-prompts", "moe-prompts-context"])
-@pytest.mark.parametrize(("parts", "world"), [(8, 1), (1, 2), (2, 2), (16, 1)])
+@pytest.mark.parametrize(
+    ("name", "parts", "world"),
+    [
+        ("transformer-prompts", 8, 1),
+        ("hypernet-prompts", 1, 2),
+        ("moe-prompts-context", 2, 2),
+        ("moe-prompts-context", 16, 1),
+    ],
+)
 def test_parts_and_processes_have_the_gradient_of_the_whole(name: str, parts: int, world: int, tmp_path: Path) -> None:
     model = on_file(BY_NAME[name], tmp_path)
     if name.startswith("moe"):
@@ -62,11 +68,11 @@ def test_parts_and_processes_have_the_gradient_of_the_whole(name: str, parts: in
 
 
 def run(folder: Path, accumulate: int = 1, model: Any = "transformer", **options: Any) -> tuple[Model, list[dict]]:
-    sizes = {"name": model, "dim": 16, "layers": 1, "heads": 2, "hidden": 16}
+    sizes = {**FAMILIES[model], "dim": 16, "layers": 1, "heads": 2, "hidden": 16}
     task = {"name": "prompts", "context": 7, "query": 2, "target": 30, "files": [prompts_file(folder.parent)]}
     optim = {"steps": 20, "warmup": 2, "batch_size": 16, "accumulate": accumulate}
     test = {"validate_every": 20, "validation_batches": 1, "test_batches": 1, "log_every": 1}
-    zoo.train(sizes, task, optim, {**CPU, **options}, out=str(folder), **test)
+    zoo.train(sizes, task, optim, {**QUIET, **options}, out=str(folder), **test)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return zoo.load(folder), rows
 
@@ -78,6 +84,7 @@ def test_accumulation_trains_the_same(tmp_path: Path) -> None:
     losses = [[row["loss"] + row["aux_loss"] for row in r if "loss" in row] for r in (rows, rows_of_parts)]
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # of the whole step, not of its last part
+    assert any(key.endswith("bias") and value.any() for key, value in whole.state_dict().items())
     used = [whole.optim.lr * whole.optim.lr_at(step) for step in range(20)]
     assert [row["lr"] for row in rows if "lr" in row] == pytest.approx(used)
 
@@ -148,7 +155,7 @@ def test_half_precision_weights_leave_data_and_metrics_alone(model: str, tmp_pat
     test = {"validation_batches": 1, "test_batches": 4, "validate_every": 2}
     found = {}
     for precision in ("32-true", "bf16-true"):
-        options = {**CPU, "precision": precision}
+        options = {**QUIET, "precision": precision}
         optim = {"steps": 2, "batch_size": 64, "warmup": 0}
         found[precision] = zoo.train(sizes, task, optim, options, out=str(tmp_path / precision), **test)["test"]
     assert found["bf16-true"]["nmse_zero"] == found["32-true"]["nmse_zero"]
@@ -216,7 +223,7 @@ def test_short_contexts_decide_whatever_the_room_for_them(tmp_path: Path) -> Non
             {"name": "hypernet", "dim": 32, "layers": 2, "heads": 2, "hidden": 32},
             {"name": "prompts", "context": context, "query": 1, "target": 3, "files": [str(tmp_path / "a.jsonl")]},
             {"steps": 150, "warmup": 10, "batch_size": 32, "lr": 0.01},
-            CPU,
+            QUIET,
             out=str(tmp_path / str(context)),
             validation_batches=2,
             test_batches=4,
@@ -234,7 +241,7 @@ def test_generation_ends_where_documents_do(tmp_path: Path) -> None:
         {"name": "transformer", "dim": 32, "layers": 1, "heads": 2, "hidden": 32},
         {"name": "text", "tokens": 12, "files": [str(tmp_path / "*.txt")]},
         {"steps": 60, "warmup": 5, "batch_size": 16, "lr": 0.02},
-        CPU,
+        QUIET,
         out=str(tmp_path / "run"),
         **options,
     )

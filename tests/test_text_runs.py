@@ -67,7 +67,7 @@ def test_the_loss_is_per_token_and_the_metric_per_byte(run: tuple[Path, dict[str
     [
         ({"merges": [[97, 300]]}, "merge 0 of a tokenizer must be two earlier ids, got [97, 300]"),
         ({"merges": "[[97, 98]]"}, "a tokenizer is a list of merges, got str"),
-        ("merges", "must hold the state of its task as a dict, got 'merges'"),
+        ("merges", "must hold task as a dict, got 'merges'"),
     ],
 )
 def test_foreign_states_are_refused(run: tuple[Path, Any], tmp_path: Path, state: Any, message: str) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import FAMILIES, OPTIM, QUIET, TASKS, rows, same_weights, saved, signalled, small
 
 import zoo
+from zoo.console import Interrupted
 from zoo.core.layers import Attention
 from zoo.models import MODELS
 from zoo.models.base import OptimConfig
@@ -19,62 +21,7 @@ from zoo.tasks import Batch
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
 from zoo.training import run_folder
-from zoo.training.callbacks import Interrupted
 from zoo.training.data import Stream
-
-SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
-OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-OFTEN = {"validate_every": 2, "log_every": 1, "validation_batches": 1, "test_batches": 2}
-FAMILIES = {
-    "transformer": {"name": "transformer"},
-    "hypernet": {"name": "hypernet", "code_dim": 8},
-    "moe": {"name": "moe", "bias_rate": 0.01},
-}
-TASKS = {
-    "regression": {"name": "regression", "points": 5, "queries": 3},
-    "noise": {"name": "noise", "tokens": 12},
-    "text": {"name": "text", "tokens": 40, "domains": ["law"]},
-}
-
-
-def small(out: Path | None, model: str = "transformer", task: str = "regression", **options: Any) -> dict[str, Any]:
-    """A run of a second; options go to zoo.train, those of optim, trainer and model_options on top of the defaults."""
-    return zoo.train(
-        model={**FAMILIES[model], **SIZES, **options.pop("model_options", {})},
-        task=TASKS[task],
-        optim={**OPTIM, **options.pop("optim", {})},
-        trainer={**QUIET, **options.pop("trainer", {})},
-        **{**OFTEN, **options, "out": str(out) if out else None},
-    )
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-
-
-def same_weights(a: Path, b: Path) -> None:
-    for name in ("last", "best"):
-        left, right = weights(a, name), weights(b, name)
-        assert left.keys() == right.keys()
-        assert [key for key in left if not torch.equal(left[key], right[key])] == [], name
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def signalled(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal in the middle of optimiser step `step`, once."""
-    original = OptimConfig.lr_at
-
-    def lr_at(self: OptimConfig, at: int) -> float:
-        if at == step:
-            monkeypatch.setattr(OptimConfig, "lr_at", original)
-            signal.raise_signal(number)
-        return original(self, at)
-
-    monkeypatch.setattr(OptimConfig, "lr_at", lr_at)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +75,8 @@ BITS = ["bits_per_byte", "bits_per_byte_trigram"]
 def test_tasks_of_running_text(tmp_path: Path, task: str, names: list[str]) -> None:
     metrics = small(tmp_path / "run", "moe", task)
     assert list(metrics["test"]) == names
-    assert metrics["test"][metrics["main_metric"]] > 0
-
-
-def test_the_returned_metrics_are_those_of_the_file(tmp_path: Path) -> None:
-    metrics = small(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert metrics["test"][metrics["main_metric"]] > 0
 
 
 def test_a_run_folder_holds_these_files_and_no_others(runs: dict[str, Path]) -> None:
@@ -150,21 +93,20 @@ def test_the_tested_model_is_the_best_validated_one(tmp_path: Path) -> None:
     assert best < 6
     assert torch.load(metrics["checkpoint"], weights_only=True)["global_step"] == best
     # Lightning's own save_last would stop at the best one, and a run killed here would lose all after it
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert saved(tmp_path / "run")["global_step"] == 6
     model = zoo.load(tmp_path / "run").requires_grad_(False)
     batches = [model.task.batch("test", k, 8) for k in range(2)]
     nmse = torch.stack([model.task.token_losses(model(b.tokens, b.n_context), b) for b in batches]).mean() / 3
     assert metrics["test"]["nmse"] == pytest.approx(float(nmse), rel=1e-5)
 
 
-@pytest.mark.parametrize("steps", [5, 6])
-def test_rows_and_validations(tmp_path: Path, steps: int) -> None:
-    small(tmp_path / "run", optim={"steps": steps})
+def test_rows_and_validations(tmp_path: Path) -> None:
+    small(tmp_path / "run", optim={"steps": 5})
     training_rows = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
     validated = [row["step"] for row in rows(tmp_path / "run") if "validation_loss" in row]
-    assert training_rows == list(range(1, steps + 1))
+    assert training_rows == [1, 2, 3, 4, 5]
     # the last step is always validated, and once
-    assert validated == sorted({2, 4, steps})
+    assert validated == [2, 4, 5]
 
 
 def test_the_learning_rate_moves(runs: dict[str, Path]) -> None:
@@ -173,32 +115,6 @@ def test_the_learning_rate_moves(runs: dict[str, Path]) -> None:
     # the rate that the step before the row was taken with
     assert recorded == pytest.approx({step: optim.lr * optim.lr_at(step - 1) for step in range(1, 7)})
     assert 0 < recorded[6] < recorded[1] < recorded[2]
-
-
-def test_the_schedule_reaches_the_weights(tmp_path: Path) -> None:
-    """The first step moves no weight further than its own rate, which is half of lr at warmup=2."""
-    small(tmp_path / "run", optim={"steps": 3, "lr": 0.01, "weight_decay": 0.0}, validate_every=1)
-    torch.manual_seed(0)
-    options = {"model": {**FAMILIES["transformer"], **SIZES}, "task": TASKS["regression"], "optim": OPTIM}
-    model = MODELS["transformer"](**options).requires_grad_(False)
-    first = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
-    moved = max(float((first["state_dict"][n] - p).abs().max()) for n, p in model.named_parameters())
-    # Adam's step is at most the sum of the rates so far: 0.005, 0.01, 0.0
-    assert 0 < moved <= sum([0.005, 0.01, 0.01][: first["global_step"]]) * 1.001
-    assert moved > 0.004
-
-
-def test_accumulated_parts_train_like_one_batch(tmp_path: Path) -> None:
-    # the load balancing loss is a product of two means over the batch, so it alone depends on the parts
-    options = {"model_options": {"balance_weight": 0.0}, "optim": {"steps": 6}}
-    whole = small(tmp_path / "whole", "moe", **options)
-    options["optim"]["accumulate"] = 2
-    parts = small(tmp_path / "parts", "moe", **options)
-    a, b = weights(tmp_path / "whole", "last"), weights(tmp_path / "parts", "last")
-    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
-    assert any(key.endswith("bias") and a[key].any() for key in a)
-    assert parts["test"] == pytest.approx(whole["test"], abs=1e-5)
-    assert parts["tokens"] == whole["tokens"]
 
 
 @pytest.mark.parametrize(("parts", "world"), [(1, 2), (2, 2), (4, 1)])
@@ -211,14 +127,6 @@ def test_slices_unite_to_the_global_batch(parts: int, world: int) -> None:
         assert torch.equal(torch.cat([batch.tokens for batch in seen]), whole.tokens)
         assert torch.equal(torch.cat([batch.targets for batch in seen]), whole.targets)
         assert {batch.n_context for batch in seen} == {5}
-
-
-def test_a_stream_continues_where_it_stopped() -> None:
-    model = MODELS["transformer"](model=FAMILIES["transformer"], task=TASKS["regression"], optim=OPTIM)
-    stream = Stream(model.task, "train", 8, 6)
-    whole = [batch.tokens for batch in stream]
-    stream.start = 4
-    assert all(torch.equal(a.tokens, b) for a, b in zip(stream, whole[4:], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +150,7 @@ def test_a_signal_then_resume_is_as_if_nothing_happened(
         small(tmp_path / "cut", model, **options)
     assert stop.value.code == 128 + signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    assert saved(tmp_path / "cut")["global_step"] == step
     resumed = zoo.train(resume=tmp_path / "cut", trainer=QUIET)
     same_weights(tmp_path / "whole", tmp_path / "cut")
     assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
@@ -264,7 +172,7 @@ def test_a_crash_between_checkpoints_is_made_up_for(tmp_path: Path, monkeypatch:
         patch.setattr(OptimConfig, "lr_at", lr_at)
         with pytest.raises(MemoryError):
             small(tmp_path / "cut", "moe", validate_every=2, log_every=1)
-    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert saved(tmp_path / "cut")["global_step"] == 4
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 1.0}\n{"step": "a"}\n' + "[" * 10**5 + '\n{"step": 6, "lo')
     zoo.train(resume=str(tmp_path / "cut"), trainer=QUIET)
@@ -301,7 +209,7 @@ def test_resume_keeps_to_the_saved_options(runs: dict[str, Path]) -> None:
 def test_a_run_folder_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best checkpoint so far stays the best: it is at step 2 here, and the rest of the run is worse."""
     small(tmp_path / "whole", "hypernet")
-    assert torch.load(tmp_path / "whole/checkpoints/best.ckpt", weights_only=True)["global_step"] == 2
+    assert saved(tmp_path / "whole", "best")["global_step"] == 2
     signalled(monkeypatch, 3)
     with pytest.raises(Interrupted):
         small(tmp_path / "cut", "hypernet")
@@ -320,14 +228,6 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "stray.ckpt").touch()
     with pytest.raises(ValueError, match=r"stray\.ckpt lies in no RUN_DIR/checkpoints"):
         zoo.train(resume=tmp_path / "stray.ckpt")
-
-
-def test_a_finished_run_is_not_overwritten(runs: dict[str, Path]) -> None:
-    folder = runs["transformer"]
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"holds a run already: continue it with resume=.*, or choose another out="):
-        small(folder)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -362,7 +262,7 @@ def test_wrong_options_leave_no_trace(tmp_path: Path, options: dict[str, Any], m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["transformers", "os.system", "", None, 3])
+@pytest.mark.parametrize("name", ["os.system", None])
 def test_unknown_names(tmp_path: Path, name: Any) -> None:
     with pytest.raises(ValueError, match=r"model .* does not exist"):
         training.run({"model": {"name": name}, "task": {"name": "noise"}, "optim": {}}, {})
@@ -400,14 +300,6 @@ def test_bf16_with_clipping_on_the_cpu(
     assert dtypes == {torch.bfloat16}
 
 
-def test_clipping_is_applied(tmp_path: Path) -> None:
-    tiny, none = small(tmp_path / "tiny", optim={"clip": 1e-12}), small(tmp_path / "none", optim={"clip": 0.0})
-    # at a gradient below Adam's epsilon the weights hardly move
-    assert abs(tiny["test"]["nmse"] - none["test"]["nmse"]) > 1e-4
-    first, *_, last = [row["validation_loss"] for row in rows(tmp_path / "tiny") if "validation_loss" in row]
-    assert last == pytest.approx(first, rel=1e-3)
-
-
 def test_activation_checkpointing_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the family with most to recompute; test_memory has the gradients of every case."""
     model = "moe"
@@ -426,19 +318,13 @@ def test_activation_checkpointing_leaves_the_results_alone(tmp_path: Path, monke
     steps, parts, layers = 6, 2, 2
     assert passes["again"] - passes["plain"] == steps * parts * layers
     same_weights(tmp_path / "plain", tmp_path / "again")
-    run = "cut"
-    signalled(monkeypatch, 3)
-    with pytest.raises(Interrupted):
-        small(tmp_path / run, model, **options, activation_checkpointing=True)
-    zoo.train(resume=tmp_path / run, trainer={**QUIET, "precision": "bf16-mixed"})
-    assert passes["cut"] == passes["again"]
-    same_weights(tmp_path / "plain", tmp_path / "cut")
 
 
-def test_overfit_sees_the_first_batch_alone(tmp_path: Path) -> None:
-    small(tmp_path / "run", overfit=True, optim={"steps": 60, "lr": 0.01}, validate_every=60)
-    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
-    assert losses[-1] < 0.2 * losses[0]
+def test_overfit_sees_the_first_batch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, batch = set(), Regression.batch
+    monkeypatch.setattr(Regression, "batch", lambda self, *asked: seen.add(asked[:2]) or batch(self, *asked))
+    small(tmp_path / "run", overfit=True)
+    assert {k for split, k in seen if split == "train"} == {0}
 
 
 def test_the_run_is_reproducible_and_the_seed_matters(runs: dict[str, Path], tmp_path: Path) -> None:

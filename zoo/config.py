@@ -40,7 +40,7 @@ def _show(value: Any, depth: int, limit: int) -> str:
             f"[{inside}]" if isinstance(value, list) else f"({inside})" if isinstance(value, tuple) else f"{{{inside}}}"
         )
     if shape := getattr(value, "shape", None):  # the numbers of a tensor are read from the device
-        return f"{type(value).__name__} of shape {show(tuple(shape))}"
+        return f"{type(value).__name__} of shape {_show(tuple(shape), 4, limit)}, {getattr(value, 'dtype', None)}"
     return repr(value)[: limit + 1]
 
 

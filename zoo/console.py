@@ -16,6 +16,22 @@ from zoo.config import one_line
 P = ParamSpec("P")
 
 
+class Interrupted(BaseException):
+    """A signal stopped a run; what its message says is complete. code: the exit code that shells expect.
+
+    As KeyboardInterrupt it is no Exception: it may come at any line, also where every Exception is a broken file."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Untested(RuntimeError):
+    """Training is complete and saved, what comes after it failed; code: the exit code."""
+
+    code = 1
+
+
 def tolerant() -> None:
     """From here on no character stops the output of this process: what its encoding lacks becomes a question mark."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
@@ -44,7 +60,7 @@ def describe(error: BaseException) -> str:
 def expected(error: BaseException, *kinds: type[BaseException]) -> bool:
     """Whether one line says it all: of a user's mistake, of what the machine refuses, and of these `kinds`. A character
     that could not be written is none, though Python makes it a ValueError."""
-    known = isinstance(error, (ValueError, OSError, MemoryError, OverflowError, *kinds)) or (
+    known = isinstance(error, (ValueError, OSError, MemoryError, OverflowError, Untested, *kinds)) or (
         isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
     )
     return known and not isinstance(error, UnicodeEncodeError) and os.environ.get("HYDRA_FULL_ERROR", "0") == "0"
@@ -57,9 +73,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help shows all options")
 
 
-def command(main: Callable[P, Any]) -> Callable[P, int]:
+def command(
+    main: Callable[P, Any], kinds: tuple[type[BaseException], ...] = (), reason: Callable[..., str] = describe
+) -> Callable[P, int]:
     """`main` as a command: its result is the exit code, 2, with one line on stderr, for what is expected to go wrong,
-    130 after Ctrl-C, 141 if nobody reads its output any more."""
+    that of the signal if one stopped it, 141 if nobody reads its output any more."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -71,18 +89,18 @@ def command(main: Callable[P, Any]) -> Callable[P, int]:
         except BrokenPipeError:
             _discard(sys.stdout)
             return 141
-        except KeyboardInterrupt:  # during training it is Interrupted, of zoo.training.callbacks
-            say("\nstopped by SIGINT", sys.stderr)
-            return 130
+        except (KeyboardInterrupt, Interrupted) as stop:
+            say(f"\n{str(stop) or 'stopped by SIGINT'}", sys.stderr)
+            return getattr(stop, "code", 130)
         except Exception as error:
-            if not expected(error):
+            if not expected(error, *kinds):
                 raise
-            say(f"error: {describe(error)}", sys.stderr)
+            say(f"error: {reason(error)}", sys.stderr)
             try:
                 sys.stdout.flush()
             except OSError:  # it was the output that is full
                 _discard(sys.stdout)
-            return 2
+            return error.code if isinstance(error, Untested) else 2
         return code if isinstance(code, int) else 0
 
     return run

@@ -100,7 +100,7 @@ def load_patch(path: str | Path, model: Model) -> list[Patch]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = untrusted.regular(path, "no patch file")
+    file = untrusted.regular(path, "patch file")
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")

@@ -7,9 +7,9 @@ is ever imported or instantiated, and no path that is written or removed comes o
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,17 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from zoo.config import VERSION, show
+from zoo.console import describe
 from zoo.files import home, whole
 from zoo.models import Model
 from zoo.training import untrusted, validate
 
-SCHEMA = 3
-
-
-def _text_of_four_domains(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Text had no source but its domains, and no tokens but bytes."""
-    new = dict.fromkeys(("files", "hub", "subset", "documents", "column", "vocabulary"))
-    for options in (checkpoint["hyper_parameters"], checkpoint["zoo"].get("config")):
-        task = options.get("task") if isinstance(options, dict) else None
-        if isinstance(task, dict) and task.get("name") == "text":
-            task.update({**new, "tokenizer": "bytes", **task})
-    checkpoint["zoo"]["schema"] = 2
-    return checkpoint
+SCHEMA = 4
 
 
 def _factors_as_they_are_used(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Heads of factors gave (o,R) and (i,R), and each head was the first of two modules."""
+    """Heads of factors gave (o,R) and (i,R), and each head was the first of two modules; in schema 1, options of text
+    were missing, which have their defaults."""
     rank, weights = checkpoint["hyper_parameters"]["model"].get("rank"), {}
 
     def transposed(t: Any) -> Any:
@@ -58,32 +49,23 @@ def _factors_as_they_are_used(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**checkpoint, "state_dict": weights}
 
 
+def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The best validation loss was in the state of Lightning's ModelCheckpoint, beside paths."""
+    checkpoint["zoo"].update(schema=4, best=None)
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if name.startswith("ModelCheckpoint") and state["best_model_score"] is not None:
+            checkpoint["zoo"]["best"] = float(state["best_model_score"])
+    return checkpoint
+
+
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _text_of_four_domains,
+    1: _factors_as_they_are_used,
     2: _factors_as_they_are_used,
+    3: _score_of_the_best,
 }
-"""From schema n to a function that turns such a checkpoint into one of schema n + 1."""
+"""From schema n to a function that turns such a checkpoint into one of a later schema."""
 
-FIELDS: dict[str, tuple[type, ...]] = {
-    "zoo.config": (dict,),
-    "zoo.command": (str,),
-    "zoo.seconds": (int, float),
-    "zoo.zoo": (str,),
-    "zoo.torch": (str,),
-    "callbacks": (dict,),
-    "loops": (dict,),
-    "optimizer_states": (list,),
-    "lr_schedulers": (list,),
-    "global_step": (int,),
-    "pytorch-lightning_version": (str,),
-}
-"""What a run that goes on needs; zoo.load does without, but takes none of another type."""
-
-NOT_NEEDED: dict[str, tuple[type, ...]] = {
-    "zoo.trainer": (dict, type(None)),
-    "zoo.logger": (dict, type(None)),
-    "family": (dict,),
-}
+ENTRIES = ("zoo", "hyper_parameters", "state_dict", "task", "family")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -108,106 +90,69 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def find(path: str | Path, name: str) -> Path:
     """The checkpoint file `path`, or `name` (best, last) in the run folder `path`, last for best where nothing was
     validated; raises ValueError if absent."""
-    try:
-        path = home(path)
-        path = path.parent if path.name == "checkpoints" else path
-        file = path / "checkpoints" / f"{name}.ckpt" if path.is_dir() else path
-        if path.is_dir() and name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
-            file = file.with_name("last.ckpt")  # nothing was validated
-        found = file.is_file()
-    except (TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
-        found, file = False, path  # type: ignore[assignment]
-    if not found:
-        at = str(file) if isinstance(file, Path) else show(file)
-        raise ValueError(
-            f"no checkpoint at {at[:200]}: give a .ckpt file, or a run folder with checkpoints/{name}.ckpt"
-        )
-    return file
+    file: Any = path
+    with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
+        file = home(path)
+        folder = file.parent if file.name == "checkpoints" else file
+        if folder.is_dir():
+            file = folder / "checkpoints" / f"{name}.ckpt"
+            if name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
+                file = file.with_name("last.ckpt")
+    return untrusted.regular(file, "checkpoint", f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
 
 
 def read(path: Path, resume: bool = False) -> dict[str, Any]:
     """The checkpoint's plain contents at today's schema, every option written down.
 
-    resume: also what a run goes on with, for the folder that the file lies in. Raises ValueError for files that are not
-    ours or damaged, or that hold options, names, weights or states unknown here.
+    resume: what a run goes on with, for the folder that the file lies in. Raises ValueError for files that are not ours
+    or damaged, or that hold options, names, weights or states unknown here.
     """
     try:
-        checkpoint = _at_schema(untrusted.contents(path), path)
-        _check_fields(checkpoint, path, resume)
-        model = validate.model(checkpoint, path)
-        if not resume:
-            return checkpoint
-        return {**validate.progress(checkpoint, model, path), "callbacks": _callbacks(checkpoint, path)}
-    except ValueError as error:
-        raise ValueError(f"{error}{_still_loadable(path)}") from None
+        checkpoint = _at_schema(untrusted.contents(path))
+        model = validate.model(checkpoint)
+        if resume:
+            checkpoint = validate.state(checkpoint, model)
+    except Exception as error:  # damaged files, and families of somebody else, fail in many ways
+        raise ValueError(f"{path} cannot be used: {describe(error)[:400]}{_still_loadable(path)}") from None
+    if resume:
+        checkpoint["zoo"]["best"] = _score_to_beat(checkpoint, path)
+    return checkpoint
 
 
 def _still_loadable(path: Path) -> str:
     best = path.with_name("best.ckpt")
-    try:
+    with suppress(ValueError):
         if path.name == "last.ckpt" and best.is_file() and read(best):
             return f"; what can still be loaded: {best}"
-    except ValueError:
-        pass
     return ""
 
 
-def _at_schema(checkpoint: Any, path: Path) -> dict[str, Any]:
-    entries = ("zoo", "hyper_parameters", "state_dict")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in entries):
-        raise ValueError(f"{path} is no checkpoint of this zoo: it lacks the entries {', '.join(entries)}")
-    while type(schema := checkpoint["zoo"].get("schema")) is not int or schema != SCHEMA:
+def _at_schema(content: Any) -> dict[str, Any]:
+    content = {"task": {}, "family": {}, **content} if isinstance(content, dict) else {}
+    for name in ENTRIES:
+        if not isinstance(content.get(name), dict):
+            got = show(content.get(name), 40)
+            raise ValueError(f"it is no checkpoint of this zoo, which must hold {name} as a dict, got {got}")
+    while type(schema := content["zoo"].get("schema")) is not int or schema != SCHEMA:
         if type(schema) is not int or schema not in UPGRADES:
             known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
-            raise ValueError(f"{path} has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
-        try:
-            checkpoint = UPGRADES[schema](checkpoint)
-        except Exception:  # damaged files fail in many ways, as in zoo.training.untrusted
-            raise ValueError(f"{path} is damaged: its contents are not those of schema {schema}") from None
-    if not isinstance(checkpoint.get("task", {}), dict):
-        raise ValueError(f"{path} must hold the state of its task as a dict, got {show(checkpoint['task'], 40)}")
-    return checkpoint
+            raise ValueError(f"it has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
+        content = UPGRADES[schema](content)
+    return content
 
 
-def _check_fields(checkpoint: dict[str, Any], path: Path, resume: bool) -> None:
-    for name, types in (FIELDS | NOT_NEEDED).items():
-        group, _, key = name.rpartition(".")
-        holder = checkpoint[group] if group else checkpoint
-        if key not in holder and not (resume and name in FIELDS):
-            continue
-        if type(value := holder.get(key)) not in types:
-            kinds = " or ".join(kind.__name__ for kind in types)
-            raise ValueError(f"{path} must hold {name} as {kinds}, got {show(value, 40)}")
-    if not 0 <= checkpoint["zoo"].get("seconds", 0) < math.inf:
-        raise ValueError(f"{path} must hold zoo.seconds as a number from 0 on, got {checkpoint['zoo']['seconds']}")
-
-
-def _callbacks(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The states of callbacks; of the saver's the score alone: its paths are those of the folder that `path` is in."""
-    callbacks = {}
-    for name, state in checkpoint["callbacks"].items():
-        if not isinstance(state, dict):
-            raise ValueError(f"{path} must hold the state of callbacks as dicts, got {show(state, 40)}")
-        callbacks[name] = _saver(state, checkpoint, path) if str(name).startswith("ModelCheckpoint") else state
-    return callbacks
-
-
-def _saver(state: dict[str, Any], checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    folder = path.absolute().parent.resolve()
-    best, score = folder / "best.ckpt", state.get("best_model_score")
-    if score is not None:
-        score = validate.like(score, torch.zeros(()), f"{path}: best_model_score")
-    if score is None or not best.is_file():  # the next validation writes one
-        return {"dirpath": str(folder), "best_model_score": None, "best_model_path": ""}
+def _score_to_beat(checkpoint: dict[str, Any], path: Path) -> float | None:
+    """The score of the best checkpoint, None where that is gone: the next validation writes one."""
+    best = path.with_name("best.ckpt")
+    if not best.is_file():
+        return None
     try:
         same = path.samefile(best) or read(best)["hyper_parameters"] == checkpoint["hyper_parameters"]
     except ValueError as error:
         raise ValueError(f"{error}; move it away to go on with {path}") from None
     if not same:
         raise ValueError(f"{best} is of another run: move it away to go on with {path}")
-    paths = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(best))
-    scores = dict.fromkeys(("best_model_score", "current_score", "kth_value"), score)
-    return {"dirpath": str(folder), "best_k_models": {str(best): score}, **paths, **scores}
+    return checkpoint["zoo"]["best"]
 
 
 def load(path: str | Path) -> Model:

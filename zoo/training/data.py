@@ -10,6 +10,7 @@ import numpy as np
 from zoo.core.layers import FILLING
 from zoo.models import Model
 from zoo.tasks import Batch, Task
+from zoo.training.options import RunConfig
 
 
 class Stream:
@@ -57,26 +58,25 @@ class Stream:
 class Data(L.LightningDataModule):
     """The three streams of a task; training continues where the trainer's step count stands."""
 
-    def __init__(self, model: Model, validation_batches: int, test_batches: int, overfit: bool):
+    def __init__(self, model: Model, options: RunConfig):
         super().__init__()
-        self.model, self.overfit = model, overfit
-        self.validation_batches, self.test_batches = validation_batches, test_batches
+        self.model, self.options = model, options
 
     def _stream(self, split: str, batches: int, parts: int = 1) -> Stream:
         trainer = self.trainer
         assert trainer is not None
         size = self.model.optim.batch_size
-        return Stream(self.model.task, split, size, batches, parts, trainer.global_rank, trainer.world_size)
+        stream = Stream(self.model.task, split, size, batches, parts, trainer.global_rank, trainer.world_size)
+        stream.start = trainer.global_step if split == "train" else 0
+        return stream
 
     def train_dataloader(self) -> Stream:
-        optim = self.model.optim
-        stream = self._stream("train", optim.steps, optim.accumulate)
-        assert self.trainer is not None
-        stream.start, stream.repeat = self.trainer.global_step, self.overfit
+        stream = self._stream("train", self.model.optim.steps, self.model.optim.accumulate)
+        stream.repeat = self.options.overfit
         return stream
 
     def val_dataloader(self) -> Stream:
-        return self._stream("validation", self.validation_batches)
+        return self._stream("validation", self.options.validation_batches)
 
     def test_dataloader(self) -> Stream:
-        return self._stream("test", self.test_batches)
+        return self._stream("test", self.options.test_batches)

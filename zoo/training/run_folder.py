@@ -48,9 +48,14 @@ def taken(out: Path | None, family: str, resumed: bool) -> Iterator[Path]:
     What was made and stayed empty goes. Raises ValueError if the folder cannot be made or written, if another process
     holds it, or if it holds a run and is not `resumed`.
     """
+    from lightning.pytorch.utilities import rank_zero_only  # not at the top: python train.py --help needs no Lightning
+
     folder = (out or default(family)).absolute()
     if "::" in str(folder) or "://" in str(folder):
         raise ValueError(f"cannot use {folder} as run folder: Lightning takes :: and :// for other places")
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        yield folder  # which the first process holds
+        return
     made = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     try:
         try:
@@ -81,17 +86,6 @@ def taken(out: Path | None, family: str, resumed: bool) -> Iterator[Path]:
 def default(family: str) -> Path:
     """runs/`family`/ID, the id from $ZOO_RUN_ID, which all processes of a run share, else the time."""
     return Path("runs", family, run_id() or time.strftime("%Y-%m-%d_%H-%M-%S"))
-
-
-@contextmanager
-def announced(folder: Path) -> Iterator[None]:
-    """Processes started meanwhile find the name of the default folder in $ZOO_RUN_ID."""
-    before = os.environ.get("ZOO_RUN_ID", "")
-    os.environ["ZOO_RUN_ID"] = folder.name
-    try:
-        yield
-    finally:
-        os.environ["ZOO_RUN_ID"] = before
 
 
 def _lock(folder: Path) -> int:

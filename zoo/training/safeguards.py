@@ -1,25 +1,15 @@
-"""What goes wrong around training takes nothing away: of the test, of figures and tables, of loggers."""
+"""What goes wrong after training takes nothing away: of the test, of figures and tables."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from lightning.pytorch.loggers import Logger
-
-from zoo.console import describe, warn
-from zoo.training.callbacks import Interrupted
-
-
-class Untested(RuntimeError):
-    """Training is complete and saved, what comes after it failed; code: the exit code."""
-
-    code = 1
+from zoo.console import Interrupted, Untested, describe, warn
 
 
 @contextmanager
@@ -28,7 +18,7 @@ def trained(folder: Path) -> Iterator[None]:
     safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", 128 + number)
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", number)
 
     main = threading.current_thread() is threading.main_thread()  # no other may do this
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
@@ -50,22 +40,3 @@ def optional(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         warn(f"{what} failed: {describe(error)}")
-
-
-def guarded(logger: Logger) -> Logger:
-    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
-
-    def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            try:
-                return method(*args, **options)
-            except Exception as error:
-                setattr(logger, name, lambda *args, **options: None)
-                warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
-
-        return call
-
-    for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
-        if method := getattr(logger, name, None):
-            setattr(logger, name, guard(name, method))
-    return logger

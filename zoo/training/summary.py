@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import lightning as L
 from zoo.files import whole
 from zoo.models import Model, flops
 from zoo.tasks import TASKS
+from zoo.training.callbacks import read_rows
 
 
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
@@ -58,7 +57,9 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     from matplotlib.figure import Figure  # without pyplot: no backend, no display
     from matplotlib.ticker import LogLocator, NullLocator
 
-    rows = _rows(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    if not (rows := read_rows(path)):
+        raise ValueError(f"{path} is gone or damaged")
     figure = Figure((6, 4))
     axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.12, "top": 0.92})
     styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
@@ -78,15 +79,3 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     axes.legend()
     with whole(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=120)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that are whole; raises ValueError if there is none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            row = json.loads(line)
-            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
-    if not rows:
-        raise ValueError(f"{path} is gone or damaged")
-    return rows

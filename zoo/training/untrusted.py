@@ -11,6 +11,7 @@ import pickletools
 import re
 import struct
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,13 @@ TUPLE = 1000  # values in a tuple and the tuples in it: a dict hashes them all
 GLOBALS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w{1,20}Storage")
 
 
-def regular(path: Any, what: str) -> Path:
-    """`path` if it is that of a file; raises ValueError for all else that could be passed, `what` says what is not."""
-    try:
+def regular(path: Any, what: str, advice: str = "") -> Path:
+    """`path` if it is that of a file; raises ValueError, that there is no `what`, for all else that could be passed."""
+    with suppress(TypeError, ValueError, OSError):
         if Path(path).is_file():
             return Path(path)
-    except (TypeError, ValueError, OSError):
-        pass
-    raise ValueError(f"{what} at {str(path)[:200] if isinstance(path, str | Path) else show(path)}")
+    at = str(path)[:200] if isinstance(path, str | Path) else show(path)
+    raise ValueError(f"no {what} at {at}{advice}")
 
 
 def contents(path: Path) -> Any:
@@ -47,13 +47,8 @@ def contents(path: Path) -> Any:
         _scan(_pickle(path, size), CODES + size // BYTES)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # damaged files fail in many ways, none of which the user can tell apart
-        raise ValueError(
-            f"{path} is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it"
-        ) from None
-    try:
-        return copied(content, size)
-    except ValueError as error:
-        raise ValueError(f"{path} is no checkpoint: {error}") from None
+        raise ValueError("it is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it") from None
+    return copied(content, size)
 
 
 def _pickle(path: Path, size: int) -> bytes:

@@ -1,19 +1,16 @@
 """Whether the contents of a checkpoint fit this zoo: tried on the meta device, where weights take no memory.
 
 Families and tasks decide alone what their options mean. A model is built from them until it has more parts than the
-checkpoint has weights, and compared by name, shape and dtype; only then does anything of its size exist.
+checkpoint has weights, and the file is compared with it by name, shape and dtype; only then does anything of its size
+exist.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import threading
-from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks
 
-from zoo.config import lookup, one_line, show
+from zoo.config import lookup, show
 from zoo.models import MODELS, Model
 from zoo.models.base import OptimConfig
 from zoo.training.untrusted import finite
@@ -36,32 +33,34 @@ def build(options: dict[str, Any]) -> Model:
     return lookup(options["model"].get("name"), MODELS, "model")(**options)
 
 
-def model(checkpoint: dict[str, Any], path: Path) -> Model:
+def model(checkpoint: dict[str, Any]) -> Model:
     """A model without memory that has the checkpoint's weights; options that it lacks are written into it.
 
     Raises ValueError if there is none: for unknown options, and for weights of other names, shapes or dtypes.
     """
     options, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     if {key: type(value) for key, value in options.items()} != OPTIONS:
-        raise ValueError(f"{path} must hold the options {', '.join(OPTIONS)}, got {show(options, 200)}")
+        raise ValueError(f"it must hold the options {', '.join(OPTIONS)}, got {show(options, 200)}")
     if not 0 <= options["seed"] < 2**32:
-        raise ValueError(f"{path} holds seed={show(options['seed'])}, not one between 0 and {2**32 - 1}")
-    _check_weights(weights, path)
-    try:
-        with torch.device("meta"), _at_most(PARTS * len(weights) + 100):
-            meta = build(options)
-        ours = dict(meta.hparams)
-        filled = {key: {**ours[key], **value} if isinstance(value, dict) else value for key, value in options.items()}
-        if ours != filled:
-            raise ValueError("; ".join(differences(filled, ours)))
-        _compare({name: tuple(t.shape) for name, t in meta.state_dict().items()}, weights)
-        _same_under_all_names(meta, weights)
-        checkpoint["hyper_parameters"] = ours
-        if "config" in checkpoint["zoo"]:
-            checkpoint["zoo"]["config"].update(ours)
-        meta.on_load_checkpoint(checkpoint)
-    except Exception as error:  # sizes beyond any tensor, and what a family of somebody else makes of its options
-        raise ValueError(f"{path} does not fit this zoo: {one_line(error, 400)}") from None
+        raise ValueError(f"it holds seed={show(options['seed'])}, not one between 0 and {2**32 - 1}")
+    with torch.device("meta"), _at_most(PARTS * len(weights) + 100):
+        meta = build(options)
+    ours = dict(meta.hparams)
+    filled = {key: {**ours[key], **value} if isinstance(value, dict) else value for key, value in options.items()}
+    if ours != filled:
+        raise ValueError("; ".join(differences(filled, ours)))
+    like(weights, meta.state_dict(), "state_dict")
+    if unknown := weights.keys() - meta.state_dict().keys():
+        raise ValueError(f"state_dict holds {show(unknown)}, which the model lacks")
+    if len(kinds := {weight.dtype for weight in weights.values()}) > 1:
+        raise ValueError(f"state_dict is of {', '.join(map(str, kinds))}, not of one of them")
+    first: dict[int, str] = {}
+    for name, parameter in meta.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if not torch.equal(weights[name], weights[other]):
+            raise ValueError(f"{name} and {other} are one matrix in the model, two in the file")
+    checkpoint["hyper_parameters"] = ours
+    meta.on_load_checkpoint(checkpoint)
     return meta
 
 
@@ -88,40 +87,6 @@ def _at_most(parts: int) -> Iterator[None]:
             handle.remove()
 
 
-def _check_weights(weights: dict[Any, Any], path: Path) -> None:
-    for name, weight in weights.items():
-        if not isinstance(name, str) or not isinstance(weight, Tensor):
-            raise ValueError(f"{path}: the weight {show(name)} is {show(weight)}, not a tensor with a name")
-        if weight.dtype not in DTYPES:
-            raise ValueError(f"{path}: the weight {show(name)} is of {weight.dtype}, not a real floating dtype")
-        if not finite(weight):
-            raise ValueError(f"{path}: the weight {show(name)} holds numbers that are not finite")
-    kinds = Counter(weight.dtype for weight in weights.values()).most_common()
-    for name, weight in weights.items():
-        if weight.dtype != kinds[0][0]:
-            raise ValueError(f"{path}: the weight {show(name)} is of {weight.dtype}, others of {kinds[0][0]}")
-
-
-def _compare(ours: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:
-    lines = [f"Missing key {name}" for name in ours if name not in weights]
-    lines += [f"Unexpected key {show(name)}" for name in weights if name not in ours]
-    lines += [
-        f"size mismatch for {name}: {tuple(weights[name].shape)} in the file, {shape} in the model"
-        for name, shape in ours.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if lines:
-        raise ValueError("; ".join(lines[:8]))
-
-
-def _same_under_all_names(model: Model, weights: dict[str, Tensor]) -> None:
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        if not torch.equal(weights[name], weights[other]):
-            raise ValueError(f"{name} and {other} are one matrix in the model, two in the file")
-
-
 def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -> list[str]:
     """One line for each value of `asked` that `saved` lacks or holds differently."""
     lines = []
@@ -136,106 +101,92 @@ def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -
     return lines
 
 
-def progress(checkpoint: dict[str, Any], meta: Model, path: Path) -> dict[str, Any]:
-    """The checkpoint with what Lightning restores: the optimizer's moments, each by its name and type. The schedule and
-    the place in the run are those of its step; raises ValueError where the file says another."""
+def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
+    """All that a run goes on with, by Lightning's names; raises ValueError for what cannot have been.
+
+    The file says the options, the weights, the moments and the step; all else follows from these.
+    """
     configured: Any = meta.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for parameter in meta.decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes the state, of no memory either
-    (saved,), (scheduled,) = (_one(checkpoint[name], name, path) for name in ("optimizer_states", "lr_schedulers"))
-    step, began = checkpoint["global_step"], schedule.state_dict()
-    loops = place(step, meta.optim)
-    counted = like(checkpoint["loops"], loops, f"{path}: loops")["fit_loop"][COUNTED]["optimizer"]["step"]["total"]
-    scheduled = like(scheduled, {"last_epoch": 0}, f"{path}: lr_schedulers.0")
-    steps = {step, counted["completed"], scheduled["last_epoch"]}
-    if len(steps) > 1 or not 0 <= step <= meta.optim.steps:
-        raise ValueError(f"{path} must stand at one step of {meta.optim.steps}, not at {show(sorted(steps))}")
-    if not re.fullmatch(r"2\.\d{1,4}(\.\w{1,20})*", checkpoint["pytorch-lightning_version"]):
-        raise ValueError(f"{path} is of Lightning {show(checkpoint['pytorch-lightning_version'])}, not of 2.x")
-    checkpoint = {**checkpoint, "pytorch-lightning_version": L.__version__}
-    if mixed := "MixedPrecision" in checkpoint:  # 16-mixed, which passes over steps whose gradients are not finite
-        scaler = torch.amp.GradScaler("cpu").state_dict()
-        checkpoint["MixedPrecision"] = like(checkpoint["MixedPrecision"], scaler, f"{path}: MixedPrecision")
+    optimizer.step()  # makes the moments, of no memory either
+    ours, began = optimizer.state_dict(), schedule.state_dict()
+    groups = [{"params": group["params"]} for group in ours["param_groups"]]
+    given = [name for name in ("trainer", "logger", "placement") if checkpoint["zoo"].get(name) is not None]
+    score = 0.0 if checkpoint["zoo"].get("best") is not None else None
+    described = {
+        "global_step": 0,
+        "zoo": {"config": {}, "command": "", "seconds": 0.0, "best": score, **{name: {} for name in given}},
+        "optimizer_states": [{"state": None, "param_groups": groups}],
+        # of 16-mixed, which passes over steps whose gradients are not finite
+        **({"MixedPrecision": torch.amp.GradScaler("cpu").state_dict()} if "MixedPrecision" in checkpoint else {}),
+    }
+    found = like(checkpoint, described, "")
+    step, (saved,) = found["global_step"], found["optimizer_states"]
+    if step > meta.optim.steps:
+        raise ValueError(f"global_step is {step}, beyond optim.steps={meta.optim.steps}")
+    kept, own = ([number for group in side for number in group["params"]] for side in (saved["param_groups"], groups))
+    if sorted(kept) != sorted(own):
+        raise ValueError(f"optimizer_states.0.param_groups names other parameters than 0 to {len(own) - 1}")
+    template = {number: ours["state"][place] for number, place in zip(kept, own, strict=True)}
+    moments = like(saved["state"], template, "optimizer_states.0.state")
+    for number, moment in moments.items():
+        steps = moment["step"].item()
+        if steps != step and not ("MixedPrecision" in found and steps in range(step)):
+            raise ValueError(f"optimizer_states.0.state.{number}.step is {steps}, the run stands at {step}")
+        if (moment["exp_avg_sq"] < 0).any():
+            raise ValueError(f"optimizer_states.0.state.{number}.exp_avg_sq holds numbers below 0")
+        moments[number] = {name: t.clone(memory_format=torch.contiguous_format) for name, t in moment.items()}
     rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    checkpoint["loops"] = loops
-    checkpoint["lr_schedulers"] = [{**began, "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}]
-    taken = range(step + 1) if mixed else (step,)
-    checkpoint["optimizer_states"] = [
-        _optimizer(saved, optimizer.state_dict(), rates, taken, f"{path}: optimizer_states.0")
+    new = [
+        {**group, **numbers, "lr": rate}
+        for group, numbers, rate in zip(ours["param_groups"], saved["param_groups"], rates, strict=True)
     ]
-    return checkpoint
-
-
-COUNTED = "epoch_loop.automatic_optimization.optim_progress"
+    return {
+        **found,
+        **{name: checkpoint[name] for name in ("hyper_parameters", "state_dict", "task", "family")},
+        "zoo": {**checkpoint["zoo"], "config": {**checkpoint["zoo"]["config"], **checkpoint["hyper_parameters"]}},
+        "optimizer_states": [{"state": moments, "param_groups": new}],
+        "lr_schedulers": [{**began, "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}],
+        "loops": place(step, meta.optim),
+        "callbacks": {},
+        "epoch": 0,
+        "pytorch-lightning_version": L.__version__,
+    }
 
 
 def place(steps: int, optim: OptimConfig) -> dict[str, Any]:
     """Where a run stands after so many steps, by Lightning's names."""
 
-    def count(total: int, *names: str) -> dict[str, Any]:
-        return {kind: dict.fromkeys(("ready", "completed", *names), total) for kind in ("total", "current")}
+    def count(total: int, **more: Any) -> dict[str, Any]:
+        numbers = dict.fromkeys(("ready", "started", "processed", "completed"), total)
+        return {"total": {**numbers, **more}, "current": {**numbers, **more}}
 
-    def batches(total: int, last: bool) -> dict[str, Any]:
-        return {**count(total, "started", "processed"), "is_last_batch": last}
-
-    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    stepped = {"step": count(steps), "zero_grad": count(steps)}
     return {
         "fit_loop": {
-            "epoch_progress": {"total": epoch, "current": epoch},
+            "epoch_progress": count(0, ready=1, started=1),
             "epoch_loop.state_dict": {"_batches_that_stepped": steps},
-            "epoch_loop.batch_progress": batches(steps * optim.accumulate, steps == optim.steps),
+            "epoch_loop.batch_progress": {**count(steps * optim.accumulate), "is_last_batch": steps == optim.steps},
             "epoch_loop.scheduler_progress": count(steps),
-            COUNTED: {"optimizer": {"step": count(steps), "zero_grad": count(steps, "started")}},
-            "epoch_loop.val_loop.batch_progress": batches(0, False),
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": stepped},
         }
     }
 
 
-def _one(states: list[Any], name: str, path: Path) -> list[Any]:
-    if len(states) != 1:
-        raise ValueError(f"{path} must hold one of {name}, got {len(states)}")
-    return states
-
-
-def _optimizer(
-    saved: Any, ours: dict[str, Any], rates: list[float], taken: Container[int], where: str
-) -> dict[str, Any]:
-    """The moments of each parameter after `taken` steps; all else is as the options say."""
-    groups = [{"params": group["params"]} for group in ours["param_groups"]]
-    saved = like(saved, {"state": None, "param_groups": groups}, where)
-    new = [
-        {**group, **found, "lr": rate}
-        for group, found, rate in zip(ours["param_groups"], saved["param_groups"], rates, strict=True)
-    ]
-    ids, own = (list(chain.from_iterable(group["params"] for group in side)) for side in (new, ours["param_groups"]))
-    if sorted(ids) != sorted(own):
-        raise ValueError(f"{where}.param_groups names other parameters than 0 to {len(own) - 1}")
-    template = {index: ours["state"][place] for index, place in zip(ids, own, strict=True)}
-    states = like(saved["state"], template, f"{where}.state")
-    for index, state in states.items():
-        if state["step"].item() not in taken:
-            raise ValueError(f"{where}.state.{index}.step is {state['step'].item()}, the run stands at another")
-        if (state["exp_avg_sq"] < 0).any():
-            raise ValueError(f"{where}.state.{index}.exp_avg_sq holds numbers below 0")
-    return {"state": states, "param_groups": new}
-
-
 def like(value: Any, ours: Any, where: str) -> Any:
-    """`value` with the names of `ours` alone and each tensor in memory of its own; raises ValueError where a type,
-    length or shape is another, an integer is negative or a number not finite. None stands for any value."""
+    """`value` with the names of `ours` alone; raises ValueError where a type, length or shape is another, an integer is
+    negative or a number not finite. None stands for any value."""
     if ours is None:
         return value
     if isinstance(ours, dict) and isinstance(value, dict):
         for key in ours:
             if key not in value:
-                raise ValueError(f"{where} lacks {show(key)}")
-        return {key: like(value[key], item, f"{where}.{key}") for key, item in ours.items()}
+                raise ValueError(f"{where or 'it'} lacks {show(key)}")
+        return {key: like(value[key], item, f"{where}.{key}".lstrip(".")) for key, item in ours.items()}
     if isinstance(ours, list | tuple) and isinstance(value, list | tuple) and len(value) == len(ours):
-        return type(ours)(
-            like(item, own, f"{where}.{index}") for index, (item, own) in enumerate(zip(value, ours, strict=True))
-        )
+        return [like(item, own, f"{where}.{index}") for index, (item, own) in enumerate(zip(value, ours, strict=True))]
     if isinstance(ours, Tensor):
         fits = isinstance(value, Tensor) and value.shape == ours.shape and value.dtype in DTYPES and finite(value)
     elif isinstance(ours, float):
@@ -243,5 +194,7 @@ def like(value: Any, ours: Any, where: str) -> Any:
     else:
         fits = type(value) is type(ours) in (int, bool, str) and not (type(ours) is int and value < 0)
     if not fits:
-        raise ValueError(f"{where} is {show(value)}, not as {show(ours)}")
-    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+        numbers = {int: "a whole number from 0 on", float: "a finite number", list: f"a list as {show(ours)}"}
+        kind = f"a finite {show(ours)}" if isinstance(ours, Tensor) else numbers.get(type(ours), type(ours).__name__)
+        raise ValueError(f"{where} must be {kind}, got {show(value)}")
+    return value
