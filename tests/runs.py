@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 
@@ -18,11 +19,7 @@ SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 OFTEN = {"validate_every": 2, "log_every": 1, "validation_batches": 1, "test_batches": 2}
-FAMILIES = {
-    "transformer": {"name": "transformer"},
-    "hypernet": {"name": "hypernet", "code_dim": 8},
-    "moe": {"name": "moe", "bias_rate": 0.01},
-}
+FAMILIES = {name: {"name": name, **family.tiny, **family.busy} for name, family in cases.FAMILIES.items()}
 TASKS = {
     "regression": {"name": "regression", "points": 5, "queries": 3},
     "noise": {"name": "noise", "tokens": 12},

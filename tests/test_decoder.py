@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FAMILIES, Case, batch_of, build, options_of, taking_turns
+from cases import CASES, FAMILIES, Case, batch_of, build, length_of_context, options_of, taking_turns
 from torch import Tensor
 
 from zoo.core.decoder import Decoder, Sizes
@@ -81,8 +81,8 @@ def test_no_tokens_are_refused_in_the_same_words(case: Case) -> None:
     tokens = batch_of(model).tokens
     for empty in (tokens[:, :0], tokens[:0]):
         calls: list[Callable[[], object]] = [lambda x=empty: model(x)]  # type: ignore[misc]
-        calls.append(lambda x=empty: model.deltas(x, torch.arange(x.shape[1]) < 7))  # type: ignore[misc]
-        if model.task.vocabulary:
+        calls.append(lambda x=empty: model.deltas(x, 7))  # type: ignore[misc]
+        if model.task.vocabulary and not model.task.independent_queries:
             calls.append(lambda x=empty: model.generate(x, 1))  # type: ignore[misc]
             calls.append(lambda x=empty: model.decoder(x, cache=model.decoder.new_cache()))  # type: ignore[misc]
         for call in calls:
@@ -226,13 +226,12 @@ def test_hooks_fire_on_every_part(case: Case) -> None:
     lists = torch.nn.ModuleList | torch.nn.ModuleDict  # which nothing passes through
     parts = {name for name, part in model.decoder.named_modules() if not isinstance(part, lists)}
     assert set(called(model, lambda: model(tokens, n))) == parts
-    removed = torch.arange(tokens.shape[1]) < 7
-    twice = called(model, lambda: model.deltas(tokens, removed))  # with the context and without
+    twice = called(model, lambda: model.deltas(tokens, length_of_context(model)))  # with the context and without
     assert [twice[f"blocks.{layer}"] for layer in range(2)] == [2, 2]
     model.decoder.activation_checkpointing = True
     once = called(model.train(), lambda: model(tokens, n).sum().backward())  # running anew ends where all is there
     assert [once[f"blocks.{layer}"] for layer in range(2)] == [1, 1]
-    if model.task.vocabulary:
+    if model.task.vocabulary and not model.task.independent_queries:
         steps = called(model, lambda: list(model.generate(tokens[:, : n + 2], 3, n)))
         assert [steps[f"blocks.{layer}"] for layer in range(2)] == [3, 3]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build
+from cases import CASES, Case, batch_of, build, length_of_context
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_static import contexts, queries
@@ -57,12 +57,11 @@ def test_static_patches_come_back_bit_for_bit(case: Case, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_patches_of_each_token_too(case: Case, tmp_path: Path) -> None:
     model = build(case)
-    tokens = batch_of(model).tokens
-    removed = torch.arange(tokens.shape[1]) < 7
-    patches = model.deltas(tokens, removed)
+    tokens, n = batch_of(model).tokens, length_of_context(model)
+    patches = model.deltas(tokens, n)
     save_patch(tmp_path / "p", patches, model)
     loaded = load_patch(tmp_path / "p", model)
-    queries_only, positions = tokens[:, 7:], torch.full((5,), 7)
+    queries_only, positions = tokens[:, n:], torch.full((tokens.shape[1] - n,), n)
     expected = model(queries_only, patches=patches, positions=positions)
     torch.testing.assert_close(model(queries_only, patches=loaded, positions=positions), expected, rtol=0, atol=1e-12)
     assert [patch.chunk for patch in loaded] == [patch.chunk for patch in patches]

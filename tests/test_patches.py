@@ -43,8 +43,9 @@ def tokens_of(model: Model) -> Tensor:
     tokens, n = batch_of(model).tokens, length_of_context(model)
     if tokens.is_floating_point():
         return tokens.to(model.decoder.head.weight.dtype)
-    for first, second in ((0, 2), (n, n + 1)):  # equal tokens at the start of a query have no static patch
-        tokens[:, second] = (tokens[:, first] + 1) % (model.task.vocabulary or 1)
+    # tokens that see themselves alone have no static patch where they are equal
+    tokens[:, 2] = (tokens[:, 0] + 1) % (model.task.vocabulary or 1)
+    tokens[:, n:] = (tokens[:, :1] + 2 + torch.arange(tokens.shape[1] - n)) % (model.task.vocabulary or 1)
     return tokens
 
 
@@ -110,6 +111,10 @@ def pair_of(model: Model, tokens: Tensor | None = None, removed: Tensor | None =
     return pairs[0]
 
 
+def every_token(pair: LayerStates) -> list[list[int]]:
+    return torch.cartesian_prod(*map(torch.arange, pair.z.shape[:2])).tolist()
+
+
 def silu_product(W: dict[str, Tensor], z: Tensor) -> Tensor:
     return F.silu(W["gate"] @ z) * (W["up"] @ z)
 
@@ -165,9 +170,9 @@ def test_patches_of_single_tokens_are_what_their_formulas_say(case: Case, form: 
     model = shared(case.name)
     pair = pair_of(model)
     alone, dense = model.decoder.emit(pair.z, 0, 0).routing, pair.ffn.dense(EXACT_FORMS[form](pair))
-    for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+    for b, t in every_token(pair):
         expected = formula(form, pair, alone, b, t)
-        assert_equal_weights({name: W.expand(3, 5, -1, -1)[b, t] for name, W in dense.items()}, expected)
+        assert_equal_weights({name: W.expand(*pair.z.shape[:2], -1, -1)[b, t] for name, W in dense.items()}, expected)
 
 
 @every_case
@@ -177,7 +182,7 @@ def test_a_bias_is_what_its_formula_says(case: Case) -> None:
     pair = pair_of(model)
     alone, patch, W = model.decoder.emit(pair.z, 0, 0).routing, EXACT_FORMS["bias"](pair), stored(pair.ffn)
     assert not patch.weights
-    for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+    for b, t in every_token(pair):
         ffn_z = W["down"] @ (hidden_scale(pair.ffn, alone, b, t) * silu_product(W, pair.z[b, t]))
         torch.testing.assert_close(patch.biases["down"][b, t], pair.out_ctx[b, t] - pair.v[b, t] - ffn_z)
 
@@ -190,14 +195,14 @@ def test_static_patches_are_what_their_formulas_say(case: Case, form: str) -> No
     pair = pair_of(model)
     patch, W = EXACT_FORMS[form](pair), stored(pair.ffn)
     routing = pair.emitted.routing if form == "static" else model.decoder.emit(pair.z, 0, 0).routing
-    dense = pair.ffn.dense(replace(patch, routing=None))
+    dense, T = pair.ffn.dense(replace(patch, routing=None)), pair.z.shape[1]
     for b in range(3):
         expected = dict(W)
         if form == "static":
             for name in ("gate", "up"):
-                read = torch.stack([emitted(pair, b, t)[name] @ pair.z_ctx[b, t] for t in range(5)], 1)
+                read = torch.stack([emitted(pair, b, t)[name] @ pair.z_ctx[b, t] for t in range(T)], 1)
                 expected[name] = W[name] + (read - W[name] @ pair.z[b].T) @ torch.linalg.pinv(pair.z[b].T)
-        units = [hidden_scale(pair.ffn, routing, b, t) * silu_product(expected, pair.z[b, t]) for t in range(5)]
+        units = [hidden_scale(pair.ffn, routing, b, t) * silu_product(expected, pair.z[b, t]) for t in range(T)]
         H = torch.stack(units, 1)
         missing = (pair.out_ctx - pair.v)[b].T - W["down"] @ H
         expected["down"] = W["down"] + missing @ torch.linalg.pinv(H)
@@ -215,7 +220,7 @@ def test_experts_share_the_residual_with_the_smallest_norm(case: Case) -> None:
     ffn, routing = pair.ffn, pair.emitted.routing
     assert routing is not None
     down = EXACT_FORMS["shear"](pair).weights["down"].dense(ffn.weight("down"))
-    for b, t in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+    for b, t in every_token(pair):
         shift, z_ctx = (pair.v_ctx - pair.v)[b, t], pair.z_ctx[b, t]
         chosen = list(zip(routing.index[b, t].flatten().tolist(), routing.weight[b, t].flatten(), strict=True))
         gate, up = (W.unflatten(0, (ffn.blocks, -1)) for W in (ffn.gate, ffn.up))
@@ -251,10 +256,10 @@ def test_the_router_sees_the_context_where_its_input_is_patched(case: Case) -> N
 @torch.no_grad()
 def test_what_a_family_emits_alone_is_what_it_emits_for_the_kept_tokens(case: Case) -> None:
     model = shared(case.name)
-    n_kept = 4 if model.task.n_context else 0
-    positions = model.decoder.layout(12, 7).positions[~scattered(model)]
+    n_kept = model.task.n_context and model.task.n_context - 3
+    positions = model.decoder.layout(model.task.tokens, length_of_context(model)).positions[~scattered(model)]
     _, used = model.decoder(tokens_of(model)[:, ~scattered(model)], n_kept, positions=positions)
-    at = torch.arange(9)
+    at = torch.arange(model.task.tokens - 3)
     pair = pair_of(model, removed=scattered(model))
     alone, expected = (pair.ffn.dense(patch.per_token(at)) for patch in (pair.emit_without_context(), used[0]))
     for name, W in expected.items():
