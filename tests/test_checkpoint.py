@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -78,6 +79,23 @@ def test_load_of_a_folder_is_the_best_not_the_last(runs: dict[str, tuple[Path, A
         torch.save(content, tmp_path / "checkpoints" / f"{name}.ckpt")
     assert (zoo.load(tmp_path).decoder.head.weight == 5).all()
     assert (zoo.load(tmp_path / "checkpoints" / "last.ckpt").decoder.head.weight == 4).all()
+
+
+def test_load_of_a_name_a_folder_below_runs_and_a_result(
+    best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, time in (("old", 1), ("new", 3), ("other", 2)):
+        shutil.copytree(best.parent.parent, tmp_path / "runs" / "hypernet-regression" / run)
+        os.utime(tmp_path / "runs" / "hypernet-regression" / run, (time, time))
+    (tmp_path / "runs/hypernet-regression/new/checkpoints/best.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"runs/hypernet-regression/new/checkpoints/best\.ckpt"):
+        zoo.load("hypernet-regression")  # the latest is meant, not one that can be read
+    for given in ("hypernet-regression/old", Path("runs/hypernet-regression/old"), {"checkpoint": str(best)}):
+        assert zoo.load(given).config.name == "hypernet"
+    for given in ("hypernet-regressio", {"seed": 3}):
+        with pytest.raises(ValueError, match="no checkpoint at"):
+            zoo.load(given)
 
 
 @pytest.mark.parametrize("name", MODELS)

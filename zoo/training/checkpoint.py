@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,27 @@ def _score_to_beat(checkpoint: dict[str, Any], path: Path) -> float | None:
     return checkpoint["zoo"]["best"]
 
 
-def load(path: str | Path) -> Model:
-    """The model of a checkpoint file, or the best one of a run folder, in eval mode on the CPU.
+def _named(path: Any) -> Any:
+    """The run that a name or the result of a run means; `path` itself if it exists, or means none."""
+    if isinstance(path, Mapping):
+        return path.get("checkpoint")
+    with suppress(TypeError, ValueError, OSError):
+        folder = home(path) if home(path).exists() else Path("runs", path)
+        if not (folder / "checkpoints").is_dir():
+            runs = [found.parent for found in folder.glob("*/checkpoints")]
+            return max(runs, key=lambda run: run.stat().st_mtime, default=folder if folder.exists() else path)
+        return folder
+    return path
 
-    Raises ValueError if the file is missing, damaged or foreign, or holds options, names or weights unknown here.
+
+def load(path: str | Path | Mapping[str, Any]) -> Model:
+    """The model of a checkpoint file, or the best one of a run, in eval mode on the CPU.
+
+    path: of a file or a run folder, also below runs/; a name there, as hypernet-regression, stands for its latest run;
+    or what zoo.train returned. Raises ValueError if the file is missing, damaged or foreign, or holds options, names or
+    weights unknown here.
     """
-    file = find(path, "best")
-    checkpoint = read(file)
+    checkpoint = read(find(_named(path), "best"))
     model = validate.build(checkpoint["hyper_parameters"])
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
