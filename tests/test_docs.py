@@ -289,7 +289,7 @@ def test_the_recipes_followed_literally(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "runs/transformer-recall/ID/report").glob("*.png")} == {
         f"{name}.png" for name in ("law-residuals", "norms-and-alignment", "static-error")
     }
-    of_them = "film or recall or option or every_choice or lists_every or has_a_file"
+    of_them = "film or recall or option_tables or tables_cover or lists_every_option"
     assert " passed" in do("-m", "pytest", "-k", of_them, "-p", "no:cacheprovider")
 
 

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; the exit code: 2, with one line on stderr, for what cannot be."""
+    """Runs one command and returns the exit code: 2, with one line on stderr, for mistakes."""
     options = parse(argv)
     {"report": report, "figures": figures, "patch": patch, "apply": apply}[options.command](options)
     return 0

@@ -68,7 +68,7 @@ def lookup(name: Any, table: Mapping[str, T], what: str) -> T:
 
 
 def plain(value: Any, where: str = "", depth: int = 8) -> Any:
-    """What `value` means in None, bool, int, float, str, list and dict alone, which a checkpoint can hold: numbers and
+    """`value` in None, bool, int, float, str, list and dict alone, which a checkpoint can hold: numbers and
     arrays of numpy and torch, paths and enums become such. Raises ValueError for what has no such meaning."""
     if isinstance(value, Enum):
         return plain(value.value, where, depth)

@@ -1,4 +1,4 @@
-"""What every command shares: output that nothing stops, and one line on stderr for what cannot be."""
+"""The frame of every command: output that nothing stops, and one line on stderr for mistakes."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def command(
 
 
 def _discard(stream: Any) -> None:
-    """What is still to be written to `stream` goes nowhere; else Python would try again, and fail, at its exit."""
+    """Sends the rest of `stream` nowhere; else Python would try again, and fail, at its exit."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Prints prompt and continuation as it comes; the exit code: 2, with one line on stderr, for what cannot be."""
+    """Prints prompt and continuation as it comes; returns the exit code: 2, with one line on stderr, for mistakes."""
     options = parse(argv)
     for piece in pieces(options):
         print("".join(map(visible, piece)), end="", flush=True)

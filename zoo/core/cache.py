@@ -1,4 +1,4 @@
-"""What one layer keeps of the tokens so far, so that the next one comes alone.
+"""The cache of one layer: all that is kept of the tokens so far, so that the next one comes alone.
 
 Axes: B batch, T tokens, D model, G key/value heads, d head width.
 """

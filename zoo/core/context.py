@@ -156,7 +156,7 @@ class ContextToDelta(nn.Module):
         raise NotImplementedError
 
     def context(self, z_BTD: Tensor, n_context: int, cache: LayerCache | None, real: Tensor | None) -> ContextMean:
-        """What `update` reads; arguments as of forward."""
+        """The input of `update`; arguments as of forward."""
         return self.source.mean(z_BTD, n_context, cache, real)
 
     def forward(
@@ -197,7 +197,7 @@ class ContextToDelta(nn.Module):
         return 1.0
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
-        """What training adds to the task's loss, 0 for most families: a mean over the real tokens of a part.
+        """The auxiliary loss of training, 0 for most families: a mean over the real tokens of a part.
 
         Called once for each part of a step's batch; part counts them from 0.
         """
@@ -211,7 +211,7 @@ class ContextToDelta(nn.Module):
         """Called once after each optimiser step, on every process; nothing to do for most families."""
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the weights to go on as if nothing had happened, as plain values."""
+        """The state that training needs beside the weights to go on as if nothing had happened, as plain values."""
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ class Sizes:
 
 
 class Tokens(Protocol):
-    """What a task says of its tokens: `vocabulary` ids, or continuous ones of `token_dim` numbers; the first n_context
+    """The tokens of a task: `vocabulary` ids, or continuous ones of `token_dim` numbers; the first n_context
     are a separate context, 0 on running text. independent_queries: those after it all stand at the same position and do
     not see each other. filled: ids may be FILLING, which is left out of attention, means and statistics."""
 
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         return self.context_to_delta(z_BTD, layer, n_context if self.separate_context else 0, cache, real)
 
     def new_cache(self) -> list[LayerCache]:
-        """What forward fills with the first tokens and extends with each further one."""
+        """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one."""
         return [LayerCache() for _ in self.blocks]
 
     def forward(

@@ -227,7 +227,7 @@ def _static_down(pair: LayerStates, patch: Patch) -> Patch:
 
 
 def _missing(pair: LayerStates, h_BTF: Tensor) -> Tensor:
-    """What the stored `down` leaves between hidden units h and the contextual output, (B,T,D)."""
+    """The residual that the stored `down` leaves between hidden units h and the contextual output, (B,T,D)."""
     return pair.out_ctx - pair.v - F.linear(h_BTF, pair.ffn.weight("down"))
 
 

@@ -27,7 +27,7 @@ FILLING = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand and whom they see: positions (T,); mask (T,T) or (B,1,T,T), True = sees, None = causal."""
+    """Positions of tokens (T,) and their attention mask (T,T) or (B,1,T,T), True: may attend; None: causal."""
 
     positions: Tensor
     mask: Tensor | None
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
         return h
 
     def hidden(self, z_BTD: Tensor, patch: Patch) -> Tensor:
-        """What `down` reads under `patch`, s included: (B,T,E·F)."""
+        """The input of `down` under `patch`, s included: (B,T,E·F)."""
         h = self._hidden(split_chunks(z_BTD, patch.chunk), patch)
         return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
 
@@ -197,7 +197,7 @@ class Block(nn.Module):
         patch_of: Callable[[Tensor, Tensor], Patch],
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Patch]:
-        """What leaves the block, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
+        """The block's output, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
         v_BTD = self.attend(x_BTD, layout, cache)
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)

@@ -31,7 +31,7 @@ def low_rank_linear(W: Tensor, x: Tensor, u: Tensor, v: Tensor, gate: Tensor | N
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """What the update adds is added within the memory of the larger product, in both directions.
+    """Adds the update within the memory of the larger product, in both directions.
 
     Autograd would add the gradients that x has through W and through v in a further pass over them.
     """

@@ -1,4 +1,4 @@
-"""All that a context does to one feed-forward network: updates of its matrices and biases, and a choice of blocks.
+"""The change of one feed-forward network by a context: updates of its matrices and biases, and a choice of blocks.
 
 Axes: B batch, T tokens, D model, E blocks (experts), K chosen blocks; o outputs of one matrix; `*` the leading dims of
 an update, see zoo.core.delta.
@@ -39,7 +39,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Patch:
-    """What a context does to one feed-forward network, names as its parameters.
+    """All changes of one feed-forward network by a context, names as its parameters.
 
     input: a shift of what every matrix that reads the input sees; weights, biases (*,o): per matrix; routing: the
     blocks used; chunk: how many tokens share one update, None for the whole sequence; served (*,T,1): 0 at tokens that

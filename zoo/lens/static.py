@@ -170,7 +170,7 @@ def _states(
 
 
 def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
-    """What the patches hold before any fit: what the family emits for the context alone, where it does so."""
+    """The patches before any fit: those that the family emits for the context alone, empty where it reads the query."""
     if reads_query(decoder):
         return [Patch()] * len(decoder.blocks)
     patches = [_whole(patch) for patch in decoder(tokens, n_context)[1]]

@@ -143,7 +143,7 @@ class Model(L.LightningModule):
         )
 
     def decoder_options(self) -> dict[str, Any]:
-        """What a family asks of the decoder: keyword arguments of Decoder beside the sizes and the task."""
+        """Requests of a family to the decoder: keyword arguments of Decoder beside the sizes and the task."""
         return {}
 
     def make_context_to_delta(self) -> ContextToDelta | None:

@@ -87,7 +87,7 @@ class MoEConfig(ModelConfig):
 
     @property
     def source(self) -> Source:
-        """What routes a token, once resolved."""
+        """Where the state that routes a token comes from, once resolved."""
         return Source("token" if self.route_on == "token" else "chunk" if self.chunk else "segment", self.chunk)
 
 
@@ -145,7 +145,7 @@ class ExpertRouting(ContextToDelta):
     def _state(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None, real: Tensor | None
     ) -> Tensor:
-        """What the router reads at each token, (B,T,D)."""
+        """The router's input at each token, (B,T,D)."""
         if self.norms is None or self.empty is None:
             return z_BTD
         T = z_BTD.shape[1]

@@ -1,4 +1,4 @@
-"""What a task gives to every model: batches that are pure functions of (seed, split, k), a loss, and test metrics.
+"""Tasks: batches that are pure functions of (seed, split, k), a loss, and test metrics.
 
 Axes: B sequences, T tokens, C tokens of the context, Q query tokens, K sample queries, V output numbers.
 """
@@ -79,7 +79,7 @@ class Task(ABC):
     main_metric: ClassVar[str]
     """The test metric that sums up a run."""
     labels: ClassVar[dict[str, str]] = {}
-    """What metrics say, in words for the table at the end of a run."""
+    """Metrics in words, for the table at the end of a run."""
     unit: ClassVar[str] = "nats per token"
     """Of the loss."""
     has_text: ClassVar[bool] = False
@@ -109,7 +109,7 @@ class Task(ABC):
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the options, as plain values, such as a tokenizer."""
+        """The state of the task beside its options, as plain values for a checkpoint, such as a tokenizer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,8 +156,8 @@ class Task(ABC):
         return torch.ones_like(batch.targets, dtype=torch.bool)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """What is trained on: the sum of the errors over `batch.scored`, so that the mean over parts is the mean over
-        the predictions of the global batch; without a shape made of values, for which a GPU is waited for."""
+        """The training loss: the sum of the errors over `batch.scored`, so that the mean over parts is the mean over
+        the predictions of the global batch; no shape depends on values, which would make the host wait for a GPU."""
         total = batch.scored or self.scored(batch).sum().clamp(min=1)
         return self.token_losses(output, batch).sum() / total
 

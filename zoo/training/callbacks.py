@@ -1,4 +1,4 @@
-"""What happens around training steps: checkpoints, clean stops, rows of metrics, and what a person sees meanwhile."""
+"""Callbacks around training steps: checkpoints, clean stops, rows of metrics, and what a person sees meanwhile."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """What a run goes on with; raises ValueError where it could not, see read."""
+        """The contents that a run goes on with; raises ValueError where it could not, see read."""
         return read(Path(path), resume=True)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -104,7 +104,7 @@ def find(path: str | Path, name: str) -> Path:
 def read(path: Path, resume: bool = False) -> dict[str, Any]:
     """The checkpoint's plain contents at today's schema, every option written down.
 
-    resume: what a run goes on with, for the folder that the file lies in. Raises ValueError for files that are not ours
+    resume: those a run goes on with, for the folder of the file. Raises ValueError for files that are not ours
     or damaged, or that hold options, names, weights or states unknown here.
     """
     try:

@@ -1,4 +1,4 @@
-"""What reaches a model in training: the slices of a task's global batches that one process works on."""
+"""Batches as a model gets them in training: the slices of a task's global batches that one process works on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is asked for: options of its own, of its trainer and of its logger, on top of those it was begun with."""
+"""Options of a run, its trainer and its logger: those given, on top of those that it was begun with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zoo.training import checkpoint, validate
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run is made of; model, task and optim are groups of options of their own.
+    """Options of a run; model, task and optim are groups of their own.
 
     validate_every, log_every: optimiser steps; validation_batches, test_batches: batches of optim.batch_size
     sequences; overfit: train on the first batch alone; compile: translate the decoder with torch.compile first (takes

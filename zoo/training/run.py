@@ -181,7 +181,7 @@ def _metrics(model: Model, engine: L.Trainer, keeper: Checkpoints, tested: Path)
 
 
 def command() -> str:
-    """What was typed, shell-quoted."""
+    """The command line of this process, shell-quoted."""
     return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 

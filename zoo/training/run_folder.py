@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 RESULTS = ("checkpoints/*", "metrics.jsonl", "metrics.json", "curve.png")
-"""What a folder that holds a run has at least one of."""
+"""Files of a run: a folder with any of them holds one."""
 
 
 def fresh(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What goes wrong after training takes nothing away: of the test, of figures and tables."""
+"""After training, a failing test, figure or table takes nothing away."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.console import Interrupted, Untested, describe, warn
 
 @contextmanager
 def trained(folder: Path) -> Iterator[None]:
-    """What fails or is stopped inside says that nothing is lost, and how to do it again: Untested, or Interrupted."""
+    """Turns a failure inside into Untested, a signal into Interrupted: both say how to test again."""
     safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
 
     def stop(number: int, frame: FrameType | None) -> None:

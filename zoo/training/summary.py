@@ -1,4 +1,4 @@
-"""What a person reads: the opening lines of a run, its closing table, and its learning curve."""
+"""Output for people: the opening lines of a run, its closing table, and its learning curve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.training.callbacks import read_rows
 
 
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
-    """What is about to be trained, on what, where."""
+    """Model, data, device and folder of a run that begins."""
     config, task, optim = model.config, model.task, model.optim
     count = flops.parameters(model)
     parts = ", ".join(f"{name} {n:,}" for name, n in count.items() if n and name not in ("total", "active"))

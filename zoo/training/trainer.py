@@ -131,7 +131,7 @@ class HalfWeights(HalfPrecision):
 
 
 def stored(given: Mapping[str, Any], engine: L.Trainer) -> dict[str, Any]:
-    """What the checkpoints of a run say of its trainer; objects must be given again when it is resumed."""
+    """The arguments of its trainer that a run stores; objects must be given again when it is resumed."""
     return {**{key: value for key, value in given.items() if storable(key, value)}, "precision": engine.precision}
 
 

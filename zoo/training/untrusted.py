@@ -41,7 +41,7 @@ def regular(path: Any, what: str, advice: str = "") -> Path:
 
 
 def contents(path: Path) -> Any:
-    """What torch.save wrote to a file, as plain values and tensors; raises ValueError for every other file."""
+    """The contents of a file of torch.save as plain values and tensors; raises ValueError for every other file."""
     try:
         size = path.stat().st_size
         _scan(_pickle(path, size), CODES + size // BYTES)

@@ -1,4 +1,4 @@
-"""What tasks on text share: where their text lies, in which order it comes, and how many bits a byte takes.
+"""The common part of tasks on text: where their text lies, in which order it comes, and how many bits a byte takes.
 
 Axes: B sequences, T tokens, Q of them after the context, L bytes of the longest token, V ids, N sequences of a split,
 D sources.
@@ -118,7 +118,7 @@ class TextTask(Task):
         return list(prepared.values())
 
     def _changed(self, before: list[str] | None) -> str:
-        """What differs from the data of a checkpoint, if anything."""
+        """One line on data that is not that of the checkpoint, "" if all is."""
         if before is None or before == self.digests:
             return ""
         pairs = zip(self._names, self.digests or (), before, strict=False)
@@ -244,7 +244,7 @@ class TextTask(Task):
         return bits | parts
 
     def _trigram_bits(self, query_BQ: Tensor, targets_BQ: Tensor, scored_BQ: Tensor) -> Tensor:
-        """What the trigram needs for each byte of the scored targets, having read the same queries as the model."""
+        """Bits that the trigram needs for each scored byte, having read the same queries as the model."""
         windows = torch.cat([query_BQ, targets_BQ[:, -1:]], 1)
         bytes_BTL = self.tokenizer.table[windows.where(windows >= 0, START).cpu().numpy()].astype(np.int64)
         wanted_BTL = F.pad(scored_BQ, (1, 0)).cpu().numpy()[:, :, None] & (bytes_BTL >= 0)

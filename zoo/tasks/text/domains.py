@@ -41,7 +41,7 @@ def _files(domain: str, pattern: str) -> list[Path]:
 
 
 def origin(domain: str) -> str:
-    """What the text of a domain depends on: a package and its version, or the interpreter's."""
+    """The origin of a domain's text: a package and its version, or the interpreter's."""
     if domain in PACKAGES:
         return f"{PACKAGES[domain]} {_package(domain).version}"
     return f"Python {platform.python_version()} in {sysconfig.get_path('stdlib')}"

@@ -197,7 +197,7 @@ def at(place: str) -> Iterator[None]:
 
 
 def hub_origin(hub: str, subset: str | None, column: str, documents: int | None) -> str:
-    """What the text of a set depends on; a set of the hub is not asked for its state again once it was read. Raises
+    """A name for all that a set's text depends on; one of the hub is asked for its state once, before reading. Raises
     ValueError if `hub` is neither a folder nor OWNER/NAME."""
     options, folder = f"{hub} {subset} {column} {documents}", _path(hub)
     if os.path.isdir(folder):
@@ -269,7 +269,7 @@ def _reach(name: str, revision: str | None) -> None:
         with named(f"task.hub={name}"):
             HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT)
     except ValueError as error:
-        if not isinstance(error.__cause__, OfflineModeIsEnabled):  # offline by will: a copy may lie in its cache
+        if not isinstance(error.__cause__, OfflineModeIsEnabled):  # HF_HUB_OFFLINE is set: a copy may lie in its cache
             raise
 
 
