@@ -83,20 +83,21 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
 
-    def __post_init__(self) -> None:
+    def resolve(self) -> OptimConfig:
+        """This with the warm-up written down; raises ValueError for values that do not fit each other."""
         require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
         if self.batch_size % self.accumulate:
             raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
-        if self.warmup is None:
-            object.__setattr__(self, "warmup", min(50, self.steps // 20))
-        if not 0 <= (self.warmup or 0) < self.steps:
-            raise ValueError(f"optim.warmup={self.warmup} must be at least 0 and below optim.steps={self.steps}")
+        warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup
+        if not 0 <= warmup < self.steps:
+            raise ValueError(f"optim.warmup={warmup} must be at least 0 and below optim.steps={self.steps}")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         if self.clip < 0 or self.weight_decay < 0:
             raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
+        return replace(self, warmup=warmup)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of optimiser step `step`, counted from 0, as a fraction of lr."""
@@ -127,7 +128,7 @@ class Model(L.LightningModule):
         self.config = from_dict(self.Config, model, "model").resolve(self.task)
         if self.config.name != self.Config.name:
             raise ValueError(f"model.name={self.config.name} is not {type(self).__name__}, which is {self.Config.name}")
-        self.optim = from_dict(OptimConfig, optim, "optim")
+        self.optim = from_dict(OptimConfig, optim, "optim").resolve()
         self.save_hyperparameters(
             {"model": _plain(self.config), "task": _plain(self.task.config), "optim": _plain(self.optim), "seed": seed}
         )
