@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.core.context import ContextMean, ContextToDelta
+from zoo.core.context import ContextMean, ContextToDelta, Source
 from zoo.core.delta import LowRank
+from zoo.core.layers import split_chunks
 from zoo.core.patch import Patch
 from zoo.lens.static import answer, fit, relative_error
 from zoo.models.base import ContextConfig, Model
@@ -43,7 +44,8 @@ class Gated(ContextToDelta):
 
     def forward(self, z_BTD: Tensor, *args: Any, **options: Any) -> Patch:
         patch = super().forward(z_BTD, *args, **options)
-        return replace(patch, weights={"up": replace(patch.weights["up"], gate=self.router(z_BTD).softmax(-1))})
+        gate = split_chunks(self.router(z_BTD).softmax(-1), patch.chunk)
+        return replace(patch, weights={"up": replace(patch.weights["up"], gate=gate)})
 
 
 class GatedModel(Model):
@@ -97,6 +99,33 @@ def test_what_is_added_serves_every_token(model: Model) -> None:
     assert own.served is not None
     torch.testing.assert_close(alone[:, :7], z[:, :7] @ W.mT)
     torch.testing.assert_close(used.weights["up"].linear(W, z, used.served), alone + more.extra(z))
+
+
+TASKS = [({"name": "regression", "points": 7}, 7), ({"name": "noise", "tokens": 12}, 0)]
+
+
+@pytest.mark.parametrize(("task", "expected"), TASKS)
+def test_running_text_has_no_separate_context(
+    task: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a law takes for the context: a family that reads the first tokens cannot leak them to each other."""
+    seen, forward = [], Gated.forward
+
+    def spy(self: Gated, z: Tensor, layer: int, n_context: int, *rest: Any) -> Patch:
+        seen.append(n_context)
+        return forward(self, z, layer, n_context, *rest)
+
+    monkeypatch.setattr(Gated, "forward", spy)
+    made = GatedModel({"name": "gated", "dim": 16, "layers": 1, "heads": 2, "hidden": 24}, task, {})
+    tokens = made.task.batch("test", 0, 1).tokens
+    made(tokens, 7)
+    made.deltas(tokens, 7)
+    assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(12, 6), (63, 31), (128, 32)])
+def test_an_open_chunk_fits_short_sequences(tokens: int, chunk: int) -> None:
+    assert Source.resolve(0, tokens, None, None) == Source("chunk", chunk)
 
 
 def test_the_norm_of_an_update_is_the_mean_over_tokens(model: Model) -> None:

@@ -43,13 +43,11 @@ class Source:
     chunk: int | None = None
 
     @classmethod
-    def resolve(
-        cls, n_context: int, tokens: int, kind: str | None, chunk: int | None, running: str = "chunk"
-    ) -> Source:
+    def resolve(cls, n_context: int, tokens: int, kind: str | None, chunk: int | None) -> Source:
         """The source for sequences of `tokens` tokens, the first n_context of them a separate context; open kind: a
-        separate context as segment, else what `running` names; open chunk: 32, or half of a short sequence. Raises
+        separate context as segment, else chunk; open chunk: 32, or half of a short sequence. Raises
         ValueError, in terms of model.context and model.chunk, for what does not fit."""
-        kind = kind or ("segment" if n_context else running)
+        kind = kind or ("segment" if n_context else "chunk")
         if (kind == "segment") != bool(n_context):
             raise ValueError(
                 f"model.context={kind} does not fit a task {'with' if n_context else 'without'} a separate context: "

@@ -239,9 +239,6 @@ class Sum(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return self.first.dense(W) + self.second.dense(W)
 
-    def masked(self, served: Tensor) -> Sum:
-        return Sum(self.first.masked(served), self.second.masked(served))
-
     def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
         first, second = (delta.per_token(tokens, chunk, served) for delta in (self.first, self.second))
         return Sum(first, second)  # type: ignore[arg-type]
@@ -259,9 +256,6 @@ class Masked(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         raise ValueError("this update does not serve all tokens: take delta.per_token(tokens) first")
-
-    def masked(self, served: Tensor) -> Masked:
-        return Masked(self.delta, self.tokens_served * served[..., None, None])
 
     def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
         own = self.tokens_served if served is None else self.tokens_served * served

@@ -1,7 +1,7 @@
 """The law: the total weight update that stands for a context, layer by layer, in every form that is exact.
 
     form            what it changes                                 one for      no patch where
-    shear           gate, up (one shear), down                      each token   a state or the hidden units are zero
+    shear           gate, up (one input shift), down                each token   a state or the hidden units are zero
     output          down                                            each token   the hidden units are zero
     bias            a bias of down: a steering vector               each token   never
     static          gate, up, down                                  all tokens   states or hidden units are dependent
@@ -16,7 +16,7 @@ A patch fits the arithmetic it is made in: where its factors act beside W, or, i
 Each layer then makes up for the rounding of those below, so that the error does not grow with depth; patches used in
 another arithmetic, or made in parallel, drift as any two float computations of a deep network do.
 
-A change of the norm's scale, zC/z entry by entry, is exact for one block but is no form here: its largest entries
+A change of the norm's scale, z_ctx/z entry by entry, is exact for one block but is no form here: its largest entries
 magnify rounding at every layer. After Dherin et al. 2025 (arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv
 2511.17864, gated blocks and experts).
 Axes: B batch, T kept tokens, D model, F hidden units of all blocks; o outputs and i inputs of one matrix.
@@ -182,7 +182,7 @@ def exact(
 
 
 def output(pair: LayerStates) -> Patch:
-    """`down` alone, rank 1: (outC − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
+    """`down` alone, rank 1: (out_ctx − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
     patch = Patch(routing=_routing_alone(pair), chunk=1)
     h_BTF = pair.ffn.hidden(pair.z, patch)
     along_BTF = pair.along("hidden units of", h_BTF)
@@ -190,7 +190,7 @@ def output(pair: LayerStates) -> Patch:
 
 
 def bias(pair: LayerStates) -> Patch:
-    """A bias of `down` alone, outC − v − FFN(z): what the context adds to the stream at this token."""
+    """A bias of `down` alone, out_ctx − v − FFN(z): what the context adds to the stream at this token."""
     patch = Patch(routing=_routing_alone(pair), chunk=1)
     return replace(patch, biases={"down": _missing(pair, pair.ffn.hidden(pair.z, patch))})
 

@@ -16,7 +16,7 @@ from zoo.core.experts import product_dtype
 
 
 def low_rank_linear(W: Tensor, x: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
-    """W x + u (core ∘ vᵀx) for W (o,i), x (*,T,i), u (*,o,R), v (*,i,R), core (*,T,R): (*,T,o).
+    """W x + u (gate ∘ vᵀx) for W (o,i), x (*,T,i), u (*,o,R), v (*,i,R), gate (*,T,R): (*,T,o).
 
     Differentiable in reverse mode, any number of times; for torch.func and forward mode see zoo.core.transforms.
     """
@@ -37,26 +37,26 @@ class _LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, x_NTi: Tensor, u_NoR: Tensor, v_NiR: Tensor, core_NTR: Tensor | None) -> Tensor:
+    def forward(ctx: Any, W: Tensor, x_NTi: Tensor, u_NoR: Tensor, v_NiR: Tensor, gate_NTR: Tensor | None) -> Tensor:
         seen_NTR = torch.bmm(x_NTi, v_NiR)
-        ctx.save_for_backward(W, x_NTi, u_NoR, v_NiR, core_NTR, seen_NTR)
-        code_NTR = seen_NTR if core_NTR is None else seen_NTR * core_NTR
+        ctx.save_for_backward(W, x_NTi, u_NoR, v_NiR, gate_NTR, seen_NTR)
+        code_NTR = seen_NTR if gate_NTR is None else seen_NTR * gate_NTR
         return F.linear(x_NTi, W).baddbmm_(code_NTR, u_NoR.mT)
 
     @staticmethod
     def backward(ctx: Any, dy_NTo: Tensor) -> tuple[Tensor | None, ...]:
-        W, x_NTi, u_NoR, v_NiR, core_NTR, seen_NTR = ctx.saved_tensors
-        need_W, need_x, _, _, need_core = ctx.needs_input_grad
+        W, x_NTi, u_NoR, v_NiR, gate_NTR, seen_NTR = ctx.saved_tensors
+        need_W, need_x, _, _, need_gate = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a second derivative goes through this product too
             seen_NTR = torch.bmm(x_NTi, v_NiR)
         dcode_NTR = torch.bmm(dy_NTo, u_NoR)
         code_NTR, dseen_NTR = seen_NTR, dcode_NTR
-        if core_NTR is not None:
-            code_NTR, dseen_NTR = seen_NTR * core_NTR, dcode_NTR * core_NTR
+        if gate_NTR is not None:
+            code_NTR, dseen_NTR = seen_NTR * gate_NTR, dcode_NTR * gate_NTR
         # in this order each product finds what it reads in the cache, and dx is still there for whoever reads it next
         du_NoR = torch.bmm(code_NTR.mT, dy_NTo).mT  # products with few rows are faster than those with few columns
         dW = dy_NTo.flatten(0, 1).mT @ x_NTi.flatten(0, 1) if need_W else None
         dv_NiR = torch.bmm(dseen_NTR.mT, x_NTi).mT
-        dcore_NTR = dcode_NTR * seen_NTR if need_core else None
+        dgate_NTR = dcode_NTR * seen_NTR if need_gate else None
         dx_NTi = (dy_NTo @ W).baddbmm_(dseen_NTR, v_NiR.mT) if need_x else None
-        return dW, dx_NTi, du_NoR, dv_NiR, dcore_NTR
+        return dW, dx_NTi, du_NoR, dv_NiR, dgate_NTR

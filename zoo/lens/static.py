@@ -188,7 +188,7 @@ def _whole(emitted: Patch) -> Patch:
 
 
 def _update(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:
-    """The patch of `matrices` from the map of a state z to what `zC − z` adds (readers), or to the output (down)."""
+    """The patch of `matrices` from the map of z to what `z_ctx − z` adds (gate, up), or to the output (down)."""
     weights, biases = {}, {}
     for name in matrices:
         W = ffn.weight(name)

@@ -151,15 +151,9 @@ class Model(L.LightningModule):
         """The family itself: None for a plain transformer."""
         return None
 
-    def forward(
-        self,
-        tokens: Tensor,
-        n_context: int = 0,
-        patches: Sequence[Patch] | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Output (B,T,V); arguments as in Decoder.forward."""
-        return self.decoder(tokens, n_context, patches, positions)[0]
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """Output (B,T,V); arguments as of Decoder.forward."""
+        return self.decoder(*args, **options)[0]
 
     def deltas(self, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> list[Patch]:
         """The total weight update that stands for the removed tokens; see zoo.core.exact.deltas."""

@@ -37,7 +37,7 @@ def decoder(seed: int, layers: int) -> Decoder:
 
 
 def input_side(pair: LayerStates) -> Patch:
-    """One patch for all tokens: readers see z + Mz with M z = zC − z fitted, `down` adds vC − v; exact to m = D."""
+    """One for all: gate and up read z + Mz with M z = z_ctx − z fitted, `down` adds v_ctx − v; exact to m = D."""
     move_BDD = (torch.linalg.pinv(pair.z) @ (pair.z_ctx - pair.z)).mT
     patch = Patch(weights={name: Full(pair.ffn.weight(name) @ move_BDD) for name in pair.ffn.input_matrices})
     return _down(pair, patch, pair.v_ctx - pair.v)

@@ -27,7 +27,7 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def scale_and_down(pair: LayerStates) -> Patch:
-    """The norm's scale, element by element, so that z becomes zC, and vC − v through `down`."""
+    """The norm's scale, element by element, so that z becomes z_ctx, and v_ctx − v through `down`."""
     columns = pair.z_ctx / pair.z
     input_matrices = {
         name: Scale(torch.ones_like(pair.ffn.weight(name)[:, 0]), columns) for name in pair.ffn.input_matrices

@@ -123,7 +123,9 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
         **({"MixedPrecision": torch.amp.GradScaler("cpu").state_dict()} if "MixedPrecision" in checkpoint else {}),
     }
     found = like(checkpoint, described, "")
-    step, (saved,) = found["global_step"], found["optimizer_states"]
+    step, (saved,), seconds = found["global_step"], found["optimizer_states"], found["zoo"]["seconds"]
+    if seconds < 0:
+        raise ValueError(f"zoo.seconds must be a number from 0 on, got {seconds}")
     if step > meta.optim.steps:
         raise ValueError(f"global_step is {step}, beyond optim.steps={meta.optim.steps}")
     kept, own = ([number for group in side for number in group["params"]] for side in (saved["param_groups"], groups))
