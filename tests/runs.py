@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 
+import cases
 import zoo
 from zoo.models.base import OptimConfig
 

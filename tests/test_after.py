@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from runs import QUIET, small
 
 import zoo
+from runs import QUIET, small
 from zoo import console, files, generate
 from zoo.console import Interrupted, Untested
 from zoo.models import Model

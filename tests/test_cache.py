@@ -12,14 +12,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import cases
 import pytest
 import torch
-from cases import AUTOREGRESSIVE, FAMILIES, Case, taking_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import cases
+from cases import AUTOREGRESSIVE, FAMILIES, Case, taking_turns
 from zoo.core.cache import LayerCache
 from zoo.core.layers import FeedForward
 from zoo.core.sampling import choose

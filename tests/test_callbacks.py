@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from runs import QUIET, rows, saved, small
 
 import zoo
+from runs import QUIET, rows, saved, small
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
 from zoo.training.callbacks import Checkpoints

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import QUIET, one_line, small
 
 import zoo
+from runs import QUIET, one_line, small
 from zoo.models import MODELS
 from zoo.training import checkpoint
 from zoo.training import run as training

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build
 
 import zoo
+from cases import CASES, Case, batch_of, build
 from zoo.bench.timing import saved_bytes
 
 

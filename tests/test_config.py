@@ -11,9 +11,9 @@ from typing import Any, Literal, Optional
 import numpy as np
 import pytest
 import torch
-from runs import small
 
 import zoo
+from runs import small
 from zoo.config import did_you_mean, from_dict, lookup, plain, require_positive, show
 
 

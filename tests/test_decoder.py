@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FAMILIES, Case, batch_of, build, length_of_context, options_of, taking_turns
 from torch import Tensor
 
+from cases import CASES, FAMILIES, Case, batch_of, build, length_of_context, options_of, taking_turns
 from zoo.core.decoder import Decoder, Sizes
 from zoo.core.exact import replace_context, shear_and_down
 from zoo.core.patch import Patch

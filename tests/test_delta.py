@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, batch_of, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import CASES, batch_of, build
 from zoo.core.delta import Delta, Full, InputShift, LowRank, Replaced, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing

@@ -26,9 +26,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from test_readme import README, ROOT, blocks, tiny_run
 
 import zoo
+from test_readme import README, ROOT, blocks, tiny_run
 from zoo.config import from_dict
 from zoo.models import MODELS, flops
 from zoo.models.base import ModelConfig, OptimConfig

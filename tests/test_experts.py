@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Calls
 from torch import Tensor
 
+from cases import Calls
 from zoo.core.experts import GROUPED_MATMULS, combine, dispatch, grouped_op, loop, sort_by_block
 
 pytestmark = pytest.mark.numeric

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
-from cases import FAMILIES, Case, build, options_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import cases
+from cases import FAMILIES, Case, build, options_of
 from zoo.models import MODELS, Model
 from zoo.models.flops import flops_per_token, parameters
 

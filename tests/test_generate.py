@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_cache import Recall, recall
-from test_imports import modules
-from test_readme import ROOT, blocks
 from torch import Tensor
 
 import zoo
+from test_cache import Recall, recall
+from test_imports import modules
+from test_readme import ROOT, blocks
 from zoo.core import sampling
 from zoo.generate import main
 from zoo.models import MODELS

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import hostile
 import pytest
 import torch
+
+import hostile
+import zoo
 from cases import batch_of
 from runs import QUIET, one_line, saved, small
 from test_patch_files import model_and_patch
-
-import zoo
 from zoo.lens.patch_file import load_patch, save_patch
 from zoo.lens.static import answer
 from zoo.training.checkpoint import AtomicCheckpointIO

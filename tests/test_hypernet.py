@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, batch_of, options_of
 from torch import Tensor
 
+from cases import Case, batch_of, options_of
 from zoo.core.context import ContextMean, Source
 from zoo.core.delta import Full, LowRank, Scale
 from zoo.models.hypernet import Generator, Hypernet, HypernetDelta, RelativeNorm

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, length_of_context, plain_forward, shared, trained
 from torch import Tensor
 
+from cases import CASES, Case, batch_of, length_of_context, plain_forward, shared, trained
 from zoo.core.delta import Delta, InputShift, LowRank
 from zoo.core.layers import Attention, Layout
 from zoo.core.patch import Patch

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AUTOREGRESSIVE, CASES, Case, batch_of, build
 from torch import Tensor
 
+from cases import AUTOREGRESSIVE, CASES, Case, batch_of, build
 from zoo.core.context import ContextMean, Source
 from zoo.models import Model
 

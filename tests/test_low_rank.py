@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Calls
 from torch import Tensor
 
+from cases import Calls
 from zoo.core.low_rank import low_rank_linear
 
 pytestmark = pytest.mark.numeric

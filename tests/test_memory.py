@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FAMILIES, Case, build, options_of, taking_turns
 
 import zoo
+from cases import CASES, FAMILIES, Case, build, options_of, taking_turns
 from zoo.bench.timing import saved_bytes
 from zoo.core.layers import Attention
 from zoo.models import MODELS, Model

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, options_of
 
+from cases import Case, options_of
 from zoo.models import MODELS, Model
 from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS

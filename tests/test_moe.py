@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, batch_of, options_of
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from cases import Case, batch_of, options_of
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
 from zoo.models.moe import ExpertLoad, ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts

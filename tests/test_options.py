@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAMILIES
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from cases import FAMILIES
 from zoo.models import MODELS, Model
 from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, build, length_of_context
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_static import contexts, queries
 
+from cases import CASES, Case, batch_of, build, length_of_context
+from test_static import contexts, queries
 from zoo.core.delta import Delta, InputShift, LowRank
 from zoo.core.patch import Patch
 from zoo.lens.patch_file import _tensors, describe, fingerprint, load_patch, save_patch

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, batch_of, build, length_of_context, plain_forward, shared, taking_turns, train
-from test_delta import at_most
 from torch import Tensor
 
+from cases import CASES, Case, batch_of, build, length_of_context, plain_forward, shared, taking_turns, train
+from test_delta import at_most
 from zoo.core.delta import LowRank
 from zoo.core.exact import EXACT_FORMS, LayerStates, exact, replace_context
 from zoo.core.layers import FeedForward

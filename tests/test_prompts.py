@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, build
 
 import zoo
+from cases import CASES, build
 from zoo.core.layers import FILLING
 from zoo.tasks import Batch
 from zoo.tasks.text import prompts as module

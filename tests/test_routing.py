@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, batch_of, build, shared
 from torch import Tensor
 
+from cases import BY_NAME, CASES, Case, batch_of, build, shared
 from zoo.core.layers import FILLING
 from zoo.core.patch import Routing
 from zoo.lens.routing import drawn_anew, expert_sets, information, mutual_information, switched, usage

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import QUIET, small, weights
 
 import zoo
+from runs import QUIET, small, weights
 from zoo.training import run_folder
 from zoo.training.run_folder import LOCK, fresh, taken
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
-from test_cache import BY_NAME, build, ids, recall
 from torch import Tensor
 
+import cases
+from test_cache import BY_NAME, build, ids, recall
 from zoo.core import sampling
 from zoo.core.sampling import choose
 

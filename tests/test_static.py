@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case, build, taking_turns, trained
-from test_delta import at_most
 from torch import Tensor
 
+from cases import CASES, Case, build, taking_turns, trained
+from test_delta import at_most
 from zoo import load, train
 from zoo.core.delta import LowRank, Sum
 from zoo.core.patch import Patch, Routing

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, shared
 from torch import Tensor
 
+from cases import CASES, Case, batch_of, shared
 from zoo.lens.structure import (
     codes,
     context_share,

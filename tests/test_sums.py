@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BY_NAME, Case, build
-from runs import FAMILIES, QUIET
 from torch import Tensor
 
 import zoo
+from cases import BY_NAME, Case, build
+from runs import FAMILIES, QUIET
 from zoo.core.layers import FILLING
 from zoo.models import Model
 from zoo.models.moe import ExpertLoad, RouterEntropy

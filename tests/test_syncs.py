@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, FAMILIES, Case, options_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import CASES, FAMILIES, Case, options_of
 from zoo.models import MODELS, Model
 
 # values read one by one, shapes made of values, and copies between host and device

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_readme import ROOT, blocks
 from torch import Tensor
 
+from test_readme import ROOT, blocks
 from zoo.tasks import TASKS, Batch, Task
 from zoo.tasks.regression import Regression
 from zoo.tasks.text.prompts import IGNORE

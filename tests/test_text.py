@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_corpus import SPLITS, letters
 
+from test_corpus import SPLITS, letters
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch
 from zoo.tasks.text import corpus, domains, tokenizer

@@ -8,9 +8,9 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from runs import QUIET, saved, small
 
 import zoo
+from runs import QUIET, saved, small
 from zoo.training import options, trainer
 from zoo.training.options import of_logger, of_trainer
 from zoo.training.trainer import changes

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FAMILIES, OPTIM, QUIET, TASKS, rows, same_weights, saved, signalled, small
 
 import zoo
+from runs import FAMILIES, OPTIM, QUIET, TASKS, rows, same_weights, saved, signalled, small
 from zoo.console import Interrupted
 from zoo.core.layers import Attention
 from zoo.models import MODELS

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, batch_of, build
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from cases import Case, batch_of, build
 from zoo.bench import peers
 from zoo.models import Model
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, batch_of, build
 from torch import Tensor
 from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cases import BY_NAME, CASES, Case, batch_of, build
 from zoo.core.transforms import transformed
 from zoo.models import Model
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, batch_of, options_of, shared, taking_turns
-from test_delta import at_most
 from torch import Tensor
 
+from cases import CASES, Case, batch_of, options_of, shared, taking_turns
+from test_delta import at_most
 from zoo.core.delta import Full, LowRank, Scale
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
