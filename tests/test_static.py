@@ -182,8 +182,9 @@ def contexts(model: Model) -> Tensor:
 
 def queries(model: Model, context: Tensor, count: int, k: int = 0) -> tuple[Tensor, int]:
     """`count` samples after `context`, on text as rows of four tokens, and the length of the context."""
-    rows = count if model.task.independent_queries else -(-count // 4)
-    return model.task.sample_queries(context, rows, "validation", k, length=4), len(context)
+    if model.task.independent_queries:
+        return model.task.sample_queries(context, count, "validation", k), len(context)
+    return model.task.sample_queries(context, -(-count // 4), "validation", k)[:, : len(context) + 4], len(context)
 
 
 @taking_turns("case, form", CASES, ["matrix", "affine", "output"])
@@ -423,12 +424,9 @@ def test_sample_queries_are_fresh_inputs_after_the_context() -> None:
 def test_sample_queries_of_text_are_windows() -> None:
     task = TASKS["noise"]({"name": "noise", "tokens": 9}, 0)
     context = torch.tensor([3, 1, 2])
-    tokens = task.sample_queries(context, 5, length=4)
+    tokens = task.sample_queries(context, 5)
     assert torch.equal(tokens[:, :3], context.expand(5, 3))
-    assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens[:, :4])
-    assert task.sample_queries(context, 5).shape == (5, 12)  # sequences shorter than the default
-    with pytest.raises(ValueError, match="length=10 must lie between 1 and 9, the tokens of a query"):
-        task.sample_queries(context, 5, length=10)
+    assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens)
 
 
 @pytest.mark.slow

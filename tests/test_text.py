@@ -193,8 +193,7 @@ def test_another_tokenizer_has_ids_of_its_own(written: None, cache: Path, monkey
     text(**{**PAIRS, "vocabulary": 300}).prepare()
     assert len(list(cache.iterdir())) == folders + 2 + 5
     manifests = {json.loads(path.read_text())["key"] for path in cache.glob("*/manifest.json")}
-    digest = text(**PAIRS).tokenizer.digest
-    assert sum(f"bpe {digest}" in key for key in manifests) == 4
+    assert len({key.split()[3] for key in manifests if " bpe " in key and " of " in key}) == 3
 
 
 def bits_one_by_one(made: Text, output: torch.Tensor, batch: Batch) -> tuple[list[float], list[float]]:
@@ -211,9 +210,7 @@ def bits_one_by_one(made: Text, output: torch.Tensor, batch: Batch) -> tuple[lis
             nats = -output[row, place].log_softmax(-1)[target].item()
             model += [nats / len(spelled) / math.log(2)] * len(spelled)
             for byte in spelled:
-                tokens = np.array([read[-2:]])
-                targets = np.append(tokens[:, 1:].clip(max=255), [[byte]], 1)
-                counted.append(made.trigram.bits(tokens, targets)[0, -1])
+                counted.append(made.trigram.bits(np.array([*read[-2:], byte]))[-1])
                 read.append(byte)
     return model, counted
 
@@ -290,7 +287,7 @@ def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
         (PAIRS, {}, "task.tokenizer=bpe restores merges, the state has none"),
         (PAIRS, {"merges": [], "code": "x"}, "task.name=text has no state code"),
         (PAIRS, {"merges": [[97, 999]]}, "merge 0 of a tokenizer must be two earlier ids"),
-        (PAIRS, {"merges": "merges"}, "a tokenizer is a list of merges, got str"),
+        (PAIRS, {"merges": "merges"}, "a tokenizer is a list of 65536 merges at most, got 'merges'"),
         (
             PAIRS,
             {"merges": [[97, k] for k in range(256)]},

@@ -66,7 +66,7 @@ def test_the_loss_is_per_token_and_the_metric_per_byte(run: tuple[Path, dict[str
     ("state", "message"),
     [
         ({"merges": [[97, 300]]}, "merge 0 of a tokenizer must be two earlier ids, got [97, 300]"),
-        ({"merges": "[[97, 98]]"}, "a tokenizer is a list of merges, got str"),
+        ({"merges": "[[97, 98]]"}, "a tokenizer is a list of 65536 merges at most, got '[[97, 98]]'"),
         ("merges", "must hold task as a dict, got 'merges'"),
     ],
 )

@@ -141,7 +141,7 @@ def test_ids_that_no_merge_has_made_spell_nothing() -> None:
     ],
 )
 def test_foreign_merges_are_refused(merges: Any) -> None:
-    with pytest.raises(ValueError, match=r"^a tokenizer (is a list of|has at most 65536) merges|^merge \d+ of a token"):
+    with pytest.raises(ValueError, match=r"^a tokenizer is a list of 65536 merges at most|^merge \d+ of a token"):
         Tokenizer(merges)
     assert len(json.dumps(merges)) < 1000
 

@@ -129,22 +129,14 @@ class Task(ABC):
         """The numbers of those of the first `draws` sequences that did not come before; None: no two are the same."""
         return None
 
-    def sample_queries(
-        self, context: Tensor, count: int, split: str = "train", k: int = 0, length: int | None = None
-    ) -> Tensor:
-        """The tokens of `context` (n) or (n,token_dim), each followed by queries of batch k of `split`.
-
-        Queries blind to each other share one row (1,n+count). Others have one each (count,n+length): the first `length`
-        tokens (None: 16, or all) of what follows a context, fewer where one of them is shorter.
-        """
-        longest = self.tokens - self.n_context
+    def sample_queries(self, context: Tensor, count: int, split: str = "train", k: int = 0) -> Tensor:
+        """The tokens of `context` (n) or (n,token_dim), each followed by queries of batch k of `split`: those that are
+        blind to each other in one row (1,n+count), others in one each (count,n+T), with 16 tokens at most."""
         if self.independent_queries:
-            queries = self.batch(split, k, -(-count // longest)).tokens[:, self.n_context :].flatten(0, 1)[:count]
+            rows = -(-count // (self.tokens - self.n_context))
+            queries = self.batch(split, k, rows).tokens[:, self.n_context :].flatten(0, 1)[:count]
             return torch.cat([context, queries.to(context)])[None]
-        length = min(16, longest) if length is None else length
-        if not 0 < length <= longest:
-            raise ValueError(f"length={length} must lie between 1 and {longest}, the tokens of a query in this task")
-        queries_KT = self.batch(split, k, count).unfilled()[:, self.n_context :][:, :length].to(context)
+        queries_KT = self.batch(split, k, count).unfilled()[:, self.n_context :][:, :16].to(context)
         return torch.cat([context.expand(count, -1), queries_KT], 1)
 
     @abstractmethod
@@ -168,6 +160,15 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Per-prediction values whose means over the test set are the metrics, the model's and its baselines'."""
+
+    def errors(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
+        """The losses (B,Q) by metric: with the context, and, where there is another's, without one and with that."""
+        n, query = batch.n_context, batch.tokens[:, batch.n_context :]
+        inputs = {self.main_metric: (batch.tokens, n)}
+        if batch.wrong_context is not None:
+            inputs[f"{self.main_metric}_without_context"] = query, 0
+            inputs[f"{self.main_metric}_wrong_context"] = torch.cat([batch.wrong_context, query], 1), n
+        return {name: self.token_losses(predict(*given), batch) for name, given in inputs.items()}
 
     @classmethod
     def explain(cls, metric: str) -> str:

@@ -50,5 +50,5 @@ class Noise(Task):
         return {"floor, ln V": math.log(self.config.vocabulary)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        errors = self.token_losses(predict(batch.tokens, 0), batch)
-        return {"nats": errors, "nats_floor": torch.full_like(errors, math.log(self.config.vocabulary))}
+        errors = self.errors(predict, batch)
+        return errors | {"nats_floor": torch.full_like(errors["nats"], math.log(self.config.vocabulary))}

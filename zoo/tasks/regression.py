@@ -100,9 +100,7 @@ class Regression(Task):
         tokens[:, self.n_context :, -1] = 0
         return tokens, y_BT[:, self.n_context :]
 
-    def sample_queries(
-        self, context: Tensor, count: int, split: str = "train", k: int = 0, length: int | None = None
-    ) -> Tensor:
+    def sample_queries(self, context: Tensor, count: int, split: str = "train", k: int = 0) -> Tensor:
         """One row: the inputs of all pairs and queries of a batch serve as queries (x, 0)."""
         inputs_Kd = self.batch(split, k, -(-count // self.tokens)).tokens.flatten(0, 1)[:count].clone()
         inputs_Kd[:, -1] = 0
@@ -125,14 +123,6 @@ class Regression(Task):
         return {"predicting zero": float(self.variance)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        tokens, n = batch.tokens, batch.n_context
-        assert batch.wrong_context is not None
-        wrong = torch.cat([batch.wrong_context, tokens[:, n:]], 1)
-        errors = {
-            "nmse": self.token_losses(predict(tokens, n), batch),
-            "nmse_without_context": self.token_losses(predict(tokens[:, n:], 0), batch),
-            "nmse_wrong_context": self.token_losses(predict(wrong, n), batch),
-            "nmse_ridge": (self.ridge(batch) - batch.targets).square(),
-            "nmse_zero": batch.targets.square(),
-        }
+        ridge = (self.ridge(batch) - batch.targets).square()
+        errors = self.errors(predict, batch) | {"nmse_ridge": ridge, "nmse_zero": batch.targets.square()}
         return {name: error / self.variance for name, error in errors.items()}

@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -85,7 +85,7 @@ class TextTask(Task):
     """Of the folder in the cache where there are no domains."""
     digests: list[str] | None = None
     """Of the folders in use, or to be used."""
-    _names: tuple[str, ...] = ("this task",)
+    _names: tuple[str, ...] = ()
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -113,17 +113,15 @@ class TextTask(Task):
             raise ValueError(f"{error}; {ADVICE}") if self.digests else error from None
         before, self.digests = self.digests, list(map(corpus.digest, prepared.values()))
         self._names = tuple(prepared)
-        if changed := self._changed(before):
+        if changed := self._changed(before or ()):
             warnings.warn(changed, stacklevel=2)
         return list(prepared.values())
 
-    def _changed(self, before: list[str] | None) -> str:
-        """One line on data that is not that of the checkpoint, "" if all is."""
-        if before is None or before == self.digests:
-            return ""
-        pairs = zip(self._names, self.digests or (), before, strict=False)
-        changed = [name for name, now, then in pairs if now != then] or self._names
-        return f"the checkpoint was trained on other text than is found now for {'; '.join(changed)}"
+    def _changed(self, digests: Sequence[str]) -> str:
+        """One line on text that is not that of the `digests` of a checkpoint, "" if all is."""
+        texts = zip(self._names or self._kinds, self.digests or (), digests, strict=False)
+        changed = "; ".join(name for name, now, then in texts if now != then)
+        return f"the checkpoint was trained on other text than is found now for {changed}" if changed else ""
 
     def prepare(self) -> None:
         self.sizes("train")
@@ -212,29 +210,18 @@ class TextTask(Task):
         unit = "token" if self.tokenizer.merges else "byte"
         return {f"best fixed {unit} distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
 
-    @functools.cached_property
-    def _lengths(self) -> Tensor:
-        """(V) bytes of each id."""
-        lengths = torch.zeros(self.output_dim, dtype=torch.long)
-        lengths[: len(self.tokenizer.spelled)] = torch.tensor([len(token) for token in self.tokenizer.spelled])
-        return lengths
-
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Bits of each byte, of the model and of the trigram, for all sources and by domain. The bits of a token are
         spread evenly over its bytes, so that means over bytes are bits per byte whatever the tokens are."""
         assert batch.group is not None
-        n, query, targets = batch.n_context, batch.tokens[:, batch.n_context :], batch.targets
-        contexts = {"bits_per_byte": (batch.tokens, n)}
-        if batch.wrong_context is not None:
-            contexts["bits_per_byte_without_context"] = query, 0
-            contexts["bits_per_byte_wrong_context"] = torch.cat([batch.wrong_context, query], 1), n
-        lengths_BQ = self._lengths.to(targets.device)[targets.where(self.scored(batch), START)]  # 0 of a start
+        targets = batch.targets
+        lengths_BQ = self.tokenizer.lengths.to(targets.device)[targets.where(self.scored(batch), START)]  # 0 of a start
         lengths = lengths_BQ.flatten()
-        bits = {}
-        for name, (tokens, n_context) in contexts.items():
-            losses = self.token_losses(predict(tokens, n_context), batch).flatten()
-            bits[name] = (losses / lengths).repeat_interleave(lengths) / math.log(2)
-        bits["bits_per_byte_trigram"] = self._trigram_bits(query, targets, lengths_BQ > 0).to(targets.device)
+        bits = {
+            name: (losses.flatten() / lengths).repeat_interleave(lengths) / math.log(2)
+            for name, losses in self.errors(predict, batch).items()
+        }
+        bits["bits_per_byte_trigram"] = self._trigram_bits(batch, lengths_BQ > 0).to(targets.device)
         group = batch.group[:, None].expand_as(targets).flatten().repeat_interleave(lengths)
         parts = {
             f"{name}_{domain}": values[group == index]
@@ -243,15 +230,11 @@ class TextTask(Task):
         }
         return bits | parts
 
-    def _trigram_bits(self, query_BQ: Tensor, targets_BQ: Tensor, scored_BQ: Tensor) -> Tensor:
+    def _trigram_bits(self, batch: Batch, scored_BQ: Tensor) -> Tensor:
         """Bits that the trigram needs for each scored byte, having read the same queries as the model."""
-        windows = torch.cat([query_BQ, targets_BQ[:, -1:]], 1)
-        bytes_BTL = self.tokenizer.table[windows.where(windows >= 0, START).cpu().numpy()].astype(np.int64)
-        wanted_BTL = F.pad(scored_BQ, (1, 0)).cpu().numpy()[:, :, None] & (bytes_BTL >= 0)
-        # one stream of all sequences, a start before each: starts hide what was before
-        first = (0, 0), (1, 0)
-        stream = np.pad(bytes_BTL.reshape(len(windows), -1), first, constant_values=START)
-        wanted = np.pad(wanted_BTL.reshape(len(windows), -1), first)
-        stream, wanted = stream[stream >= 0], wanted[stream >= 0]
-        bits = self.trigram.bits(stream[None, :-1], stream[None, 1:].clip(max=START - 1))[0]
-        return torch.from_numpy(bits[wanted[1:]]).float()
+        windows_BT = torch.cat([batch.tokens[:, batch.n_context :], batch.targets[:, -1:]], 1)
+        windows_BT = F.pad(windows_BT, (1, 0), value=START)  # one stream of all sequences: starts hide what was before
+        bytes_BTL = self.tokenizer.table[windows_BT.where(windows_BT >= 0, START).cpu().numpy()]
+        wanted_BTL = np.broadcast_to(F.pad(scored_BQ, (2, 0)).cpu().numpy()[:, :, None], bytes_BTL.shape)
+        bits = self.trigram.bits(bytes_BTL[bytes_BTL >= 0])
+        return torch.from_numpy(bits[wanted_BTL[bytes_BTL >= 0]]).float()

