@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from zoo.tasks.text import corpus, domains
-from zoo.tasks.text.corpus import START, Part, byte_ids, split_documents, texts
-from zoo.tasks.text.domains import DOMAINS, Document
+from zoo.tasks.text.corpus import START, Document, byte_ids, split_documents, texts
+from zoo.tasks.text.domains import DOMAINS
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,17 +26,19 @@ def letters(first: int) -> Iterator[Document]:
     return ((f"part/{k}", bytes([first + k]) * (40 + k)) for k in range(60))
 
 
-def joined(parts: Iterable[Part]) -> dict[str, np.ndarray]:
+def split(name: str, documents: Iterable[Document]) -> dict[str, np.ndarray]:
     """The ids of each split."""
     found: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    for split, ids in parts:
-        assert isinstance(ids, np.ndarray)
-        found[split].append(ids)
+    for part, ids in split_documents(name, documents):
+        found[part].append(ids)
     return {split: np.concatenate(ids) for split, ids in found.items()}
 
 
-def split(name: str, documents: Iterable[Document]) -> dict[str, np.ndarray]:
-    return joined(split_documents(name, documents))
+def domains_are(source: Callable[[int], Iterator[Document]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Domain d is source(d)."""
+    for index, domain in enumerate(DOMAINS):
+        monkeypatch.setitem(DOMAINS, domain, partial(source, index))
+    monkeypatch.setattr(domains, "origin", lambda domain: source.__name__)
 
 
 def prepare(name: str, origin: str, documents: Callable[[], Iterable[Document]]) -> dict[str, np.ndarray]:
@@ -277,7 +279,7 @@ def test_what_a_kill_leaves_is_not_taken_for_whole(cache: Path, moved: int, dama
     assert same(prepare("toy", "1", refuse))
 
 
-def test_a_source_that_fails_leaves_nothing(cache: Path) -> None:
+def test_a_source_that_fails_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Iterator[Document]:
         yield from letters(0)
         raise OSError("disk on fire")
@@ -289,9 +291,6 @@ def test_a_source_that_fails_leaves_nothing(cache: Path) -> None:
     with pytest.raises(ValueError, match="toy holds no text for validation and test"):
         corpus.prepare("toy", "1", [("train", b"ab")])
     assert not list(cache.iterdir())
-
-
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"cannot prepare toy: .*file.*; ZOO_CACHE names another folder"):

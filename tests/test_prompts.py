@@ -7,7 +7,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-import zoo
 from cases import CASES, build
+from test_corpus import SPLITS, domains_are
 from zoo.core.layers import FILLING
 from zoo.tasks import Batch
 from zoo.tasks.text import prompts as module
-from zoo.tasks.text.corpus import START, split_documents
-from zoo.tasks.text.domains import DOMAINS, Document
+from zoo.tasks.text.corpus import START, Document, split_documents
+from zoo.tasks.text.domains import DOMAINS
 from zoo.tasks.text.ngram import Trigram
 from zoo.tasks.text.prompts import IGNORE, Prompts
 
-SPLITS = ("train", "validation", "test")
 C, Q, A = 9, 3, 5  # bytes of context, query and target
 SIZE = C + Q + A
 SMALL = {"context": C, "query": Q, "target": A}
@@ -39,12 +37,8 @@ def drawn(domain: int) -> Iterator[Document]:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small domains in an empty cache."""
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
-    for index, domain in enumerate(DOMAINS):
-        monkeypatch.setitem(DOMAINS, domain, partial(drawn, index))
-    monkeypatch.setattr("zoo.tasks.text.domains.origin", lambda domain: "drawn")
+def small(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domains_are(drawn, monkeypatch)
 
 
 def prompts(seed: int = 0, **options: Any) -> Prompts:
@@ -238,24 +232,10 @@ def test_mistakes_in_a_file_are_named_with_their_line(tmp_path: Path, line: str,
     assert message in str(error.value)
 
 
-def test_a_run_on_a_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = zoo.train(
-        {"name": "hypernet", "dim": 16, "layers": 1, "heads": 2, "hidden": 8, "code_dim": 4},
-        {"name": "prompts", **SMALL, "files": [file]},
-        {"steps": 2, "batch_size": 4, "warmup": 0},
-        {"accelerator": "cpu", "enable_progress_bar": False},
-        out=str(tmp_path / "run"),
-        validation_batches=1,
-        test_batches=1,
-    )
-    assert set(metrics["test"]) >= {"bits_per_byte", "bits_per_byte_wrong_context", "bits_per_byte_trigram"}
-    assert all(value > 0 for value in metrics["test"].values())
-    Path(file).unlink()
-    model = zoo.load(tmp_path / "run")  # a checkpoint needs no data
-    assert model.task.config.files == (file,)
-    assert model.config.attend_context is False
-    tokens = torch.tensor([[*model.task.encode_context("abc"), *model.task.encode("d")]])
-    assert model(tokens, 3).shape == (1, 5, 257)
+def test_a_text_file_is_no_table_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"task\.files: .*a\.txt has an unknown extension; known: \S+, \S+, \.csv"):
+        prompts(files=[str(tmp_path / "a.txt")]).prepare()
 
 
 # what is read and scored

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import zoo
+from runs import one_line
 from zoo.models import Model
 
 SIZES = {"dim": 16, "layers": 1, "heads": 2, "hidden": 16}
@@ -66,7 +67,6 @@ def test_the_loss_is_per_token_and_the_metric_per_byte(run: tuple[Path, dict[str
     ("state", "message"),
     [
         ({"merges": [[97, 300]]}, "merge 0 of a tokenizer must be two earlier ids, got [97, 300]"),
-        ({"merges": "[[97, 98]]"}, "a tokenizer is a list of 65536 merges at most, got '[[97, 98]]'"),
         ("merges", "must hold task as a dict, got 'merges'"),
     ],
 )
@@ -74,7 +74,6 @@ def test_foreign_states_are_refused(run: tuple[Path, Any], tmp_path: Path, state
     content = torch.load(run[0] / "checkpoints" / "best.ckpt", weights_only=True)
     content["task"] = state
     torch.save(content, tmp_path / "tampered.ckpt")
-    with pytest.raises(ValueError, match=r"tampered\.ckpt") as error:
-        zoo.load(tmp_path / "tampered.ckpt")
-    assert message in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
+    error = one_line(lambda: zoo.load(tmp_path / "tampered.ckpt"))
+    assert "tampered.ckpt" in error
+    assert message in error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -94,6 +93,8 @@ def test_any_bytes_come_back(merges: list[list[int]]) -> None:
 
 def test_no_token_is_longer_than_the_limit() -> None:
     assert LONGEST / 2 < max(map(len, Tokenizer(train([b"abcdefghi" * 300], 400)).spelled)) <= LONGEST
+    with pytest.raises(ValueError, match="merge 6 of a tokenizer spells more than 64 bytes"):
+        Tokenizer([[97, 97], *([256 + k, 256 + k] for k in range(1, 40))])
 
 
 def test_training_again_gives_the_same(merges: list[list[int]]) -> None:
@@ -114,36 +115,16 @@ def test_two_merges_may_spell_the_same() -> None:
     made = Tokenizer([[97, 98], [98, 99], [257, 99], [97, 258]])
     assert made.spelled[257:] == [b"ab", b"bc", b"abc"]
     assert np.concatenate(list(made.encode([b"abc bc"]))).tolist() == [START, 259, 32, 258]
-
-
-def test_ids_that_no_merge_has_made_spell_nothing() -> None:
-    assert Tokenizer().decode([97, START, 300, 98]) == b"ab"
+    assert made.decode([97, START, 300, 258]) == b"abc"  # ids that no merge has made spell nothing
 
 
 @pytest.mark.parametrize(
     "merges",
-    [
-        "merges",
-        {"merges": []},
-        None,
-        5,
-        [1, 2],
-        [[1]],
-        [[1, 2, 3]],
-        [["a", "b"]],
-        [[1.0, 2]],
-        [[True, 2]],
-        [[-1, 2]],
-        [[97, START]],
-        [[97, 257]],
-        [[97, 98], [257, 258]],
-        [[97, 97], *([256 + k, 256 + k] for k in range(1, 40))],
-    ],
+    ["merges", None, [1, 2], [[1]], [["a", "b"]], [[True, 2]], [[-1, 2]], [[97, START]], [[97, 257]]],
 )
 def test_foreign_merges_are_refused(merges: Any) -> None:
-    with pytest.raises(ValueError, match=r"^a tokenizer is a list of 65536 merges at most|^merge \d+ of a token"):
+    with pytest.raises(ValueError, match=r"^a tokenizer is a list of 65536 merges|^merge 0 of a tokenizer must"):
         Tokenizer(merges)
-    assert len(json.dumps(merges)) < 1000
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

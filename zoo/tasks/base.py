@@ -40,8 +40,8 @@ class Batch(NamedTuple):
 
     def rows(self, first: int, count: int) -> Batch:
         """The part of the batch that one process works on."""
-        tensors = {name: value for name, value in self._asdict().items() if torch.is_tensor(value)}
-        parts: dict[str, Any] = {name: value[first : first + count] for name, value in tensors.items()}
+        rows = slice(first, first + count)
+        parts: dict[str, Any] = {name: x[rows] for name, x in self._asdict().items() if torch.is_tensor(x)}
         return self._replace(**parts)
 
     def unfilled(self) -> Tensor:

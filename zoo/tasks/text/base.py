@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -56,12 +56,8 @@ def _order(size: int, seed: int, split: str, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(size)
 
 
-class Pick(NamedTuple):
-    """One sequence: that at `place` in the `order` of a source's own."""
-
-    source: int
-    order: np.ndarray
-    place: int
+Pick = tuple[int, np.ndarray, int]
+"""One sequence: its source, an order of all that the source has, and the place in it."""
 
 
 class TextTask(Task):
@@ -161,8 +157,8 @@ class TextTask(Task):
             turn, source = divmod(j, len(sizes))
             epoch, place = divmod(turn, sizes[source])
             key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
-            picks.append(Pick(source, _order(sizes[source], *key), place))
-        return self.rows(split, picks)._replace(group=torch.tensor([pick.source for pick in picks]))
+            picks.append((source, _order(sizes[source], *key), place))
+        return self.rows(split, picks)._replace(group=torch.tensor([source for source, _, _ in picks]))
 
     def once(self, split: str, draws: int) -> np.ndarray:
         sizes = np.array(self.sizes(split))

@@ -82,7 +82,7 @@ class Text(TextTask):
         config = self.config
         if config.files is not None:
             files = sources.find(config.files)
-            key, label = f"{config.column} {sources.fingerprint(files)}", sources.listed(files)
+            key, label = f"{config.column} {sources.fingerprint(files)}", f"task.files: {', '.join(config.files)}"
             parts = corpus.split_documents("files", sources.read_files(files, config.column))
         else:
             options = (config.hub, config.subset, config.column, config.documents)

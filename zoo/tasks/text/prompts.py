@@ -65,9 +65,8 @@ class Prompts(TextTask):
         self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last byte
 
     def prepare_source(self) -> dict[str, Path]:
-        files = sources.find(self.config.files, ())
-        key, label = sources.fingerprint(files), sources.listed(files)
-        return {label: corpus.prepare("prompts", key, read_rows(files), ["rows.jsonl"], label)}
+        files, label = sources.find(self.config.files, ()), f"task.files: {', '.join(self.config.files)}"
+        return {label: corpus.prepare("prompts", sources.fingerprint(files), read_rows(files), ["rows.jsonl"], label)}
 
     @functools.cached_property
     def examples(self) -> list[dict[str, Examples]]:

@@ -94,12 +94,6 @@ def _kind(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def listed(files: Sequence[Path]) -> str:
-    """Files in a message."""
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"task.files: {files[0]}{more}"
-
-
 def fingerprint(files: Iterable[Path]) -> str:
     """A hash of names, sizes and times of change."""
     states = ((path, path.stat()) for path in files)
@@ -239,7 +233,11 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
             found = sets[split]
             if column in (found.column_names or ()):
                 found = found.select_columns([column])
-            texts = islice(_texts(_numbered(found), column), documents)
+            batches = found.iter(min(BATCH, documents or BATCH))  # ten times as fast as row by row
+            every = (
+                dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)
+            )
+            texts = islice(_texts(_numbered(every), column), documents)
             if split == "train" and missing:
                 yield from split_documents("hub", _documents(texts), missing)
             else:
