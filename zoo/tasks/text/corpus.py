@@ -169,7 +169,7 @@ def prepare(
     label, key = label or name, f"{FORMAT} {name} {origin}"
     try:
         folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if _whole(folder, files):
+        if _whole(folder):
             return folder
         with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
             new = {Path(file).stem: Path(temporary, file) for file in files}
@@ -214,11 +214,11 @@ def find(name: str, digest_: str) -> Path | None:
     return next((folder for folder in folders if digest(folder) == digest_ and _whole(folder)), None)
 
 
-def _whole(folder: Path, files: Iterable[str] = ()) -> bool:
-    """Whether a folder holds what its manifest says: `files`, if given."""
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds what its manifest says."""
     hashes = _hashes(folder)
     with suppress(OSError, ValueError):
-        return bool(hashes) and hashes == {name: _sha256(folder / name) for name in files or hashes}
+        return bool(hashes) and hashes == {name: _sha256(folder / name) for name in hashes}
     return False
 
 
