@@ -117,3 +117,25 @@ def test_rate_warms_up_then_decays_to_min_lr(warmup: int, min_lr: float) -> None
     assert down[len(down) // 2] == pytest.approx((0.01 + min_lr) / 2, rel=0.05)
     assert rates[-1] == pytest.approx(min_lr, abs=1e-12)
     assert optim.lr * optim.lr_at(10 * optim.steps) == pytest.approx(min_lr, abs=1e-12)
+
+
+NUMBERS = {
+    "hypernet": ["delta_norm_gate", "delta_norm_up", "delta_norm_down"],
+    "moe": ["load_max_over_mean", "dead_fraction", "entropy"],
+}
+
+
+@pytest.mark.parametrize("family", NUMBERS)
+def test_numbers_of_each_layer_are_logged(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(Model, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Model, "log_dict", lambda self, values, **kwargs: logged.update(values))
+    model = make(family, "regression")
+    for k in range(2):  # at first all updates are zero, and their norms one number
+        model.validation_step(model.task.batch("validation", k, 8), k)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.on_validation_epoch_end()
+    assert set(logged) == {f"layer{layer}/{name}" for layer in range(2) for name in NUMBERS[family]}
+    assert family == "moe" or len({float(value) for value in logged.values()}) == 6
+    assert all(metric.update_count == 0 for metrics in model.layer_metrics for metric in metrics.values())
