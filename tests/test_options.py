@@ -239,7 +239,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "regression", {"model.chunk": 4, "model.route_on": "context"}, ["model.chunk=4", "running text"]),
     ("moe", "noise", {"model.chunk": 0, "model.route_on": "context"}, ["model.chunk=0"]),
     ("moe", "noise", {"model.chunk": 41, "model.route_on": "context"}, ["model.chunk=41", "task.tokens=40"]),
-    ("moe", "noise", {"model.backend": "grouped", "model.hidden": 10}, ["model.backend=grouped", "model.hidden=10"]),
     ("moe", "regression", {"task.points": 0}, ["task.points=0"]),
     ("moe", "regression", {"task.noise": 0.1}, ["task.noise=0.1", "task.function=noisy", "linear"]),
     ("moe", "regression", {"task.nonzero": 2}, ["task.nonzero=2", "task.function=sparse", "linear"]),

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoo.bench import layers
+from zoo.bench.layers import DIM, attention, emitting, routing
 from zoo.bench.timing import Case, Row, backward
+from zoo.lens.draw import save
+from zoo.lens.figure import Figure, Lines, Series
 
 TOKENS, PER_EXPERT = 4096, 128
 
@@ -22,30 +24,29 @@ RANK = "rank"
 LENGTHS = {name: f"{name} by length" for name in ("attention", "moe", "hypernet")}
 
 
-def growth(sizes: layers.Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
+def growth(device: torch.device, quick: bool) -> Iterator[Case]:
     """Experts at constant n and K, the rank of an update, the length of sequences at a constant number of tokens."""
 
-    def case(name: str, work: dict[int, Callable[[], Any]]) -> Case:
-        return Case("growth", name, str(next(iter(work))), {str(size): f for size, f in work.items()})
+    def case(name: str, sizes: tuple[int, ...], work: Callable[[int], Any]) -> Case:
+        ends = (sizes[0], sizes[-1]) if quick else sizes
+        return Case(name, str(sizes[0]), {str(size): work(size) for size in ends})
 
-    experts = (8, 32) if quick else (8, 16, 32, 64, 128)
-    states = {e: torch.randn(1, PER_EXPERT * e, sizes.dim, device=device) for e in experts}
-    yield case(EXPERTS, {e: backward(layers.routing(sizes, e, 1), z) for e, z in states.items()})
-    ranks = (1, 64) if quick else (1, 4, 8, 16, 32, 64)
-    z = torch.randn(8, 128, sizes.dim, device=device)
-    yield case(RANK, {r: backward(layers.emitting(sizes, r, None), z) for r in ranks})
-    lengths = (128, 2048) if quick else (128, 256, 512, 1024, 2048)
-    states = {T: torch.randn(TOKENS // T, T, sizes.dim, device=device) for T in lengths}
-    yield case(LENGTHS["attention"], {T: layers.attention(z) for T, z in states.items()})
-    yield case(LENGTHS["moe"], {T: backward(layers.routing(sizes, 16, 1), z) for T, z in states.items()})
-    yield case(LENGTHS["hypernet"], {T: backward(layers.emitting(sizes, 8, 64), z) for T, z in states.items()})
+    def states(sequences: int, tokens: int) -> torch.Tensor:
+        return torch.randn(sequences, tokens, DIM, device=device)
+
+    yield case(EXPERTS, (8, 16, 32, 64, 128), lambda e: backward(routing(e, 1), states(1, PER_EXPERT * e)))
+    z, lengths = states(8, 128), (128, 256, 512, 1024, 2048)
+    yield case(RANK, (1, 4, 8, 16, 32, 64), lambda r: backward(emitting(r, None), z))
+    yield case(LENGTHS["attention"], lengths, lambda T: attention(states(TOKENS // T, T)))
+    yield case(LENGTHS["moe"], lengths, lambda T: backward(routing(16, 1), states(TOKENS // T, T)))
+    yield case(LENGTHS["hypernet"], lengths, lambda T: backward(emitting(8, 64), states(TOKENS // T, T)))
 
 
 def curves(rows: list[Row]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """By case: the sizes, the time per token relative to the first size, and its quartiles (2,·)."""
     found = {}
     for case in (EXPERTS, RANK, *LENGTHS.values()):
-        points = [row for row in rows if row.section == "growth" and row.case == case]
+        points = [row for row in rows if row.case == case]
         if points:
             first = float(points[0].baseline)
             x = np.array([first, *(float(row.variant) for row in points)])
@@ -58,8 +59,7 @@ def curves(rows: list[Row]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
 
 def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """a, b and R² of y ≈ a + b·x by least squares on y/y, each point of equal relative weight."""
-    A = np.stack([np.ones_like(x), x], 1) / y[:, None]
-    a, b = np.linalg.lstsq(A, np.ones_like(y), rcond=None)[0]
+    b, a = np.polyfit(x, y, 1, w=1 / y)
     spread = ((y - y.mean()) ** 2).sum()
     return float(a), float(b), float(1 - ((y - a - b * x) ** 2).sum() / spread) if spread else 1.0
 
@@ -76,28 +76,24 @@ def lines(rows: list[Row]) -> list[str]:
 
 def draw(rows: list[Row], folder: Path) -> Path:
     """The figure growth.png and its numbers, growth.json, in `folder`."""
-    from zoo.lens.draw import save
-    from zoo.lens.figure import Figure, Lines, Series
-
     found = curves(rows)
 
-    def measured(case: str, name: str) -> tuple[Series, ...]:
-        x, y, (low, high) = found[case]
-        a, b, _ = fit(x, y)
-        return (
-            Series(name, x.tolist(), y.tolist(), low=low.tolist(), high=high.tolist()),
-            Series(f"fit {a:.2f} {b:+.2g}·x", x.tolist(), (a + b * x).tolist(), control=True),
-        )
+    def panel(title: str, x_label: str, measured: dict[str, str]) -> Lines:
+        series: list[Series] = []
+        for name, case in measured.items():
+            x, y, (low, high) = found[case]
+            a, b, _ = fit(x, y)
+            series.append(Series(name, x.tolist(), y.tolist(), low.tolist(), high.tolist()))
+            series.append(Series(f"fit {a:.2f} {b:+.2g}·x", x.tolist(), (a + b * x).tolist(), control=True))
+        return Lines(title, x_label, "time per token / that at the first size", tuple(series))
 
-    unit = "time per token / that at the first size"
-    lengths = sum((measured(case, name) for name, case in LENGTHS.items()), ())
     figure = Figure(
         "growth",
         "What a token costs, forward and backward",
         (
-            Lines(f"a mixture at {PER_EXPERT} tokens per expert, K = 1", "experts", unit, measured(EXPERTS, "moe")),
-            Lines("one low-rank update per 128 tokens", "rank", unit, measured(RANK, "hypernet")),
-            Lines(f"sequences of T tokens, {TOKENS} tokens in all", "T", unit, lengths),
+            panel(f"a mixture at {PER_EXPERT} tokens per expert, K = 1", "experts", {"moe": EXPERTS}),
+            panel("one low-rank update per 128 tokens", "rank", {"hypernet": RANK}),
+            panel(f"sequences of T tokens, {TOKENS} tokens in all", "T", LENGTHS),
         ),
         "Attention alone costs more per token as sequences get longer. Medians and quartiles over rounds.",
         "that this holds at other widths, on other machines, or where caches or memory run out.",

@@ -6,7 +6,7 @@ Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,77 +19,60 @@ from zoo.core.layers import Attention, FeedForward, Layout
 from zoo.models.hypernet import HypernetConfig, HypernetDelta
 from zoo.models.moe import ExpertRouting, MoEConfig
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """dim: of the model; hidden: units of one expert, or of a dense FFN; tokens: of the batch that experts share."""
-
-    dim: int = 256
-    hidden: int = 512
-    tokens: int = 2048
-
-
+DIM, HIDDEN, TOKENS = 256, 512, 2048
+"""D; F, also of the dense FFN; tokens that the experts share."""
 ONCE, CHUNKS = "one code per sequence of 128", "lagged chunks of 64"
-GROUPED = "transformers Mixtral, grouped_mm"
 
 
-def cases(sizes: Sizes, device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """The mixture by tokens per expert, and the hypernetwork by how often it emits."""
     for n in (256, 32) if quick else (512, 256, 128, 64, 32):
-        yield mixture(sizes, n, 1, device)
+        yield mixture(n, 1, device)
     if not quick:
-        yield mixture(sizes, 256, 2, device)
-    yield hypernetwork(sizes, device)
+        yield mixture(256, 2, device)
+    yield hypernetwork(device)
 
 
-def mixture(sizes: Sizes, n: int, top_k: int, device: torch.device) -> Case:
-    experts = sizes.tokens * top_k // n
-    z = torch.randn(1, sizes.tokens, sizes.dim, device=device)
-    module = routing(sizes, experts, top_k)
-    work = backward(module, z)
+def mixture(n: int, top_k: int, device: torch.device) -> Case:
+    z, experts = torch.randn(1, TOKENS, DIM, device=device), TOKENS * top_k // n
+    module = routing(experts, top_k)
     variants: dict[str, Callable[[], Any]] = {
-        "dense": backward(feed_forward(sizes.dim, top_k * sizes.hidden), z),
-        "matrix products": products(z, top_k * sizes.hidden),
-        "moe": work,
-        "moe, kernels alone": kernels(work),
+        "dense": backward(feed_forward(top_k * HIDDEN), z),
+        "matrix products": products(z, top_k * HIDDEN),
+        "moe": backward(module, z),
     }
-    others = peers.mixtures(module.ffn, module.context_to_delta.routers[0], top_k)
-    variants |= {name: backward(block, z) for name, block in others.items()}
+    variants["moe, kernels alone"] = kernels(variants["moe"])
     wanted = {512: 1.15, 256: 1.15, 128: 1.30, 32: 1.75}
     bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
-    if GROUPED in variants:
-        bars["moe", GROUPED] = 1.03
-    return Case("layers", f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars, tokens=sizes.tokens)
+    if peers.installed():
+        peer = "transformers Mixtral, grouped_mm"
+        variants[peer] = backward(peers.mixtral(module.ffn, module.context_to_delta.routers[0], top_k), z)
+        bars["moe", peer] = 1.03
+    return Case(f"moe, n={n}, K={top_k}, E={experts}", "dense", variants, bars)
 
 
-def hypernetwork(sizes: Sizes, device: torch.device) -> Case:
-    z = torch.randn(8, 128, sizes.dim, device=device)
+def hypernetwork(device: torch.device) -> Case:
+    z = torch.randn(8, 128, DIM, device=device)
     variants = {
-        "dense": backward(feed_forward(sizes.dim, sizes.hidden), z),
-        "matrix products": products(z, sizes.hidden),
-        ONCE: backward(emitting(sizes, 8, None), z),
-        CHUNKS: backward(emitting(sizes, 8, 64), z),
+        "dense": backward(feed_forward(HIDDEN), z),
+        "matrix products": products(z, HIDDEN),
+        ONCE: backward(emitting(8, None), z),
+        CHUNKS: backward(emitting(8, 64), z),
     }
     variants |= {f"{name}, kernels alone": kernels(variants[name]) for name in (ONCE, CHUNKS)}
     bars = {(ONCE, "dense"): 1.35, (CHUNKS, "dense"): 1.5}
-    return Case("layers", "hypernet, rank 8, three matrices", "dense", variants, bars, tokens=8 * 128)
+    return Case("hypernet, rank 8, three matrices", "dense", variants, bars)
 
 
-def memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+def memory(device: torch.device) -> Iterator[Row]:
     """The memory that one FFN keeps for its backward pass."""
-    z = torch.randn(8, 128, sizes.dim, device=device, requires_grad=True)
-    modules: dict[str, nn.Module] = {
-        "dense": feed_forward(sizes.dim, sizes.hidden),
-        ONCE: emitting(sizes, 8, None),
-        CHUNKS: emitting(sizes, 8, 64),
-        "moe, K=1": routing(sizes, 8, 1),
-    }
-    kept = {name: saved_bytes(partial(module.to(device), z)) for name, module in modules.items()}
-    for name, size in kept.items():
-        ratio, bar = size / kept["dense"], 1.5 if name == ONCE else None
-        if name != "dense":
-            case = "kept for the backward pass"
-            yield Row("memory", case, name, "dense", ratio, ratio, ratio, 1, bar, None, size / 2**20, None)
+    z = torch.randn(8, 128, DIM, device=device, requires_grad=True)
+    modules = {ONCE: emitting(8, None), CHUNKS: emitting(8, 64), "moe, K=1": routing(8, 1)}
+    dense = saved_bytes(partial(feed_forward(HIDDEN).to(device), z))
+    for name, module in modules.items():
+        kept = saved_bytes(partial(module.to(device), z))
+        ratio, bar = kept / dense, 1.5 if name == ONCE else None
+        yield Row("kept for the backward pass", name, "dense", ratio, ratio, ratio, bar, None, kept / 2**20)
 
 
 def products(z: Tensor, hidden: int) -> Callable[[], Any]:
@@ -107,11 +90,11 @@ def products(z: Tensor, hidden: int) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def feed_forward(dim: int, hidden: int, blocks: int = 1) -> FeedForward:
+def feed_forward(hidden: int, blocks: int = 1) -> FeedForward:
     """An FFN with drawn weights."""
-    ffn = FeedForward(dim, hidden, blocks)
+    ffn = FeedForward(DIM, hidden, blocks)
     for parameter in ffn.parameters():
-        parameter.normal_(std=dim**-0.5)
+        parameter.normal_(std=DIM**-0.5)
     return ffn
 
 
@@ -123,28 +106,24 @@ class PatchedFeedForward(nn.Module):
         self.context_to_delta, self.ffn = context_to_delta, ffn
 
     def forward(self, z: Tensor) -> Tensor:
-        reads_query = self.context_to_delta.reads_query
-        patch = self.context_to_delta(z, 0, 0 if reads_query else z.shape[1])
-        if not reads_query:  # every token is patched, none is masked
-            patch = replace(patch, weights={name: replace(delta, gate=None) for name, delta in patch.weights.items()})
-        return self.ffn(z, patch)
+        patch = self.context_to_delta(z, 0, 0 if self.context_to_delta.reads_query else z.shape[1])
+        return self.ffn(z, replace(patch, served=None))  # every token is patched
 
 
-def routing(sizes: Sizes, experts: int, top_k: int) -> PatchedFeedForward:
-    config = MoEConfig(
-        dim=sizes.dim, layers=1, hidden=sizes.hidden, experts=experts, top_k=top_k, renormalise=top_k > 1
-    )
-    return PatchedFeedForward(ExpertRouting(config), feed_forward(sizes.dim, sizes.hidden, experts))
+def routing(experts: int, top_k: int) -> PatchedFeedForward:
+    sizes: Any = {"dim": DIM, "layers": 1, "hidden": HIDDEN, "experts": experts}
+    config = MoEConfig(**sizes, top_k=top_k, renormalise=top_k > 1)
+    return PatchedFeedForward(ExpertRouting(config), feed_forward(HIDDEN, experts))
 
 
-def emitting(sizes: Sizes, rank: int, chunk: int | None) -> PatchedFeedForward:
+def emitting(rank: int, chunk: int | None) -> PatchedFeedForward:
     """The generator on the mean of each sequence, or of all earlier chunks, and the FFN it patches."""
     context: Literal["chunk", "segment"] = "chunk" if chunk else "segment"
-    config = HypernetConfig(dim=sizes.dim, layers=1, hidden=sizes.hidden, rank=rank, context=context, chunk=chunk)
+    config = HypernetConfig(dim=DIM, layers=1, hidden=HIDDEN, rank=rank, context=context, chunk=chunk)
     family = HypernetDelta(config)
-    for head in family.generator.heads.values():  # as after some training: at the start ΔW is zero
-        nn.init.normal_(head.weight, std=config.code_dim**-0.5)  # type: ignore[arg-type]
-    return PatchedFeedForward(family, feed_forward(sizes.dim, sizes.hidden))
+    for weight in family.generator.heads.parameters():  # as after some training: at the start ΔW is zero
+        nn.init.normal_(weight, std=config.code_dim**-0.5)
+    return PatchedFeedForward(family, feed_forward(HIDDEN))
 
 
 def attention(z: Tensor) -> Callable[[], Any]:

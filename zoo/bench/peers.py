@@ -1,12 +1,11 @@
-"""The same computations in other libraries, where they are installed (extra [peers]), at the same sizes.
+"""The same computations in `transformers`, where it is installed (extra [peers]).
 
-Those of `transformers` get our weights, under the names they have there: they compute the same numbers.
+It gets our weights, under the names they have there: it computes the same numbers.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ LAYER = {
 }
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 def config_of(model: Model, **options: Any) -> dict[str, Any]:
@@ -79,61 +78,14 @@ def experts(ffn: FeedForward, router: nn.Module) -> dict[str, Tensor]:
     return {"gate.weight": router.weight, **weights}
 
 
-def mixtures(ffn: FeedForward, router: Any, top_k: int) -> dict[str, nn.Module]:
-    """Other libraries' blocks of experts."""
-    found: dict[str, nn.Module] = {}
-    if installed("transformers"):
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+def mixtral(ffn: FeedForward, router: nn.Module, top_k: int) -> nn.Module:
+    """A routed FFN of ours as MixtralSparseMoeBlock, weight for weight."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-        sizes: dict[str, Any] = {"hidden_size": ffn.dim, "intermediate_size": ffn.hidden_per_block}
-        for way in ("grouped_mm", "eager") if ffn.blocks <= 16 else ("grouped_mm",):  # eager is quadratic in experts
-            config = MixtralConfig(**sizes, num_local_experts=ffn.blocks, num_experts_per_tok=top_k)
-            config._experts_implementation = way
-            block = found[f"transformers Mixtral, {way}"] = MixtralSparseMoeBlock(config)
-            block.load_state_dict(experts(ffn, router))
-    if installed("st_moe_pytorch") and top_k == 2:
-        from st_moe_pytorch import MoE
-
-        block = MoE(dim=ffn.dim, num_experts=ffn.blocks, expert_hidden_mult=ffn.hidden_per_block / ffn.dim)
-        found["st-moe-pytorch"] = _First(block)
-    return found
-
-
-class _First(nn.Module):
-    """A module that gives a tuple, as one that gives its first entry."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.module(z)[0]
-
-
-def decoders(model: Model) -> dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]]:
-    """Decoders of the size of ours, each with the call that gives logits."""
-    config, found = model.config, {}
-    if installed("transformers"):
-        found["transformers Llama"] = (llama(model), lambda module, ids: module(ids).logits)
-    if installed("x_transformers"):
-        from x_transformers import Decoder, TransformerWrapper
-
-        layers = Decoder(
-            dim=config.dim,
-            depth=config.layers,
-            heads=config.heads,
-            attn_dim_head=config.dim // config.heads,
-            rotary_pos_emb=True,
-            use_rmsnorm=True,
-            ff_glu=True,
-            ff_swish=True,
-            ff_no_bias=True,
-            ff_mult=config.hidden / config.dim,
-            attn_flash=True,
-        )
-        wrapped = TransformerWrapper(
-            num_tokens=model.task.vocabulary, max_seq_len=model.task.tokens, use_abs_pos_emb=False, attn_layers=layers
-        )
-        found["x-transformers"] = (wrapped, lambda module, ids: module(ids))
-    return found
+    sizes: dict[str, Any] = {"hidden_size": ffn.dim, "intermediate_size": ffn.hidden_per_block}
+    config = MixtralConfig(**sizes, num_local_experts=ffn.blocks, num_experts_per_tok=top_k)
+    config._experts_implementation = "grouped_mm"
+    block = MixtralSparseMoeBlock(config)
+    block.load_state_dict(experts(ffn, router))
+    return block

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,38 +24,31 @@ class Case:
     """Variants of one computation: each is divided by the baseline, and by those that `bars` names besides.
 
     variants: by name; one that returns a float has taken its own time, in seconds. bars: the largest ratio wanted of
-    (variant, baseline). compiled: variants whose memory cannot be counted, since no operator of theirs is seen. tokens:
-    how many one run goes through.
+    (variant, baseline). compiled: variants whose memory cannot be counted, since no operator of theirs is seen.
     """
 
-    section: str
     name: str
     baseline: str
     variants: dict[str, Callable[[], Any]]
     bars: dict[tuple[str, str], float] = field(default_factory=dict)
     compiled: tuple[str, ...] = ()
-    tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: the median ratio and its quartiles over `pairs` rounds; seconds, megabytes: of the variant.
+class Row(NamedTuple):
+    """A line of the table: the median ratio and its quartiles over rounds; seconds, megabytes: of the variant.
 
     megabytes: the most that a run holds at once, or in the section `memory` what it keeps for its backward pass.
     """
 
-    section: str
     case: str
     variant: str
     baseline: str
-    ratio: float
     low: float
+    ratio: float
     high: float
-    pairs: int
     bar: float | None
     seconds: float | None
     megabytes: float | None
-    tokens: int | None
 
 
 def measure(case: Case, rounds: int, device: torch.device, tick: Callable[[], Any] = lambda: None) -> Iterator[Row]:
@@ -66,19 +60,17 @@ def measure(case: Case, rounds: int, device: torch.device, tick: Callable[[], An
             work()
         else:
             megabytes[name] = peak_bytes(work, device) / 2**20
-    for round_ in range(rounds):
-        names = list(case.variants)
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:  # no one is always first
+    names = deque(case.variants)
+    for _ in range(rounds):
+        for name in names:
             seconds[name].append(stopwatch(case.variants[name], device))
+        names.rotate(-1)  # no one is always first
         tick()
     pairs = dict.fromkeys((name, case.baseline) for name in seconds if name != case.baseline)
-    for name, base in {**pairs, **dict.fromkeys(case.bars)}:
-        ratios = np.array(seconds[name]) / np.array(seconds[base])
-        low, ratio, high = (float(x) for x in np.percentile(ratios, [25, 50, 75]))
-        yield Row(
-            *(case.section, case.name, name, base, ratio, low, high, rounds, case.bars.get((name, base))),
-            *(float(np.median(seconds[name])), megabytes.get(name), case.tokens),
-        )
+    for name, base in pairs | dict.fromkeys(case.bars):
+        low, ratio, high = np.percentile(np.array(seconds[name]) / np.array(seconds[base]), [25, 50, 75]).tolist()
+        bar, median = case.bars.get((name, base)), float(np.median(seconds[name]))
+        yield Row(case.name, name, base, low, ratio, high, bar, median, megabytes.get(name))
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -88,17 +80,12 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 def stopwatch(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run."""
-    now = clock(device)
-    _finish(device)
+    now, finish = clock(device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    finish()
     start = now()
     own = work()
-    _finish(device)
+    finish()
     return own if isinstance(own, float) else now() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def rates(device: torch.device) -> tuple[float, float]:
@@ -115,10 +102,10 @@ def rates(device: torch.device) -> tuple[float, float]:
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     """The most memory that one run holds at once beyond what was held before it."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated() - before
     with LiveBytes() as live:
         work()
     return live.peak

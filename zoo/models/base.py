@@ -6,17 +6,17 @@ Axes: B sequences, T tokens, V output numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, MetricCollection
 
-from zoo.config import from_dict, lookup, require_positive
+from zoo.config import from_dict, lookup, plain, require_positive
 from zoo.core import sampling
 from zoo.core.context import ContextToDelta, Source
 from zoo.core.decoder import Decoder, Sizes
@@ -32,7 +32,7 @@ class ModelConfig(Sizes):
 
     name: str = ""
 
-    def resolve(self, task: Task) -> ModelConfig:
+    def resolve(self, task: Task) -> Self:
         """This with every open default written down; raises ValueError for sizes that do not fit each other."""
         require_positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
@@ -56,10 +56,9 @@ class ContextConfig(ModelConfig):
     context: Literal["segment", "chunk", "running", "token"] | None = None
     chunk: int | None = None
 
-    def resolve(self, task: Task) -> ContextConfig:
-        config = super().resolve(task)
+    def resolve(self, task: Task) -> Self:
         source = Source.resolve(task.n_context, task.tokens, self.context, self.chunk)
-        return replace(config, context=source.kind, chunk=source.chunk)  # type: ignore[call-arg,return-value]
+        return replace(super().resolve(task), context=source.kind, chunk=source.chunk)  # type: ignore[arg-type]
 
     @property
     def source(self) -> Source:
@@ -83,7 +82,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
 
-    def resolve(self) -> OptimConfig:
+    def resolve(self) -> Self:
         """This with the warm-up written down; raises ValueError for values that do not fit each other."""
         require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
         if self.batch_size % self.accumulate:
@@ -126,21 +125,19 @@ class Model(L.LightningModule):
         super().__init__()
         self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
         self.config = from_dict(self.Config, model, "model").resolve(self.task)
-        if self.config.name != self.Config.name:
-            raise ValueError(f"model.name={self.config.name} is not {type(self).__name__}, which is {self.Config.name}")
         self.optim = from_dict(OptimConfig, optim, "optim").resolve()
-        self.save_hyperparameters(
-            {"model": _plain(self.config), "task": _plain(self.task.config), "optim": _plain(self.optim), "seed": seed}
-        )
+        groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
+        self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed
         self.decoder = Decoder(self.config, self.task, **self.decoder_options())
         self.decoder.context_to_delta = self.make_context_to_delta()
         self.losses = {}
-        self.validation_loss = MeanMetric(nan_strategy="disable")
-        self.test_metrics: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
-        context_to_delta = self.decoder.context_to_delta
-        self.layer_metrics: Sequence[Mapping[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
-            nn.ModuleDict(context_to_delta.metrics() if context_to_delta else {}) for _ in range(self.config.layers)
+        self.means: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
+        family = self.decoder.context_to_delta
+        self.layer_metrics: Sequence[MetricCollection] = nn.ModuleList(  # type: ignore[assignment]
+            # each for itself: torchmetrics takes metrics for one that are equal at first, as zero updates are
+            MetricCollection({**(family.metrics() if family else {})}, prefix=f"layer{layer}/", compute_groups=False)
+            for layer in range(self.config.layers)
         )
 
     def decoder_options(self) -> dict[str, Any]:
@@ -194,32 +191,26 @@ class Model(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output, patches = self.decoder(batch.tokens, batch.n_context)
         # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
-        self.validation_loss.update(self.task.token_losses(output, batch)[self.task.scored(batch)])
+        losses = self.task.token_losses(output, batch)[self.task.scored(batch)]
+        self._log_mean("validation_loss", losses, prog_bar=True)
         for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
-            for metric in metrics.values():
-                metric.update(patch, block.ffn)
+            metrics.update(patch, block.ffn)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("validation_loss", self.validation_loss.compute(), prog_bar=True, sync_dist=True)
-        self.validation_loss.reset()
-        for layer, metrics in enumerate(self.layer_metrics):
-            for name, metric in metrics.items():
-                value = metric.compute()
-                for key, number in (value if isinstance(value, dict) else {name: value}).items():
-                    self.log(f"layer{layer}/{key}", number, sync_dist=True)
-                metric.reset()
+        for metrics in self.layer_metrics:
+            self.log_dict(metrics.compute(), sync_dist=True)
+            metrics.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        values = self.task.evaluate(lambda tokens, n_context: self(tokens, n_context), batch)
-        for name, value in values.items():
-            if name not in self.test_metrics:
-                self.test_metrics[name] = MeanMetric(nan_strategy="disable").to(self.device)
-            self.test_metrics[name].update(value)
+        for name, values in self.task.evaluate(self, batch).items():
+            self._log_mean(name, values)
 
-    def on_test_epoch_end(self) -> None:
-        for name, metric in self.test_metrics.items():
-            self.log(name, metric.compute(), sync_dist=True)
-            metric.reset()
+    def _log_mean(self, name: str, values: Tensor, **options: Any) -> None:
+        """Logs, at the end of the epoch, the mean over the values of all its batches and of all processes."""
+        if name not in self.means:
+            self.means[name] = MeanMetric(nan_strategy="disable").to(self.device)
+        self.means[name].update(values)
+        self.log(name, self.means[name], metric_attribute=f"means.{name}", **options)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -245,7 +236,3 @@ class Model(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(self.optim.betas[0], self.optim.betas[1]))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.lr_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

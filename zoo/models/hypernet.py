@@ -6,7 +6,7 @@ Axes: B batch, T tokens, D model, F hidden, C code, R rank; `*` leading dims of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,8 @@ class HypernetConfig(ContextConfig):
     attend_context: bool | None = None
     code: Literal["context", "constant"] = "context"
 
-    def resolve(self, task: Task) -> HypernetConfig:
+    def resolve(self, task: Task) -> Self:
         config = super().resolve(task)
-        assert isinstance(config, HypernetConfig)
         require_positive("model", code_dim=self.code_dim)
         segment = config.context == "segment"
         if not segment and self.attend_context is not None:
@@ -51,8 +50,7 @@ class HypernetConfig(ContextConfig):
             )
         if self.emission != "low_rank" and self.rank is not None:
             raise ValueError(f"model.rank={self.rank} needs model.emission=low_rank, not {self.emission}")
-        unknown = set(self.matrices) - set(MATRICES)
-        if unknown or not self.matrices or len(set(self.matrices)) < len(self.matrices):
+        if not self.matrices or set(self.matrices) - set(MATRICES) or len(set(self.matrices)) < len(self.matrices):
             raise ValueError(f"model.matrices={list(self.matrices)} must be different names out of {list(MATRICES)}")
         rank = (4 if self.rank is None else self.rank) if self.emission == "low_rank" else None
         if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
@@ -60,18 +58,6 @@ class HypernetConfig(ContextConfig):
                 f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
             )
         return replace(config, rank=rank, attend_context=bool(self.attend_context) if segment else None)
-
-
-class FactorHead(nn.Linear):
-    """A linear map from a code (*,C) to the numbers of one factor, (*,shape)."""
-
-    def __init__(self, code_dim: int, shape: tuple[int, ...], std: float):
-        super().__init__(code_dim, torch.Size(shape).numel(), bias=False)
-        self.shape = shape
-        nn.init.normal_(self.weight, std=std)
-
-    def forward(self, code: Tensor) -> Tensor:
-        return super().forward(code).unflatten(-1, self.shape)
 
 
 class Generator(nn.Module):
@@ -84,38 +70,37 @@ class Generator(nn.Module):
 
     def __init__(self, config: HypernetConfig):
         super().__init__()
-        D, C, R = config.dim, config.code_dim, config.rank or 0
-        sizes = {"gate": (config.hidden, D), "up": (config.hidden, D), "down": (D, config.hidden)}
-        self.emission, self.matrices = config.emission, config.matrices
+        D, F, C, R = config.dim, config.hidden, config.code_dim, config.rank or 0
+        self.config, self.shapes = config, {"gate": (F, D), "up": (F, D), "down": (D, F)}
         self.summary_norm, self.code_norm = RMSNorm(D), RMSNorm(C)
         self.encoder = nn.Linear(D, C, bias=False)
         nn.init.normal_(self.encoder.weight, std=D**-0.5)
         self.layer = nn.Embedding(config.layers, C)  # std 1, the size of the encoded summary
         self.heads = nn.ModuleDict()
         for name in config.matrices:
-            o, i = sizes[name]
-            if config.emission == "low_rank":  # products with factors that lie transposed in memory are faster
-                self.heads[f"{name}_u"] = FactorHead(C, (R, o), 0.0)
-                self.heads[f"{name}_v"] = FactorHead(C, (R, i), (C * i) ** -0.5)
-            elif config.emission == "full":
-                self.heads[f"{name}_full"] = FactorHead(C, (o, i), 0.0)
-            else:
-                self.heads[f"{name}_rows"] = FactorHead(C, (o,), 0.0)
-                self.heads[f"{name}_columns"] = FactorHead(C, (i,), 0.0)
+            o, i = self.shapes[name]
+            numbers = {
+                "low_rank": {"u": R * o, "v": R * i},
+                "full": {"full": o * i},
+                "scale": {"rows": o, "columns": i},
+            }
+            for factor, count in numbers[config.emission].items():
+                head = self.heads[f"{name}_{factor}"] = nn.Linear(C, count, bias=False)
+                nn.init.normal_(head.weight, std=(C * i) ** -0.5 if factor == "v" else 0.0)
 
     def forward(self, context: ContextMean, layer: int) -> dict[str, Delta]:
         shift = self.layer(torch.full((), layer, device=context.mean.device))
         code = self.code_norm(self.encoder(self.summary_norm(context.mean)) + shift)
         small = code * (context.nonempty * code.shape[-1] ** -0.5)  # no context, no code: ΔW = 0, heads have no bias
         deltas: dict[str, Delta] = {}
-        for name in self.matrices:
-            if self.emission == "low_rank":
-                deltas[name] = LowRank(self.heads[f"{name}_u"](small).mT, self.heads[f"{name}_v"](code).mT)
-            elif self.emission == "full":
-                deltas[name] = Full(self.heads[f"{name}_full"](small))
+        for name in self.config.matrices:
+            if self.config.emission == "low_rank":  # products with factors that lie transposed in memory are faster
+                u, v = self.heads[f"{name}_u"](small), self.heads[f"{name}_v"](code)
+                deltas[name] = LowRank(*(factor.unflatten(-1, (self.config.rank, -1)).mT for factor in (u, v)))
+            elif self.config.emission == "full":
+                deltas[name] = Full(self.heads[f"{name}_full"](small).unflatten(-1, self.shapes[name]))
             else:
-                rows, columns = (1 + self.heads[f"{name}_{side}"](small) for side in ("rows", "columns"))
-                deltas[name] = Scale(rows, columns)
+                deltas[name] = Scale(*(1 + self.heads[f"{name}_{side}"](small) for side in ("rows", "columns")))
         return deltas
 
 
@@ -142,15 +127,11 @@ class HypernetDelta(ContextToDelta):
         return self.generator(context, layer)
 
     def flops(self) -> tuple[float, float]:
-        config = self.config
-        products = sum(m.weight.numel() for m in self.generator.modules() if isinstance(m, nn.Linear))
-        both, count = config.dim + config.hidden, len(config.matrices)
-        applied = {
-            "low_rank": 2 * count * both * (config.rank or 0),
-            "full": 2 * count * config.dim * config.hidden,
-            "scale": 0,  # elementwise, as what zoo.models.flops leaves out
-        }
-        return 2 * products, applied[config.emission]
+        made = sum(m.weight.numel() for m in self.generator.modules() if isinstance(m, nn.Linear))
+        # one product for each number of a factor; scaling is elementwise, as what zoo.models.flops leaves out
+        factors: Any = self.generator.heads.values()
+        applied = 0 if self.config.emission == "scale" else sum(head.out_features for head in factors)
+        return 2 * made, 2 * applied
 
     def metrics(self) -> dict[str, Metric]:
         return {f"delta_norm_{name}": RelativeNorm(name) for name in self.config.matrices}

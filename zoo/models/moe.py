@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -55,35 +55,26 @@ class MoEConfig(ModelConfig):
     bias_rate: float = 0.0
     backend: Literal["auto", "reference", "loop", "grouped", "grouped_op"] = "auto"
 
-    def resolve(self, task: Task) -> MoEConfig:
-        config = super().resolve(task)
-        assert isinstance(config, MoEConfig)
+    def resolve(self, task: Task) -> Self:
         require_positive("model", experts=self.experts, top_k=self.top_k)
         if self.top_k > self.experts:
             raise ValueError(f"model.top_k={self.top_k} exceeds model.experts={self.experts}")
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.backend in ("grouped", "grouped_op") and (self.dim % 4 or self.hidden % 4):
-            raise ValueError(
-                f"model.backend={self.backend} needs rows of 16 bytes: model.dim={self.dim} and model.hidden="
-                f"{self.hidden} must be multiples of 4 (8 in bfloat16)"
-            )
         if self.renormalise and self.top_k == 1:
             raise ValueError(
                 "model.renormalise=true with model.top_k=1 makes all weights 1: no gradient for the router"
             )
         if self.renormalise and self.score == "linear":
             raise ValueError("model.renormalise=true with model.score=linear divides by a sum that may be zero")
-        if self.chunk is not None and (self.route_on == "token" or task.n_context):
-            raise ValueError(f"model.chunk={self.chunk} needs model.route_on=context and running text")
-        source = Source("token")
-        if self.route_on == "context":
-            source = Source.resolve(task.n_context, task.tokens, None, self.chunk)
-        renormalise = self.renormalise
-        if renormalise is None:
-            renormalise = self.top_k > 1 and self.score != "linear"
-        return replace(config, renormalise=renormalise, chunk=source.chunk)
+        chunk, on_token = self.chunk, self.route_on == "token"
+        if chunk is not None and (on_token or task.n_context):
+            raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
+        if not on_token:
+            chunk = Source.resolve(task.n_context, task.tokens, None, chunk).chunk
+        sums = self.top_k > 1 and self.score != "linear" if self.renormalise is None else self.renormalise
+        return replace(super().resolve(task), renormalise=sums, chunk=chunk)
 
     @property
     def source(self) -> Source:
@@ -125,8 +116,8 @@ class Router(nn.Module):
 
 
 class ExpertRouting(ContextToDelta):
-    """One router per layer. counts: choices in this step, by layer, which is no buffer: DDP would overwrite it; shares:
-    of each expert in the step before, by layer."""
+    """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; shares: of each
+    expert in the step before, even ones in the first."""
 
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
@@ -139,8 +130,8 @@ class ExpertRouting(ContextToDelta):
             self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.layers))
             # what routes where there is no context yet: zero logits would send everyone to the same experts
             self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
-        self.counts: dict[int, Tensor] = {}
-        self.shares: list[Tensor] = []
+        self.counts = torch.zeros(config.layers, config.experts)
+        self.shares = torch.full((config.layers, config.experts), 1 / config.experts, dtype=torch.float64)
 
     def _state(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None, real: Tensor | None
@@ -148,17 +139,14 @@ class ExpertRouting(ContextToDelta):
         """The router's input at each token, (B,T,D)."""
         if self.norms is None or self.empty is None:
             return z_BTD
-        T = z_BTD.shape[1]
-        mean, nonempty = self.source.mean(z_BTD, n_context, cache, real)
+        T, context = z_BTD.shape[1], self.source.mean(z_BTD, n_context, cache, real)
         if self.source.chunk:
-            mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in (mean, nonempty))
-        else:
-            # the context's own tokens route on what they have seen so far, queries on all of it
-            context = None if real is None else real[:, :n_context]
-            seen = Source("running").mean(z_BTD[:, :n_context], 0, real=context)
+            mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
+        else:  # the context's own tokens route on what they have seen so far, queries on all of it
+            seen = Source("running").mean(z_BTD[:, :n_context], 0, real=None if real is None else real[:, :n_context])
             mean, nonempty = (
-                torch.cat([of_context, of_all[:, None].expand(-1, T - n_context, -1)], 1)
-                for of_context, of_all in zip(seen, (mean, nonempty), strict=True)
+                torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
+                for so_far, of_all in zip(seen, context, strict=True)
             )
         return torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
 
@@ -170,17 +158,14 @@ class ExpertRouting(ContextToDelta):
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
         config = self.config
+        counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
+        self.counts = self.counts + counts_LE if part else counts_LE
         loss: Tensor | float = 0.0
-        for layer, patch in enumerate(patches):
-            assert patch.routing is not None
-            if config.bias_rate or config.balance_weight:
-                count_E = expert_counts(patch, config.experts)
-                self.counts[layer] = self.counts[layer] + count_E if part else count_E
+        for patch, share_E in zip(patches, self.shares, strict=True):
             if config.balance_weight:
-                share_E = self.shares[layer].to(patch.routing.logits) if self.shares else None
                 loss = loss + config.balance_weight * balance_loss(patch, share_E, config) / config.layers
             if config.z_weight:
-                square = patch.routing.logits.logsumexp(-1).square()
+                square = routing_of(patch).logits.logsumexp(-1).square()
                 loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
         return loss
 
@@ -188,28 +173,24 @@ class ExpertRouting(ContextToDelta):
     def after_step(self) -> None:
         """Adds up the choices of all parts and processes; moves each router's bias towards idle experts, by bias_rate,
         keeping its mean at zero."""
-        if not self.counts:
-            return
-        count_LE = torch.stack([self.counts[layer] for layer in sorted(self.counts)])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(count_LE)
-        self.counts, self.shares = {}, list(count_LE / count_LE.sum(1, keepdim=True).clamp(min=1))
+            dist.all_reduce(self.counts)
+        self.shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
         if self.config.bias_rate:
-            for router, count_E in zip(self.routers, count_LE, strict=True):
+            for router, count_E in zip(self.routers, self.counts, strict=True):
                 router.bias += self.config.bias_rate * (count_E.mean() - count_E).sign()
                 router.bias -= router.bias.mean()
 
     def training_state(self) -> dict[str, Any]:
-        return {"shares": [share_E.tolist() for share_E in self.shares]}
+        return {"shares": self.shares.tolist()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        shares, config = state.get("shares", []), self.config
-        super().load_training_state({name: value for name, value in state.items() if name != "shares"})
-        rows = [len(row) if isinstance(row, list) else 0 for row in shares] if isinstance(shares, list) else [0]
-        numbers = [x for row in shares for x in row] if set(rows) <= {config.experts} else [None]
-        if len(rows) not in (0, config.layers) or not all(isinstance(x, float) and 0 <= x <= 1 for x in numbers):
-            raise ValueError(f"the shares of experts must be {config.layers} × {config.experts} numbers from 0 to 1")
-        self.shares = [torch.tensor(row, dtype=torch.float64) for row in shares]
+        if not (rows := state.get("shares")):  # runs that counted none, or not yet
+            return
+        shares_LE = torch.tensor(rows, dtype=torch.float64)
+        if shares_LE.shape != self.shares.shape or not ((shares_LE >= 0) & (shares_LE <= 1)).all():
+            raise ValueError(f"the shares of experts must be numbers from 0 to 1, {tuple(self.shares.shape)} of them")
+        self.shares = shares_LE
 
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
@@ -223,13 +204,18 @@ class ExpertRouting(ContextToDelta):
         return {"load": ExpertLoad(self.config.experts), "entropy": RouterEntropy()}
 
 
+def routing_of(patch: Patch) -> Routing:
+    """The routing of a patch that has one."""
+    assert patch.routing is not None
+    return patch.routing
+
+
 def expert_counts(patch: Patch, experts: int) -> Tensor:
     """How many real tokens chose each routed expert, (E) in at least float32."""
-    assert patch.routing is not None
     # shared experts have the ids from `experts` on; a size known beforehand keeps the count free of a device sync
-    index = patch.routing.index.clamp(max=experts)
+    index, logits = routing_of(patch).index.clamp(max=experts), routing_of(patch).logits
     counted = index.new_ones(()) if patch.counted is None else patch.counted.unsqueeze(-1)
-    ones = counted.expand_as(index).to(torch.promote_types(patch.routing.logits.dtype, torch.float32)).flatten()
+    ones = counted.expand_as(index).to(torch.promote_types(logits.dtype, torch.float32)).flatten()
     return ones.new_zeros(experts + 1).scatter_add(0, index.flatten(), ones)[:-1]
 
 
@@ -238,18 +224,17 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
     return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp(min=1)
 
 
-def balance_loss(patch: Patch, share_E: Tensor | None, config: MoEConfig) -> Tensor:
+def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
     """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`.
 
-    f, the share of choices, is that of the whole step before, None for even ones: all parts and processes together are
-    balanced, not each for itself (Qiu et al. 2025, arXiv 2501.11873), and the first part need not know the last one, so
-    that however a batch is cut, it trains the same.
+    f, the share of choices, is that of the whole step before: all parts and processes together are balanced, not each
+    for itself (Qiu et al. 2025, arXiv 2501.11873), and the first part need not know the last one.
     """
-    assert patch.routing is not None
-    score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](patch.routing.logits.flatten(0, -2).mT)
+    logits = routing_of(patch).logits
+    score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
     p_EN = score_EN / score_EN.sum(0)
-    share_E = p_EN.new_full((config.experts,), 1 / config.experts) if share_E is None else share_E
-    return config.experts * mean_of(share_E @ p_EN, None if patch.counted is None else patch.counted.flatten())
+    counted = None if patch.counted is None else patch.counted.flatten()
+    return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
 
 
 class ExpertLoad(Metric):
@@ -275,8 +260,7 @@ class RouterEntropy(MeanMetric):
     """Mean entropy in nats over real tokens of the softmax of the router's logits; ln E if it does not care."""
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
-        assert patch.routing is not None
-        logp = patch.routing.logits.log_softmax(-1)
+        logp = routing_of(patch).logits.log_softmax(-1)
         super().update(-(logp.exp() * logp).sum(-1), 1.0 if patch.counted is None else patch.counted)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,17 @@ def decoder(seed: int, layers: int) -> Decoder:
     return model
 
 
+def tokens(seed: int, count: int) -> Tensor:
+    """Different tokens (1,count): two equal first ones have equal states without a context, which no patch parts."""
+    return torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[None, :count]
+
+
+def over_trials(label: str, x: Sequence[Any], trials: Any, quantiles: tuple[float, float, float]) -> Series:
+    """The values (trials,x) at each x as a lower, a middle and an upper quantile."""
+    low, middle, high = np.quantile(trials, quantiles, axis=0).tolist()
+    return Series(label, x, middle, low, high, control="control" in label)
+
+
 def input_side(pair: LayerStates) -> Patch:
     """One for all: gate and up read z + Mz with M z = z_ctx − z fitted, `down` adds v_ctx − v; exact to m = D."""
     move_BDD = (torch.linalg.pinv(pair.z) @ (pair.z_ctx - pair.z)).mT
@@ -59,30 +71,18 @@ def capacity_cliffs(
 ) -> Figure:
     """Logit error of one static patch per layer against the number of query tokens it has to serve."""
     sides = {"gate, up and down (input side)": input_side, "down alone (output side)": output_side}
-    control = "control: no patch"
-    errors: dict[str, list[list[float]]] = {name: [[] for _ in lengths] for name in (*sides, control)}
+    errors: dict[str, list[float]] = {name: [] for name in (*sides, "control: no patch")}
     for seed in tqdm(seeds, desc="capacity", leave=False, disable=None):
         model = decoder(seed, layers)
-        # different tokens: two equal ones at the start have equal states without the context, which no patch parts
-        order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))
-        for i, m in enumerate(lengths):
-            tokens_BT = order[None, : context + m]
-            removed_T = torch.arange(context + m) < context
+        for m in lengths:
+            tokens_BT = tokens(seed, context + m)
             wanted = model(tokens_BT)[0][:, context:]
             for name in errors:
-                patches = replace_context(model, tokens_BT, removed_T, sides[name]) if name in sides else None
+                patches = replace_context(model, tokens_BT, context, sides[name]) if name in sides else None
                 error = model(tokens_BT[:, context:], patches=patches)[0] - wanted
-                errors[name][i].append(error.abs().max().item())
+                errors[name].append(error.abs().max().item())
     series = [
-        Series(
-            name,
-            lengths,
-            [float(np.median(row)) for row in rows],
-            [min(row) for row in rows],
-            [max(row) for row in rows],
-            control=name == control,
-        )
-        for name, rows in errors.items()
+        over_trials(name, lengths, np.reshape(values, (len(seeds), -1)), (0, 0.5, 1)) for name, values in errors.items()
     ]
     panel = Lines(
         "",

@@ -1,7 +1,7 @@
 """The error of each kind of patch in low precision, for one block and one query token.
 
-The kinds are those of Goldwaser et al. 2025 (arXiv 2511.17864), and one more for blocks with a norm after the FFN.
-Patches are made in float64, then stored and applied in low precision. Axes: B = 1 sequence, T tokens, D model.
+The kinds are those of Goldwaser et al. 2025 (arXiv 2511.17864). Patches are made in float64, then stored and applied in
+low precision. Axes: B = 1 sequence, T tokens, D model.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from zoo.core.delta import InputShift, LowRank, Scale
+from zoo.core.delta import LowRank, Scale
 from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
 from zoo.core.patch import Patch
-from zoo.lens.figure import Bars, Figure, Series
-from zoo.papers.capacity import DIM, HIDDEN, VOCABULARY, decoder
+from zoo.lens.figure import Bars, Figure
+from zoo.papers.capacity import DIM, HIDDEN, decoder, over_trials, tokens
 
 PLAIN, CONTROL = "the block itself, with its context", "control: no patch"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,84 +62,43 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _unit(y: Tensor, eps: float = 1e-6) -> Tensor:
-    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-
-
-def post_norm_menu(pair: LayerStates, scale_D: Tensor) -> dict[str, tuple[Patch, Tensor]]:
-    """Patches of v + scale ∘ r(ffn(z)), r(y) = y/rms(y), as in Gemma: what the FFN gets, and the new scale.
-
-    The last one turns the FFN's output towards what the residual needs, so the scale hardly has to change.
-    """
-    shear = Patch(input=InputShift(pair.z, pair.z_ctx - pair.z), chunk=1)
-    h, y = pair.ffn.hidden(pair.z, shear), pair.ffn(pair.z, shear)
-    goal = pair.v_ctx - pair.v + scale_D * _unit(y)
-    aim = goal * scale_D / (scale_D.square() + 0.05 * scale_D.square().mean())
-    rms_aim, rms_y = (t.square().mean(-1, keepdim=True).sqrt() for t in (aim, y))
-    turn = LowRank((rms_y * aim / rms_aim - y).unsqueeze(-1), pair.along("hidden units of", h).unsqueeze(-1))
-    turned = shear.with_delta("down", turn)
-    return {
-        "shear, scale alone": (shear, goal / _unit(y)),
-        "shear, rank 1 of down, scale": (turned, goal / _unit(pair.ffn(pair.z, turned))),
-        CONTROL: (Patch(chunk=1), scale_D),
-    }
-
-
-def _errors(seed: int, context: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative error of each patch's output in `dtype`: of the gated block, and of the one with a scale after it."""
-    exact, generator = decoder(seed, layers=1), torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randperm(VOCABULARY, generator=generator)[None, : context + 1]
-    scale_D = torch.randn(DIM, generator=generator, dtype=torch.float64)
-    pairs: list[LayerStates] = []
-
-    def keep(pair: LayerStates) -> Patch:
-        pairs.append(pair)
-        return pair.emitted
-
-    replace_context(exact, tokens_BT, torch.arange(context + 1) < context, keep)
-    (pair,) = pairs  # of the only layer
-    low, low_scale_D = copy.deepcopy(exact).to(dtype), scale_D.to(dtype)
+def errors(seed: int, context: int, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of the block's output at the last token in `dtype`, as it is and under each patch of the query."""
+    exact, tokens_BT = decoder(seed, layers=1), tokens(seed, context + 1)
+    low = copy.deepcopy(exact).to(dtype)
     block, x_BTD = low.blocks[0], low.embed(tokens_BT)
     v_ctx = block.attend(x_BTD, low.layout(context + 1, 0))[:, -1:]
     v = block.attend(x_BTD[:, -1:], low.layout(1, 0))
-    z_ctx, z = block.norm2(v_ctx), block.norm2(v)
-    gated = {PLAIN: v_ctx + block.ffn(z_ctx)}
-    for name, patch_of in MENU.items():
-        gated[name] = v + block.ffn(z, cast(patch_of(pair), dtype))
-    scaled = {PLAIN: v_ctx + low_scale_D * _unit(block.ffn(z_ctx))}
-    for name, (patch, new_scale) in post_norm_menu(pair, scale_D).items():
-        scaled[name] = v + new_scale.to(dtype) * _unit(block.ffn(z, cast(patch, dtype)))
+    outputs, found = {PLAIN: v_ctx + block.ffn(block.norm2(v_ctx))}, {}
 
-    def relative(outputs: dict[str, Tensor], wanted: Tensor) -> dict[str, float]:
-        return {name: ((out.double() - wanted).norm() / wanted.norm()).item() for name, out in outputs.items()}
+    def compare(pair: LayerStates) -> Patch:
+        for name, patch_of in MENU.items():
+            outputs[name] = v + block.ffn(block.norm2(v), cast(patch_of(pair), dtype))
+        for name, output_B1D in outputs.items():
+            found[name] = ((output_B1D.double() - pair.out_ctx).norm() / pair.out_ctx.norm()).item()
+        return pair.emitted
 
-    return relative(gated, pair.out_ctx), relative(scaled, pair.v_ctx + scale_D * _unit(pair.ffn(pair.z_ctx)))
+    replace_context(exact, tokens_BT, context, compare)
+    return found
 
 
 @torch.no_grad()
 def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -> Figure:
     """Relative error of one block's output, patched in low precision, for each kind of patch."""
-    panels: list[list[Series]] = [[], []]
+    series = []
     for label, dtype in PRECISIONS.items():
-        rows = [_errors(seed, context, dtype) for seed in tqdm(seeds, desc=label, leave=False, disable=None)]
-        for panel, trials in zip(panels, zip(*rows, strict=True), strict=True):
-            values = [list(trial.values()) for trial in trials]
-            low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0).tolist()
-            panel.append(Series(label, list(trials[0]), middle, low, high))
-    titles = ("Gated block", "Gated block with a norm and a scale after its FFN (as in Gemma)")
+        trials = [errors(seed, context, dtype) for seed in tqdm(seeds, desc=label, leave=False, disable=None)]
+        values = [list(trial.values()) for trial in trials]
+        series.append(over_trials(label, list(trials[0]), values, (0.05, 0.5, 0.95)))
     error = "relative error of the block's output, |error| / |output|"
     return Figure(
         "precision-of-patches",
         "Scaling states element by element magnifies rounding, other patches hardly do",
-        tuple(
-            Bars(title, "", error, tuple(series), log_y=True, horizontal=True)
-            for title, series in zip(titles, panels, strict=True)
-        ),
+        (Bars("", "", error, tuple(series), log_y=True, horizontal=True),),
         f"One query token of a random block (D = {DIM}, F = {HIDDEN}, {context} context tokens). Patches are made in "
         "float64; the whole block, its patch too, is then stored and run in low precision. Error against float64, "
         f"median and 5 to 95 % of {len(seeds)} seeds. Where a state is near zero, its relative error is large, and a "
         "scale made to turn it into another state magnifies it.",
         "that patches made in low precision are as good, nor anything about many layers or trained weights.",
         {"seeds": f"{min(seeds)} to {max(seeds)}", "context": context, "D": DIM, "F": HIDDEN},
-        columns=1,
     )

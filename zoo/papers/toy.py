@@ -9,7 +9,8 @@ Axes: B functions, C context pairs, Q queries, T = C + Q, P numbers of a token, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -120,24 +121,20 @@ def loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def train(
-    model: Toy,
-    seed: int,
-    steps: int,
-    points: int,
-    lr: float = LR,
-    watch: Callable[[int, float], None] | None = None,
-) -> Toy:
-    """The model after `steps` steps of Adam, each on new functions; watch(step, training loss) comes before a step."""
+def training(model: Toy, seed: int, steps: int, points: int, lr: float = LR) -> Iterator[tuple[int, float]]:
+    """Adam, each step on new functions: gives the number and the training loss of each step before it is made."""
     data, optimizer = task(seed, points), torch.optim.Adam(model.parameters(), lr)
     for step in trange(steps, desc="training", leave=False, disable=None):
         context, query, target = parts(data.batch("train", step, BATCH_SIZE))
         value = loss(model(context, query), target).mean()
-        if watch:
-            watch(step, value.item())
+        yield step, value.item()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-    if watch:
-        watch(steps, float("nan"))
+
+
+def trained(layer: str, seed: int, steps: int, points: int, lr: float = LR) -> Toy:
+    """A block after `steps` steps of training."""
+    model = build(layer, seed)
+    deque(training(model, seed, steps, points, lr), maxlen=0)
     return model

@@ -7,10 +7,11 @@ Axes: B functions, C context pairs, Q queries, P numbers of a token.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -19,19 +20,19 @@ from tqdm import tqdm
 
 from zoo.core.delta import InputShift
 from zoo.lens.figure import Figure, Lines, Series
-from zoo.papers.toy import BATCH_SIZE, LR, Toy, build, loss, parts, task, train
+from zoo.papers.toy import BATCH_SIZE, LR, Toy, build, loss, parts, task, trained, training
 
 LOSS = "loss ½(ŷ − y)²"
 LENGTHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40)
 RECURRENT_LR = 3e-3
 
 
-def mean_series(label: str, x: Sequence[float], value_BX: Tensor, control: bool = False) -> Series:
+def mean_series(label: str, x: Sequence[float], value_BX: Tensor) -> Series:
     """The mean over B trials at each x, and one standard error to either side."""
     value_BX = value_BX.double()
     mean_X, error_X = value_BX.mean(0), value_BX.std(0) / len(value_BX) ** 0.5
-    low, high = tuple((mean_X - error_X).tolist()), tuple((mean_X + error_X).tolist())
-    return Series(label, tuple(x), tuple(mean_X.tolist()), low, high, control=control)
+    y, low, high = (values.tolist() for values in (mean_X, mean_X - error_X, mean_X + error_X))
+    return Series(label, tuple(x), y, low, high, control="untrained" in label)
 
 
 @torch.no_grad()
@@ -42,26 +43,23 @@ def loss_through_delta(
     context, query, target = parts(task(seed, points).batch("validation", 0, functions))
     x: list[int] = []
     recent: list[float] = []
-    training = f"training (mean of {every} steps)"
     losses: dict[str, list[float]] = defaultdict(list)
     gaps: dict[str, list[float]] = defaultdict(list)
-
-    def watch(step: int, value: float) -> None:
+    model = build("attention", seed)
+    for step, value in chain(training(model, seed, steps, points), [(steps, math.nan)]):
         recent.append(value)
         if step % every:
-            return
+            continue
         x.append(step)
-        losses[training].append(float(np.mean(recent[:-1] or recent)))
+        losses[f"training (mean of {every} steps)"].append(float(np.mean(recent[:-1] or recent)))
         recent.clear()
         with_context, through = model(context, query), model.through_delta(context, query)
         without = model(context[:, :0], query)
         exact, inputs = copy.deepcopy(model).double(), (context.double(), query.double())
-        for name, prediction in (
-            ("validation, with the context", with_context),
-            ("validation, query alone, W + ΔW", through),
-            ("control: query alone, W", without),
-        ):
-            losses[name].append(loss(prediction, target).mean().item())
+        predictions = {"with the context": with_context, "query alone, W + ΔW": through}
+        for name, prediction in predictions.items():
+            losses[f"validation, {name}"].append(loss(prediction, target).mean().item())
+        losses["control: query alone, W"].append(loss(without, target).mean().item())
         for name, gap in (
             ("float32", through - with_context),
             ("float64", exact.through_delta(*inputs) - exact(*inputs)),
@@ -69,25 +67,17 @@ def loss_through_delta(
         ):
             gaps[name].append(gap.abs().max().item())
 
-    model = build("attention", seed)
-    train(model, seed, steps, points, watch=watch)
-    left, right = (
-        Lines(
-            title,
-            "training step",
-            label,
-            tuple(Series(name, x, y, control="control" in name, points="alone, W +" in name) for name, y in of.items()),
-            log_y=True,
-        )
-        for title, label, of in (
-            ("Loss while the block learns", f"{LOSS}, mean", losses),
-            ("Gap between the two predictions", "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|", gaps),
-        )
-    )
+    def panel(title: str, y_label: str, curves: dict[str, list[float]]) -> Lines:
+        series = (Series(name, x, y, control="control" in name, points="W + ΔW" in name) for name, y in curves.items())
+        return Lines(title, "training step", y_label, tuple(series), log_y=True)
+
     return Figure(
         "loss-through-delta",
         "A context acts as a weight update, at every stage of training",
-        (left, right),
+        (
+            panel("Loss while the block learns", f"{LOSS}, mean", losses),
+            panel("Gap between the two predictions", "largest |ŷ(C, x; W) − ŷ(x; W + ΔW)|", gaps),
+        ),
         f"One attention block learns linear functions of two numbers from {points} pairs. Its predictions with the "
         f"context, and from the query alone with W + ΔW, are the same up to rounding, on {functions} new functions.",
         "that ΔW is cheaper or better than the context. Making ΔW needs the pass with the context, and the identity "
@@ -105,12 +95,6 @@ def increments(model: Toy, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
     states = [model.contextual(context_BCP[:, :i], query_B1P)[:, 0] for i in range(context_BCP.shape[1] + 1)]
     steps = [InputShift(states[0], new - old) for old, new in pairwise(states[1:])]
     return torch.stack([step.norm(model.inner.weight) for step in steps], 1)
-
-
-def increment_series(label: str, size_BC: Tensor, control: bool = False) -> Series:
-    """The mean size of increment i = 1, 2, … over B trials, its standard error, and its log-log slope from 10 on."""
-    series = mean_series(label, range(1, size_BC.shape[1] + 1), size_BC, control)
-    return replace(series, label=f"{label}: slope {slope(series):.2f}".replace("-", "−"))
 
 
 def slope(series: Series, start: int = 10) -> float:
@@ -134,18 +118,18 @@ def increments_of_delta(
     """
     context, query, target = parts(task(seed, points).batch("test", 0, functions))
     models = {
-        "attention, trained": train(build("attention", seed), seed, steps, trained_points),
+        "attention, trained": trained("attention", seed, steps, trained_points),
         "attention, untrained": build("attention", seed),
         "mean pooling, untrained": build("mean", seed),
-        "recurrent (GRU), trained": train(build("recurrent", seed), seed, steps, trained_points, lr=RECURRENT_LR),
+        "recurrent (GRU), trained": trained("recurrent", seed, steps, trained_points, RECURRENT_LR),
     }
     sizes, losses = [], []
     lengths = [i for i in sorted({*LENGTHS, trained_points, points}) if i <= points]
     for name, model in models.items():
-        control = "untrained" in name
-        sizes.append(increment_series(name, increments(model, context, query), control))
+        size = mean_series(name, range(1, points), increments(model, context, query))
+        sizes.append(replace(size, label=f"{name}: slope {slope(size):.2f}".replace("-", "−")))
         values = [loss(model(context[:, :i], query), target).mean(1) for i in lengths]
-        losses.append(mean_series(name, lengths, torch.stack(values, 1), control))
+        losses.append(mean_series(name, lengths, torch.stack(values, 1)))
     first = sizes[0]
     line = Series("1/i", first.x, [first.y[9] * 10 / float(i) for i in first.x], control=True)
     return Figure(
@@ -202,10 +186,9 @@ def delta_and_fine_tuning(
     functions: int = 64,
     queries: int = 100,
     lr: float = 0.01,
-    pretrained: Toy | None = None,
 ) -> Figure:
     """Test loss against the number of examples: as a context turned into ΔW, and as steps of fine-tuning."""
-    model = pretrained or train(build("attention", seed), seed, steps, points)
+    model = trained("attention", seed, steps, points)
     context, query, target = parts(task(seed, points, queries).batch("test", 0, functions))
     lengths = [i for i in sorted({*LENGTHS, points}) if i <= points]
     with torch.no_grad():
