@@ -127,7 +127,7 @@ def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Fact
     o, i = W.shape
     rows, columns, full = W.new_ones(*lead, o, 1), W.new_ones(*lead, i, 1), None
     u, v = W.new_zeros(*lead, o, 0), W.new_zeros(*lead, i, 0)
-    for delta in _terms(patch.weights.get(name)):
+    for delta in terms(patch.weights.get(name)):
         if isinstance(delta, Scale):
             rows, columns = delta.rows.expand(*lead, o).unsqueeze(-1), delta.columns.expand(*lead, i).unsqueeze(-1)
         elif isinstance(delta, Full):
@@ -146,9 +146,10 @@ def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Fact
     return matrix
 
 
-def _terms(delta: Delta | None) -> list[Delta]:
+def terms(delta: Delta | None) -> list[Delta]:
+    """The terms of a sum from the first to the last, an update that is none alone, nothing for None."""
     if isinstance(delta, Sum):
-        return [*_terms(delta.first), delta.second]
+        return [*terms(delta.first), delta.second]
     return [] if delta is None else [delta]
 
 
