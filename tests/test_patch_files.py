@@ -30,7 +30,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def model_and_patch(name: str = "transformer-regression", form: str = "affine") -> tuple[Model, list[Patch]]:
     model = build(BY_NAME[name])
     tokens, n = queries(model, contexts(model)[0], 8)
-    return model, fit(model.decoder, [tokens], n, form)
+    return model, fit(model.decoder, tokens, n, form)
 
 
 @every_case
@@ -42,8 +42,8 @@ def test_patches_come_back_bit_for_bit(case: Case, tmp_path: Path) -> None:
     tokens, length = batch_of(model).tokens, length_of_context(model)
     query, positions = tokens[:, length:], torch.full((tokens.shape[1] - length,), length)
     for what, patches in {
-        "affine": fit(model.decoder, [samples], n, "affine"),
-        "output": fit(model.decoder, [samples], n, "output"),
+        "affine": fit(model.decoder, samples, n, "affine"),
+        "output": fit(model.decoder, samples, n, "output"),
         "emitted": model.decoder(tokens, model.task.n_context)[1],
         "total": model.deltas(tokens, length),
     }.items():

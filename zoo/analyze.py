@@ -148,7 +148,7 @@ def patch(options: argparse.Namespace) -> None:
     n = len(context)
     samples = model.task.sample_queries(context, options.samples, "train")
     held_out = model.task.sample_queries(context, 128, "validation")
-    patches = fit(model.decoder, [samples], n, options.form, options.ridge)
+    patches = fit(model.decoder, samples, n, options.form, options.ridge)
     error = relative_error(model.decoder, held_out, n, patches)
     about = {"form": options.form, "ridge": options.ridge, "samples": options.samples, "context": options.context.name}
     save_patch(options.out, patches, model, **about, held_out_error=error)

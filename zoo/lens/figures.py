@@ -103,8 +103,8 @@ def static_error(
             samples = model.task.sample_queries(row[:n], max(counts), "train")
             test = model.task.sample_queries(row[:n], held_out, "validation")
             for label, (form, ridge) in fits.items():
-                batches = ([static.first(decoder, samples, n, K)] for K in counts)
-                patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
+                few = (static.first(decoder, samples, n, K) for K in counts)
+                patches = (static.fit(decoder, tokens, n, form, ridge) for tokens in few)
                 errors[label].append([static.relative_error(decoder, test, n, patch) for patch in patches])
         medians = {label: torch.tensor(rows).median(0).values.tolist() for label, rows in errors.items()}
         series = [
