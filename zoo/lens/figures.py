@@ -252,7 +252,7 @@ def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figur
         through = _greedy(model, start, count, _last_through_patches)
         alone = _greedy(model, start, count, lambda model, tokens: model(tokens[:, -1:])[:, -1])
         for label, ids in (("context", with_context), ("W + ΔW", through), ("control: W", alone)):
-            rows[f"{name}, {label}"] = [_shown(model.task.decode([i])) for i in ids[-1].tolist()]
+            rows[f"{name}, {label}"] = [model.task.decode([i]).decode("utf-8", "replace") for i in ids[-1].tolist()]
             kinds[f"{name}, {label}"] = (ids != with_context)[-1].long().tolist()
         shares = [f"{int((ids == with_context).sum())}" for ids in (through, alone)]
         equal[name] = f"{shares[0]} through W + ΔW, {shares[1]} with W, of {with_context.numel()}"
@@ -284,8 +284,3 @@ def _last_through_patches(model: Model, tokens: Tensor) -> Tensor:
     removed = torch.arange(T) < T - 1
     patches = model.deltas(tokens, removed, 0)
     return model(tokens[:, -1:], patches=patches, positions=torch.tensor([T - 1]))[:, -1]
-
-
-def _shown(piece: bytes) -> str:
-    text = piece.decode("utf-8", "replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

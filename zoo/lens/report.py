@@ -86,16 +86,15 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
         values = task.evaluate(lambda tokens, n: model(tokens, n), batch)
         gap = values[f"{task.main_metric}_wrong_context"] - values[task.main_metric]
         numbers["error with a wrong context minus right"] = float(gap.mean())
-    context_to_delta = model.decoder.context_to_delta
-    if context_to_delta and context_to_delta.code and task.n_context and not task.vocabulary:
-        many = task.batch("test", 1, 512)
-        decoded, control = (  # random codes tell a good part of the task, too
-            structure.linear_decoding(structure.codes(m, many.tokens, n)[-1], structure.linear_weights(many))
-            for m in (model, drawn_anew(model, 0, router_alone=False))
-        )
-        numbers["task read off the code, held-out R²"] = decoded.r2
-        numbers["  before training"] = control.r2
-        numbers["  with shuffled tasks"] = decoded.shuffled
+    emits = model.decoder.context_to_delta
+    if emits and emits.code and (latent := task.latent(many := task.batch("test", 1, 512))) is not None:
+        untrained = drawn_anew(model, 0, router_alone=False)  # random codes tell a good part of the task, too
+        code, control = (structure.codes(m, many.tokens, n)[-1] for m in (model, untrained))
+        latent = latent.to(code)
+        shuffled = latent[torch.randperm(len(latent), generator=torch.Generator().manual_seed(0))]
+        numbers["task read off the code, held-out R²"] = structure.linear_r2(code, latent)
+        numbers["  before training"] = structure.linear_r2(control, latent)
+        numbers["  with shuffled tasks"] = structure.linear_r2(code, shuffled)
     if batch.group is not None and int(batch.group.max()) and routes(model):
         found = information(model, figures.batches_of(model))
         numbers["information of expert and domain, mean over layers"] = float(found.pop("as trained").mean())
