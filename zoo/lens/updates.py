@@ -168,8 +168,7 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
         layers.append(Layer(pair.ffn, pair.z, shear_and_down(pair), pair.emitted))
         return layers[-1].total
 
-    removed = torch.arange(tokens.shape[1], device=tokens.device) < n_context
-    replace_context(model.decoder, tokens, removed, patch_of, n_context)
+    replace_context(model.decoder, tokens, n_context, patch_of, n_context)
     return layers
 
 
