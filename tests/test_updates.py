@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CASES, Case, batch_of, options_of, shared, taking_turns
+from cases import CASES, Case, batch_of, length_of_context, options_of, shared, taking_turns
 from test_delta import at_most
 from zoo.core.delta import Full, LowRank, Scale
 from zoo.core.layers import FeedForward
@@ -30,8 +30,8 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def context_of(model: Model) -> tuple[Tensor, int]:
-    batch = batch_of(model)
-    return batch.tokens, batch.n_context or 7
+    """Sequences and how many of their tokens are taken for the context."""
+    return batch_of(model).tokens, length_of_context(model)
 
 
 def drawn(pairs: int, rank: int, W: Tensor = W) -> FactoredMatrix:

@@ -1,14 +1,12 @@
 """Thought vectors and matrices: one weight update that stands for a context on every query (Mazzawi et al. 2025).
 
-Fitted in closed form on sample queries, layer by layer: the states come from the layers below as they are already
-patched, the targets from a pass with the context, so that a layer repairs what the layers below left over.
-Source: arXiv 2510.08734; the output side as ridge regression of the remaining residual, and vector and matrix at once,
-are ours.
+Fitted in closed form on sample queries, layer by layer on the stream of the layers already patched, so that a layer
+repairs what the layers below left over. Source: arXiv 2510.08734; the output side as ridge regression of the remaining
+residual, and vector and matrix at once, are ours.
 
-A static patch has leading dims (1). What it is relative to depends on the family: where the update of a query is made
-from the separate context alone (hypernetwork on segments, router on the context), the patch contains that update as it
-was emitted, and is total: decoder(queries, patches=patch). Else the family goes on emitting what it makes of the
-query's own tokens, and the patch comes on top: decoder(queries, added=patch). `answer` knows which.
+A static patch has leading dims (1). Where a family makes the update from the separate context alone, the patch contains
+that update and is total: decoder(queries, patches=patch). Else it comes on top of what the family makes of the query's
+own tokens: decoder(queries, added=patch). `answer` knows which.
 
 Axes: N samples (query tokens), B rows, n tokens of the context, T tokens, i inputs and o outputs of a linear map,
 r rank, D model, F hidden.
@@ -134,18 +132,16 @@ def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
     """The patches before any fit: those that the family emits for the context alone, empty where it reads the query."""
     if reads_query(decoder):
         return [Patch()] * len(decoder.blocks)
-    patches = [_whole(patch) for patch in decoder(tokens, n_context)[1]]
-    if any(isinstance(delta, LowRank) and delta.gate is not None for p in patches for delta in p.weights.values()):
-        raise ValueError("this family weighs its factors token by token: its reads_query must be True")
+    patches = []
+    for emitted in decoder(tokens, n_context)[1]:
+        if any(isinstance(delta, LowRank) and delta.gate is not None for delta in emitted.weights.values()):
+            raise ValueError("this family weighs its factors token by token: its reads_query must be True")
+        # what all queries get, without the mask that keeps it off the context's own tokens
+        routing = emitted.routing
+        if routing:
+            routing = Routing(routing.index[:, -1:], routing.weight[:, -1:], routing.logits[:, -1:])
+        patches.append(replace(emitted, routing=routing, served=None, counted=None))
     return patches
-
-
-def _whole(emitted: Patch) -> Patch:
-    """The update that all queries of one sequence get, without the mask that keeps it off the context's own tokens."""
-    routing = emitted.routing
-    if routing:
-        routing = Routing(routing.index[:, -1:], routing.weight[:, -1:], routing.logits[:, -1:])
-    return replace(emitted, routing=routing, served=None, counted=None)
 
 
 def _update(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:
