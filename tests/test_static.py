@@ -235,30 +235,27 @@ def test_where_queries_attend_to_the_context_more_is_left_to_fit() -> None:
 
 
 @functools.cache
-def trained_samples(name: str) -> tuple[Model, Tensor, Tensor, Tensor, int]:
-    """A trained model; 200 samples and 200 held-out queries after one context, 200 samples after another."""
+def trained_samples(name: str) -> tuple[Model, Tensor, Tensor, int]:
+    """A trained model, 200 samples and 200 held-out queries after a context, and its length."""
     model = trained(name)
-    here, other = contexts(model)
-    tokens, n = queries(model, here, 200)
-    return model, tokens, queries(model, here, 200, k=1)[0], queries(model, other, 200)[0], n
+    (tokens, n), (held_out, _) = (queries(model, contexts(model)[0], 200, k) for k in (0, 1))
+    return model, tokens, held_out, n
 
 
 @pytest.mark.parametrize("name", ["transformer-regression", "hypernet-running", "moe-token"])
 def test_a_static_patch_transfers_to_held_out_queries(name: str) -> None:
     """The context's own patch, against none, against that of another context, and against a vector."""
-    model, tokens, held_out, others, n = trained_samples(name)
-    decoder = model.decoder
-    none = relative_error(decoder, held_out, n, [Patch()] * 2)
-    vector = relative_error(decoder, held_out, n, fit(decoder, tokens, n, "vector"))
-    foreign = relative_error(decoder, held_out, n, fit(decoder, others, n))
-    own = relative_error(decoder, held_out, n, fit(decoder, tokens, n))
-    assert own < min(none, vector, foreign) / 3, (own, none, vector, foreign)
+    model, tokens, held_out, n = trained_samples(name)
+    others, _ = queries(model, contexts(model)[1], 200)
+    fits = [fit(model.decoder, *what) for what in ((tokens, n), (tokens, n, "vector"), (others, n))]
+    own, *controls = (relative_error(model.decoder, held_out, n, patches) for patches in (*fits, [Patch()] * 2))
+    assert own < min(controls) / 3, (own, controls)
 
 
 @pytest.mark.parametrize(("form", "dimension"), [("matrix", 16), ("output", 24)])
 def test_without_ridge_as_many_samples_as_dimensions_are_the_worst_choice(form: str, dimension: int) -> None:
     """Double descent: met well, and useless for other queries; ridge repairs it, and so do more samples."""
-    model, tokens, held_out, _, n = trained_samples("transformer-noise-tied")
+    model, tokens, held_out, n = trained_samples("transformer-noise-tied")
     rows = dimension // 4
     errors = {
         (count, ridge): relative_error(
@@ -283,14 +280,6 @@ def test_relative_error_is_one_for_the_best_constant_and_zero_for_the_context() 
     assert relative_error(model.decoder, tokens, n, none) == pytest.approx(float(expected))
     exact = fit(model.decoder, tokens, n, "matrix", 0.0)
     assert relative_error(model.decoder, tokens, n, exact) < 1e-12
-
-
-@torch.no_grad()
-def test_samples_are_queries_where_they_are_blind_to_each_other_else_rows() -> None:
-    for name, shape in (("transformer-regression", (1, 7 + 3, 4)), ("transformer-noise-tied", (3, 6 + 4))):
-        model = build(BY_NAME[name])
-        tokens, n = queries(model, contexts(model)[0], 24)
-        assert first(model.decoder, tokens, n, 3).shape == shape
 
 
 @taking_turns("case, form", [case for case in CASES if "running-full" not in case.name], list(STATIC_FORMS))
