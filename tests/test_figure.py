@@ -63,12 +63,10 @@ def test_every_kind_is_written_with_all_its_numbers(tmp_path: Path) -> None:
     data = json.loads((path.parent / "example.json").read_text())
     assert [panel["kind"] for panel in data["panels"]] == ["Lines", "Bars", "Bars", "Heat", "Strip"]
     lines, bars, shares, heat, strip = data["panels"]
-    assert lines["series"][0]["x"] == [1, 2, 3, 4]
-    assert lines["series"][0]["y"] == [4.0, 2.0, 1.0, 0.0]
-    assert lines["series"][0]["low"] == [3, 1, 0.5, 0]
-    assert [one["control"] for one in lines["series"]] == [False, False, True]
+    band = {"y": [4.0, 2.0, 1.0, 0.0], "low": [3, 1, 0.5, 0], "high": [5, 3, 2, 1]}
+    assert lines["series"][0] == {"label": "with ΔW", "x": [1, 2, 3, 4], **band, "control": False, "points": False}
     assert lines["marks"] == {"K = D": 3}
-    assert bars["series"][1] == {**bars["series"][1], "x": list(NAMES), "y": [1.0, 2.0, 3.0]}
+    assert bars["series"][1] == {**bars["series"][1], "x": list(NAMES), "y": [1.0, 2.0, 3.0], "control": True}
     assert shares["y_label"] == "share of tokens"
     assert heat["values"] == [[1.0, None], [-0.5, 1.0]]
     assert strip["rows"]["with"] == ["a", "\n", "$x$"]
@@ -88,41 +86,29 @@ def test_a_failed_picture_leaves_the_old_files(tmp_path: Path, monkeypatch: pyte
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_numbers_drawn_are_those_given() -> None:
+def test_numbers_drawn_are_those_given_and_zero_on_a_log_axis_stands_below_them() -> None:
     ax = axes_of(LINES)
     drawn = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}
+    assert drawn["with ΔW"] == [4.0, 2.0, 1.0, 0.05]
     assert drawn["same, other path"] == [4.0, 2.0, 1.0, 0.5]
     assert drawn["control: no ΔW"] == [5.0] * 4
+    assert "exactly 0 is drawn here" in drawn
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("steps", "loss (nats)")
-    bars = axes_of(SHARES)
-    assert [patch.get_height() for patch in bars.patches] == [0.7, 0.8]
-
-
-def test_zero_on_a_log_axis_stands_below_everything_and_says_so() -> None:
-    ax = axes_of(LINES)
-    lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
-    assert list(lines["with ΔW"]) == [4.0, 2.0, 1.0, 0.05]
-    assert "exactly 0 is drawn here" in lines
+    assert [patch.get_height() for patch in axes_of(SHARES).patches] == [0.7, 0.8]
     above = Lines("", "x", "y", (Series("a", (1, 2), (1.0, 2.0)),), log_y=True)
     assert "exactly 0 is drawn here" not in {line.get_label() for line in axes_of(above).get_lines()}
 
 
 def test_controls_are_grey_and_dashed_and_results_are_not() -> None:
-    styles = draw._styles([Series(str(k), (), (), control=k % 2 == 1) for k in range(6)])
+    series = tuple(Series(str(k), (), (), control=k % 2 == 1) for k in range(6))
+    styles = [style for _, style in draw._styled(Lines("", "", "", series))]
     controls, results = styles[1::2], styles[::2]
     assert {style["color"] for style in controls} == {"0.45"}
     assert "-" not in {style["linestyle"] for style in controls}
     assert len({style["linestyle"] for style in controls}) == 3
     assert len({style["color"] for style in results}) == 3
     assert {style["linestyle"] for style in results} == {"-"}
-
-
-def test_text_is_at_least_nine_points() -> None:
-    for panel in (LINES, BARS, HEAT, STRIP):
-        ax = axes_of(panel)
-        assert min(text.get_fontsize() for text in ax.texts or [ax.title]) >= 9
-    assert min(value for key, value in draw.STYLE.items() if "size" in key) >= 9
 
 
 def test_long_strips_are_broken_and_lose_no_token() -> None:
@@ -138,7 +124,7 @@ def test_long_strips_are_broken_and_lose_no_token() -> None:
 def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:
     import matplotlib.image
 
-    wide = Figure("wide", "A title", (STRIP,), "WWW ΔW; " * 60, "MMM " * 60, columns=1)
+    wide = Figure("wide", "A title", (STRIP,), "An update W + ΔW stands for its context. " * 9, "that " * 60, columns=1)
     picture = matplotlib.image.imread(draw.save(wide, tmp_path))[..., :3]
     assert (picture[:, -4:] == 1).all()
     assert (picture[-100:, :400] < 0.5).any()

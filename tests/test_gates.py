@@ -74,7 +74,7 @@ def test_the_law_holds(model: Model) -> None:
 def test_a_static_patch_comes_on_top_of_it(model: Model) -> None:
     """It is fitted, as for any family that reads the query: what differs between tokens is in no patch of all."""
     tokens = model.task.batch("test", 0, 1).tokens.double()
-    patches = fit(model.decoder, [tokens], 7, "output", ridge=0.0)
+    patches = fit(model.decoder, tokens, 7, "output", ridge=0.0)
     nothing = [Patch()] * 2
     assert (
         relative_error(model.decoder, tokens, 7, patches)
@@ -88,7 +88,7 @@ def test_a_static_patch_comes_on_top_of_it(model: Model) -> None:
 def test_one_that_says_it_does_not_read_the_query_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gated, "reads_query", False)
     with pytest.raises(ValueError, match="weighs its factors token by token: its reads_query must be True"):
-        fit(model.decoder, [model.task.batch("test", 0, 1).tokens.double()], 7)
+        fit(model.decoder, model.task.batch("test", 0, 1).tokens.double(), 7)
 
 
 def test_what_is_added_serves_every_token(model: Model) -> None:

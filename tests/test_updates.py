@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CASES, Case, batch_of, options_of, shared, taking_turns
+from cases import CASES, Case, batch_of, length_of_context, options_of, shared, taking_turns
 from test_delta import at_most
 from zoo.core.delta import Full, LowRank, Scale
 from zoo.core.layers import FeedForward
@@ -30,25 +30,16 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def context_of(model: Model) -> tuple[Tensor, int]:
-    batch = batch_of(model)
-    return batch.tokens, batch.n_context or 7
+    """Sequences and how many of their tokens are taken for the context."""
+    return batch_of(model).tokens, length_of_context(model)
 
 
-def drawn(pairs: int, rank: int, full: bool, W: Tensor = W) -> FactoredMatrix:
-    o, i = W.shape
-    draw = [
-        torch.randn(B, T, *shape, dtype=W.dtype) for shape in ((o, pairs), (i, pairs), (o, rank), (i, rank), (o, i))
-    ]
-    return FactoredMatrix(W, *draw[:4], draw[4] if full else None)
+def drawn(pairs: int, rank: int, W: Tensor = W) -> FactoredMatrix:
+    sizes = ((W.shape[0], pairs), (W.shape[1], pairs), (W.shape[0], rank), (W.shape[1], rank))
+    return FactoredMatrix(W, *(torch.randn(B, T, *shape, dtype=W.dtype) for shape in sizes))
 
 
-KINDS = {
-    "scaled": (2, 0, False),
-    "low-rank": (0, 3, False),
-    "full": (0, 0, True),
-    "all": (1, 2, True),
-    "none": (0, 0, False),
-}
+KINDS = {"scaled": (2, 0), "low-rank": (0, 3), "full": (0, IN), "all": (1, 2), "none": (0, 0)}
 every_pair = pytest.mark.parametrize(
     ("x", "y"), [(x, y) for x in KINDS.values() for y in KINDS.values()], ids=[f"{x}-{y}" for x in KINDS for y in KINDS]
 )
@@ -70,12 +61,12 @@ def test_a_norm_is_never_the_root_of_a_rounding_error_below_zero() -> None:
 @every_pair
 def test_operations_equal_those_of_dense_matrices(x: Any, y: Any) -> None:
     a, b = drawn(*x), drawn(*y, W=W.flip(0))
-    dense = [m.W * (m.rows @ m.columns.mT) + m.u @ m.v.mT + (0 if m.full is None else m.full) for m in (a, b)]
+    dense = [m.W * (m.rows @ m.columns.mT) + m.u @ m.v.mT for m in (a, b)]
     close(a.dense(), dense[0])
     close(a.inner(b), (dense[0] * dense[1]).sum((-2, -1)))
     close(a.norm(), torch.linalg.matrix_norm(dense[0]))
     values = a.svdvals()
-    assert values.shape[-1] == (x[1] if x in (KINDS["low-rank"], KINDS["none"]) else IN)
+    assert values.shape[-1] == (IN if x[0] else x[1])
     close(values, torch.linalg.svdvals(dense[0])[..., : values.shape[-1]])
     close(values.norm(dim=-1), a.norm())
     rows = torch.randn(B, T, 4, IN, dtype=W.dtype)
@@ -89,11 +80,11 @@ def test_operations_equal_those_of_dense_matrices(x: Any, y: Any) -> None:
 def test_only_matrices_of_one_model_have_a_difference() -> None:
     for other in (W.mT, W + 1):
         with pytest.raises(ValueError, match="different stored W"):
-            drawn(0, 1, False) - drawn(0, 1, False, W=other)
+            drawn(0, 1) - drawn(0, 1, W=other)
 
 
 def test_a_small_difference_keeps_its_digits() -> None:
-    a, step = drawn(1, 2, False), drawn(1, 2, False)
+    a, step = drawn(1, 2), drawn(1, 2)
     near = FactoredMatrix(W, a.rows + 1e-10 * step.rows, a.columns, a.u, a.v + 1e-10 * step.v)
     exact = 1e-10 * torch.linalg.matrix_norm(W * (step.rows @ a.columns.mT) + a.u @ step.v.mT)
     error = ((near - a).norm() / exact - 1).abs().max()

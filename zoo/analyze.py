@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import zoo
+from zoo.config import lookup
 from zoo.console import Parser, command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from zoo.models import Model
-
-FORMS = ("affine", "matrix", "output", "vector")
+from zoo.files import read
+from zoo.lens import draw
+from zoo.lens import report as pages
+from zoo.lens.figures import increments_by_family
+from zoo.lens.patch_file import describe, load_patch, save_patch
+from zoo.lens.static import answer, fit, relative_error
+from zoo.models import Model
+from zoo.training import checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     patch.add_argument("checkpoint", metavar="RUN_OR_CKPT")
     patch.add_argument("--context", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd,y of pairs")
     patch.add_argument("--out", required=True, type=Path, metavar="P.safetensors")
-    patch.add_argument("--form", choices=FORMS, default="affine", help="what is fitted (default: %(default)s)")
+    patch.add_argument("--form", default="affine", help="vector, matrix, affine or output (default: %(default)s)")
     patch.add_argument("--samples", type=int, default=256, help="sample queries it is fitted on (default: %(default)s)")
     patch.add_argument("--ridge", type=float, default=1e-3, help="penalty, relative (default: %(default)s)")
 
@@ -62,16 +68,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
     """Models and their files by label: the family, with a number where one comes twice."""
-    from zoo.training import checkpoint
-
-    files = [checkpoint.find(path, "best") for path in paths]
     models: dict[str, Model] = {}
     sources: dict[str, Path] = {}
-    for file in files:
+    seen: Counter[str] = Counter()
+    for file in [checkpoint.find(path, "best") for path in paths]:
         model = zoo.load(file).requires_grad_(False)
         family = model.config.name
-        same = sum(label.split(" ")[0] == family for label in models)
-        label = f"{family} {same + 1}" if same else family
+        seen[family] += 1
+        label = family if seen[family] == 1 else f"{family} {seen[family]}"
         models[label], sources[label] = model, file
     tasks = {model.task.config.name for model in models.values()}
     if len(tasks) > 1:
@@ -82,8 +86,6 @@ def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
 
 
 def report(options: argparse.Namespace) -> None:
-    from zoo.lens import report as pages
-
     models, sources = load_all(options.runs)
     first = next(iter(sources.values()))
     run = first.parent.parent if first.parent.name == "checkpoints" else first.parent
@@ -94,37 +96,24 @@ def report(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
-    from zoo.config import lookup
-    from zoo.lens import draw
-
     theory, trained = all_figures()
     if not options.names:
         print("without a checkpoint:", *theory, sep="\n  ")
         print("with --runs:", *trained, sep="\n  ")
         return
-    table = trained if options.runs else theory
-    for name in options.names:
-        lookup(name, {**theory, **trained}, "figure")
-        if name not in table:
-            why = (
-                "models of its own: leave out --runs"
-                if options.runs
-                else "trained models: give checkpoints with --runs"
-            )
-            raise ValueError(f"the figure {name} shows {why}")
-    models = load_all(options.runs)[0] if options.runs else None
-    for name in options.names:
-        print(draw.save(table[name](models) if models else table[name](), options.out), flush=True)
+    table, what = (trained, "figure of trained models") if options.runs else (theory, "figure without --runs")
+    makers = [lookup(name, table, what) for name in options.names]
+    models = [load_all(options.runs)[0]] if options.runs else []
+    for make in makers:
+        print(draw.save(make(*models), options.out), flush=True)
 
 
 def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
     """Figures that train or draw their own small models, and those of checkpoints."""
-    from zoo.lens import figures
-    from zoo.lens.report import TRAINED
     from zoo.papers import capacity, precision, toy_figures
 
     def increments(models: Any) -> Any:
-        return toy_figures.increments_of_delta(more_increments=figures.increments_by_family(models))
+        return toy_figures.increments_of_delta(more_increments=increments_by_family(models))
 
     theory: dict[str, Callable[..., Any]] = {
         "loss-through-delta": toy_figures.loss_through_delta,
@@ -133,22 +122,18 @@ def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[...
         "capacity-cliffs": capacity.capacity_cliffs,
         "precision-of-patches": precision.precision_of_patches,
     }
-    return theory, {"increments-of-delta": increments, **TRAINED}
+    return theory, {"increments-of-delta": increments, **pages.TRAINED}
 
 
 def patch(options: argparse.Namespace) -> None:
-    from zoo.lens.patch_file import save_patch
-    from zoo.lens.static import fit, relative_error
-
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples} must be at least 1")
-    models, _ = load_all([options.checkpoint])
-    (model,) = models.values()
+    (model,) = load_all([options.checkpoint])[0].values()
     context = read_context(model, options.context)
     n = len(context)
     samples = model.task.sample_queries(context, options.samples, "train")
     held_out = model.task.sample_queries(context, 128, "validation")
-    patches = fit(model.decoder, [samples], n, options.form, options.ridge)
+    patches = fit(model.decoder, samples, n, options.form, options.ridge)
     error = relative_error(model.decoder, held_out, n, patches)
     about = {"form": options.form, "ridge": options.ridge, "samples": options.samples, "context": options.context.name}
     save_patch(options.out, patches, model, **about, held_out_error=error)
@@ -157,13 +142,7 @@ def patch(options: argparse.Namespace) -> None:
 
 
 def apply(options: argparse.Namespace) -> None:
-    import torch
-
-    from zoo.lens.patch_file import describe, load_patch
-    from zoo.lens.static import answer
-
-    models, _ = load_all([options.checkpoint])
-    (model,) = models.values()
+    (model,) = load_all([options.checkpoint])[0].values()
     patches = load_patch(options.patch, model)
     queries = read_query(model, options.query)
     with torch.no_grad():
@@ -174,7 +153,7 @@ def apply(options: argparse.Namespace) -> None:
         for patched, plain in zip(output[0, :, 0].tolist(), alone[0, :, 0].tolist(), strict=True):
             print(f"with the patch {patched:.4f}\twithout {plain:.4f}")
         return
-    scores = [torch.nn.functional.cross_entropy(y[0, :-1], queries[0, 1:]) for y in (output, alone)]
+    scores = [F.cross_entropy(y[0, :-1], queries[0, 1:]) for y in (output, alone)]
     size = len(model.task.decode(queries[0, 1:].tolist()))
     bits = [float(score) * (queries.shape[1] - 1) / size / math.log(2) for score in scores]
     print(f"bits per byte of the query: {bits[0]:.3f} with the patch, {bits[1]:.3f} without")
@@ -182,52 +161,31 @@ def apply(options: argparse.Namespace) -> None:
 
 def read_context(model: Model, path: Path) -> Tensor:
     """The context in FILE as tokens (n) or (n,token_dim)."""
-    import torch
-
     task = model.task
     if task.token_dim:
         return torch.tensor(_numbers(path, task.token_dim))
-    text = _text(path)
-    return torch.tensor(task.encode_context(text) if task.n_context else task.encode(text))
+    return torch.tensor(task.encode_context(read(path)) if task.n_context else task.encode(read(path)))
 
 
 def read_query(model: Model, path: Path) -> Tensor:
     """The query in FILE as tokens (1,T) or (1,T,token_dim)."""
-    import torch
-
     task = model.task
     if task.token_dim:
-        return torch.nn.functional.pad(torch.tensor(_numbers(path, task.token_dim - 1)), (0, 1))[None]
-    return torch.tensor([task.encode(_text(path))])
-
-
-def _text(path: Path) -> str:
-    text = _read(path)
-    if not text:
-        raise ValueError(f"{path} is empty: at least one byte is wanted")
-    return text
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+        return F.pad(torch.tensor(_numbers(path, task.token_dim - 1)), (0, 1))[None]
+    return torch.tensor([task.encode(read(path))])
 
 
 def _numbers(path: Path, width: int) -> list[list[float]]:
     """The rows of a file of numbers, `width` in each."""
-    rows: list[list[float]] = []
-    for row in filter(None, csv.reader(_read(path).splitlines())):
+    rows = []
+    for number, line in enumerate(read(path).rstrip().splitlines(), 1):
         try:
-            rows.append([float(cell) for cell in row])
+            rows.append([float(cell) for cell in line.split(",")])
         except ValueError:
             rows.append([])
         if len(rows[-1]) != width:
             wanted = f"{width} numbers separated by commas are wanted"
-            raise ValueError(f"{path}, line {len(rows)}: {wanted}, got {row!r:.60}")
-    if not rows:
-        raise ValueError(f"{path} is empty: {width} numbers per line are wanted")
+            raise ValueError(f"{path}, line {number}: {wanted}, got {line!r:.60}")
     return rows
 
 

@@ -7,6 +7,7 @@ Axes: B sequences, T tokens, Q queries, L layers, E experts, G groups of data, K
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -52,24 +53,23 @@ def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
 
 def _residuals(model: Model, size: int, queries: int) -> dict[str, float]:
     """Errors with formed weights, and in float64 with those of another context and of the query alone."""
-    original, errors = model.dtype, {}
+    errors = {}
     for dtype in (torch.float32, torch.float64):
-        model.to(dtype)
-        tokens, n = example(model, size)
+        cast = copy.deepcopy(model).to(dtype)
+        tokens, n = example(cast, size)
         tokens = tokens[:, : n + queries]
         tokens = tokens.to(dtype) if tokens.is_floating_point() else tokens
         removed, query = torch.arange(tokens.shape[1]) < n, tokens[:, n:]
-        positions = model.decoder.layout(tokens.shape[1], n).positions[n:]
-        contextual = model(tokens, n)[:, n:]
+        positions = cast.decoder.layout(tokens.shape[1], n).positions[n:]
+        contextual = cast(tokens, n)[:, n:]
         contexts: dict[str, Tensor | None] = {str(dtype).removeprefix("torch."): tokens}
         if dtype == torch.float64:
             contexts["control: another context"] = torch.cat([tokens[:, :n].roll(1, 0), query], 1)
             contexts["control: no patch"] = None
         for label, text in contexts.items():
-            patches = None if text is None else exact(model.decoder, text, removed, n_context=n, formed=True)
-            difference = model(query, patches=patches, positions=positions) - contextual
+            patches = None if text is None else exact(cast.decoder, text, removed, n_context=n, formed=True)
+            difference = cast(query, patches=patches, positions=positions) - contextual
             errors[label] = float(difference.abs().max() / contextual.abs().max())
-    model.to(original)
     return errors
 
 
@@ -103,8 +103,8 @@ def static_error(
             samples = model.task.sample_queries(row[:n], max(counts), "train")
             test = model.task.sample_queries(row[:n], held_out, "validation")
             for label, (form, ridge) in fits.items():
-                batches = ([static.first(decoder, samples, n, K)] for K in counts)
-                patches = (static.fit(decoder, batch, n, form, ridge) for batch in batches)
+                few = (static.first(decoder, samples, n, K) for K in counts)
+                patches = (static.fit(decoder, tokens, n, form, ridge) for tokens in few)
                 errors[label].append([static.relative_error(decoder, test, n, patch) for patch in patches])
         medians = {label: torch.tensor(rows).median(0).values.tolist() for label, rows in errors.items()}
         series = [
@@ -132,11 +132,11 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     panels = []
     for name, model in with_experts(models, "changed-experts").items():
         tokens, n = example(model, size)
-        shares = switched(model, tokens, n)
+        reduced, sheared = switched(model, tokens, n)
         layers = [str(layer) for layer in range(model.config.layers)]
         series = (
-            Series("router reads the query alone", layers, shares.reduced.tolist()),
-            Series("control: router patched too", layers, shares.sheared.tolist(), control=True),
+            Series("router reads the query alone", layers, reduced.tolist()),
+            Series("control: router patched too", layers, sheared.tolist(), control=True),
         )
         panels.append(Bars(name, "layer", "share of tokens with other experts", series))
     return Figure(
@@ -172,20 +172,19 @@ def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
         layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
         domains = getattr(model.task.config, "domains", None) or ()
         if len(domains) > 1:
-            share_LGE = own.by_group() / own.by_group().sum(-1, keepdim=True)
+            shares = (own.by_group() / own.by_group().sum(-1, keepdim=True)).flatten(0, 1).tolist()
             rows = [f"layer {layer}, {domain}" for layer in layers for domain in domains]
-            shares = share_LGE.flatten(0, 1).tolist()
             panels.append(Heat(f"{name}: use by domain", "expert", "", "share of choices", shares, experts, rows))
             series = []
             for label, x in information(model, batches, redraws).items():
-                y, low, high = (t.tolist() for t in (x.mean(0), x.amin(0), x.amax(0)))
-                series.append(Series(label, layers, y, low * (len(x) > 1), high * (len(x) > 1), "control" in label))
+                low, high = (x.amin(0).tolist(), x.amax(0).tolist()) if len(x) > 1 else ((), ())
+                series.append(Series(label, layers, x.mean(0).tolist(), low, high, "control" in label))
             title = f"{name}: what experts tell of the domain"
             panels.append(Bars(title, "layer", "normalised mutual information", tuple(series)))
         both_LEE = own.together.masked_fill(torch.eye(len(experts), dtype=torch.bool), torch.nan)
         if both_LEE.nan_to_num().any():  # a token uses more than one
-            rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
             shares = both_LEE.flatten(0, 1).tolist()
+            rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
             panels.append(Heat(f"{name}: chosen together", "expert", "", "share of tokens", shares, experts, rows))
         load = [Series(f"layer {k}", experts, row) for k, row in enumerate(own.load().tolist())]
         panels.append(Bars(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
@@ -243,19 +242,18 @@ def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figur
     """
     rows: dict[str, list[str]] = {}
     kinds: dict[str, list[int]] = {}
-    equal: dict[str, str] = {}
+    counts: dict[str, str] = {}
     for name, model in models.items():
         if not model.task.has_text or model.task.n_context:
             raise ValueError(f"generation-strip needs running text, {name} was trained on {model.task.config.name}")
         start = model.task.batch("test", 0, 4).tokens[:, :prompt]
-        with_context = _greedy(model, start, count, lambda model, tokens: model(tokens)[:, -1])
-        through = _greedy(model, start, count, _last_through_patches)
-        alone = _greedy(model, start, count, lambda model, tokens: model(tokens[:, -1:])[:, -1])
-        for label, ids in (("context", with_context), ("W + ΔW", through), ("control: W", alone)):
-            rows[f"{name}, {label}"] = [_shown(model.task.decode([i])) for i in ids[-1].tolist()]
-            kinds[f"{name}, {label}"] = (ids != with_context)[-1].long().tolist()
-        shares = [f"{int((ids == with_context).sum())}" for ids in (through, alone)]
-        equal[name] = f"{shares[0]} through W + ΔW, {shares[1]} with W, of {with_context.numel()}"
+        greedy = {label: _greedy(model, start, count, way) for label, way in WAYS.items()}
+        same = {label: ids == greedy["context"] for label, ids in greedy.items()}
+        for label, ids in greedy.items():
+            rows[f"{name}, {label}"] = [model.task.decode([i]).decode("utf-8", "replace") for i in ids[-1].tolist()]
+            kinds[f"{name}, {label}"] = (~same[label][-1]).long().tolist()
+        of, through, alone = (int(equal.sum()) for equal in same.values())
+        counts[name] = f"{through} through W + ΔW, {alone} with W, of {of}"
     kind_names = ("as with the context", "another token")
     strip = Strip(f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts", rows, kinds, kind_names)
     return Figure(
@@ -264,28 +262,30 @@ def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figur
         (strip,),
         "Each token of the middle rows comes from a forward pass over the newest token alone, with the patches that "
         "stand for all tokens before it, made anew for each token. Equal to those with the context, over 4 prompts: "
-        + "; ".join(f"{name} {text}" for name, text in equal.items())
+        + "; ".join(f"{name} {text}" for name, text in counts.items())
         + ".",
         "that patches are a cheaper memory: each one is made by a pass over the whole context.",
-        {"count": count, "prompt": prompt, "seed": 0, **equal},
+        {"count": count, "prompt": prompt, "seed": 0, **counts},
         columns=1,
     )
 
 
-def _greedy(model: Model, tokens: Tensor, count: int, logits: Callable[[Model, Tensor], Tensor]) -> Tensor:
-    for _ in range(count):
-        tokens = torch.cat([tokens, logits(model, tokens).argmax(-1, keepdim=True)], 1)
-    return tokens[:, -count:]
-
-
-def _last_through_patches(model: Model, tokens: Tensor) -> Tensor:
-    """Logits (B,V) from the last token alone, patched with what stands for all others."""
+def _through_patches(model: Model, tokens: Tensor) -> Tensor:
+    """Logits (B,1,V) from the last token alone, patched with what stands for all others."""
     T = tokens.shape[1]
-    removed = torch.arange(T) < T - 1
-    patches = model.deltas(tokens, removed, 0)
-    return model(tokens[:, -1:], patches=patches, positions=torch.tensor([T - 1]))[:, -1]
+    patches = model.deltas(tokens, T - 1, 0)
+    return model(tokens[:, -1:], patches=patches, positions=torch.tensor([T - 1]))
 
 
-def _shown(piece: bytes) -> str:
-    text = piece.decode("utf-8", "replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+WAYS: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "context": lambda model, tokens: model(tokens),
+    "W + ΔW": _through_patches,
+    "control: W": lambda model, tokens: model(tokens[:, -1:]),
+}
+"""From tokens to the logits of the next one, those at the last place."""
+
+
+def _greedy(model: Model, tokens: Tensor, count: int, way: Callable[[Model, Tensor], Tensor]) -> Tensor:
+    for _ in range(count):
+        tokens = torch.cat([tokens, way(model, tokens)[:, -1:].argmax(-1)], 1)
+    return tokens[:, -count:]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from zoo import files
 from zoo.console import say
@@ -20,10 +19,10 @@ from zoo.models import Model, flops
 
 TRAINED: dict[str, Callable[[Models], Figure]] = {
     "law-residuals": figures.law_residuals,
-    "static-error": figures.static_error,
+    "norms-and-alignment": figures.norms_and_alignment,
     "changed-experts": figures.changed_experts,
     "expert-use": figures.expert_use,
-    "norms-and-alignment": figures.norms_and_alignment,
+    "static-error": figures.static_error,
     "generation-strip": figures.generation_strip,
 }
 """Figures of checkpoints."""
@@ -31,28 +30,22 @@ TRAINED: dict[str, Callable[[Models], Figure]] = {
 
 def fitting(models: Models) -> list[str]:
     """The figures that these models can give, those that take long and need no model left out."""
-    tasks = [model.task for model in models.values()]
-    names = ["law-residuals", "norms-and-alignment"]
-    if any(map(routes, models.values())):
-        names += ["changed-experts", "expert-use"]
-    if all(task.independent_queries for task in tasks):
-        names.append("static-error")
-    if all(task.has_text and not task.n_context for task in tasks):
-        names.append("generation-strip")
-    return names
+    tasks, experts = [model.task for model in models.values()], any(map(routes, models.values()))
+    fits = {
+        "changed-experts": experts,
+        "expert-use": experts,
+        "static-error": all(task.independent_queries for task in tasks),
+        "generation-strip": all(task.has_text and not task.n_context for task in tasks),
+    }
+    return [name for name in TRAINED if fits.get(name, True)]
 
 
 def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str, Any]:
     """Makes all fitting figures of the models in `folder`, report.md and report.json; returns what the JSON holds."""
-    folder.mkdir(parents=True, exist_ok=True)
     made: list[Figure] = []
-    with tqdm(fitting(models), unit="figure", leave=False, disable=None) as bar:
-        for name in bar:
-            bar.set_description(name)
-            made.append(TRAINED[name](models))
-            path = draw.save(made[-1], folder)
-            if bar.disable:  # no terminal: a line for each figure
-                say(str(path))
+    for name in fitting(models):
+        made.append(TRAINED[name](models))
+        say(str(draw.save(made[-1], folder)))
     numbers = {name: summary(model) for name, model in models.items()}
     content = {
         "checkpoints": {name: str(path) for name, path in sources.items()},
@@ -86,16 +79,15 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
         values = task.evaluate(lambda tokens, n: model(tokens, n), batch)
         gap = values[f"{task.main_metric}_wrong_context"] - values[task.main_metric]
         numbers["error with a wrong context minus right"] = float(gap.mean())
-    context_to_delta = model.decoder.context_to_delta
-    if context_to_delta and context_to_delta.code and task.n_context and not task.vocabulary:
-        many = task.batch("test", 1, 512)
-        decoded, control = (  # random codes tell a good part of the task, too
-            structure.linear_decoding(structure.codes(m, many.tokens, n)[-1], structure.linear_weights(many))
-            for m in (model, drawn_anew(model, 0, router_alone=False))
-        )
-        numbers["task read off the code, held-out R²"] = decoded.r2
-        numbers["  before training"] = control.r2
-        numbers["  with shuffled tasks"] = decoded.shuffled
+    emits = model.decoder.context_to_delta
+    if emits and emits.code and (latent := task.latent(many := task.batch("test", 1, 512))) is not None:
+        untrained = drawn_anew(model, 0, router_alone=False)  # random codes tell a good part of the task, too
+        code, control = (structure.codes(m, many.tokens, n)[-1] for m in (model, untrained))
+        latent = latent.to(code)
+        shuffled = latent[torch.randperm(len(latent), generator=torch.Generator().manual_seed(0))]
+        numbers["task read off the code, held-out R²"] = structure.linear_r2(code, latent)
+        numbers["  before training"] = structure.linear_r2(control, latent)
+        numbers["  with shuffled tasks"] = structure.linear_r2(code, shuffled)
     if batch.group is not None and int(batch.group.max()) and routes(model):
         found = information(model, figures.batches_of(model))
         numbers["information of expert and domain, mean over layers"] = float(found.pop("as trained").mean())

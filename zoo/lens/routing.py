@@ -49,15 +49,13 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
     groups: list[Tensor] = []
     pairs_LEE, tokens = torch.zeros(()), 0
     for batch in batches:
-        real = model.decoder.real(batch.tokens)
-        real = torch.ones(batch.tokens.shape[:2], dtype=torch.bool) if real is None else real
         patches = model.decoder(batch.tokens, batch.n_context)[1]
-        sets_LBTE = (
-            torch.stack([expert_sets(_routing(model, patch)) for patch in patches]) * real.unsqueeze(-1).double()
-        )
+        sets_LBTE = torch.stack([expert_sets(_routing(model, patch)) for patch in patches]).double()
+        if (real_BT := model.decoder.real(batch.tokens)) is not None:
+            sets_LBTE = sets_LBTE * real_BT.unsqueeze(-1)
         chosen.append(sets_LBTE.sum(2))
         pairs_LEE = pairs_LEE + (sets_LBTE.mT @ sets_LBTE).sum(1)
-        tokens += int(real.sum())
+        tokens += int(sets_LBTE[0].any(-1).sum())
         groups += [] if batch.group is None else [batch.group]
     return Usage(torch.cat(chosen, 1), pairs_LEE / tokens, torch.cat(groups) if groups else None)
 
@@ -87,12 +85,8 @@ def mutual_information(counts: Tensor) -> Tensor:
     table of few counts is above 0 by chance.
     """
     p = counts / counts.sum((-2, -1), keepdim=True)
-    entropies = _entropy(p.sum(-1)) + _entropy(p.sum(-2))
-    return 2 * (entropies - _entropy(p.flatten(-2))) / entropies
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -torch.xlogy(p, p).sum(-1)
+    joint, first, second = (torch.special.entr(q).sum(-1) for q in (p.flatten(-2), p.sum(-1), p.sum(-2)))
+    return 2 * (first + second - joint) / (first + second)
 
 
 @torch.no_grad()
@@ -125,22 +119,14 @@ def drawn_anew(model: Model, seed: int, router_alone: bool = True) -> Model:
     return fresh.requires_grad_(False).eval()
 
 
-class Switched(NamedTuple):
-    """Share of queries whose set of experts differs from that with the context, (L): reduced, if the router reads the
-    state without the context; sheared, if its matrix is patched like the other readers of that state."""
-
-    reduced: Tensor
-    sheared: Tensor
-
-
 @torch.no_grad()
-def switched(model: Model, tokens: Tensor, n_context: int) -> Switched:
-    """The share of tokens after the first n_context that choose other experts when these are taken away.
+def switched(model: Model, tokens: Tensor, n_context: int) -> tuple[Tensor, Tensor]:
+    """The share of tokens after the first n_context that choose other experts when these are taken away, by layer, (L).
 
-    Layer by layer on the stream that the fully patched layers below produced, so that a layer shows its own router
-    alone. A router of the token's state is one more reader of it: sheared, it chooses as with the context, up to ties
-    (Goldwaser et al. 2025, arXiv 2511.17864). One that reads the mean of the context is not: no shear of the token's
-    state replaces the context. Raises ValueError for a model without experts.
+    Twice: of the router that reads the state without the context, and of one whose matrix is patched like the other
+    readers of that state. The latter chooses as with the context, up to ties (Goldwaser et al. 2025, arXiv 2511.17864),
+    unless it reads the mean of the context, which no shear of the token's state replaces. Each layer shows its own
+    router alone, on the stream of fully patched layers below. Raises ValueError for a model without experts.
     """
     shares: list[Tensor] = []
 
@@ -154,6 +140,6 @@ def switched(model: Model, tokens: Tensor, n_context: int) -> Switched:
         shares.append(torch.stack(changed))
         return shear_and_down(pair)
 
-    removed = torch.arange(tokens.shape[1], device=tokens.device) < n_context
-    replace_context(model.decoder, tokens, removed, patch_of, n_context)
-    return Switched(*torch.stack(shares, 1))
+    replace_context(model.decoder, tokens, n_context, patch_of, n_context)
+    reduced, sheared = torch.stack(shares, 1)
+    return reduced, sheared

@@ -6,14 +6,13 @@ o outputs and i inputs of a matrix W (o,i). Updates are those of zoo.lens.update
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from zoo.lens.updates import MATRICES, FactoredMatrix, Part, record, updates
 from zoo.models import Model
-from zoo.tasks import Batch
 
 
 @torch.no_grad()
@@ -34,21 +33,13 @@ def stored_norms(model: Model) -> Tensor:
 def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     """|W_{i+1} − W_i| / |W| of all matrices of a layer as one long vector, for i = 0 … n−1: (n,L,B,Q).
 
-    W_i is the weight that stands for c_1 … c_i at query x: the model reads (c_1 … c_i, x), the query right after the
-    prefix. All W_i share the stored W, so differences need no reference; W_0 is the query alone. In layer 0 the readers
-    keep one key, the query's reduced state, and the increments have rank 1. Deeper layers run on the patched stream of
-    the layers below, so their key moves with i and increments reach rank 2: each W_i is exact for its own stream, and
-    the sequence is no delta rule there. A falling curve is no sign of learning: an average over i tokens falls like 1/i
-    without any training.
+    W_i stands for c_1 … c_i at query x, on the stream of its own patched layers: increments have rank 1 in layer 0,
+    where the query's reduced state is the one key, and rank 2 in deeper layers, where it moves with i.
     """
-    steps: list[Tensor] = []
-    before: list[list[FactoredMatrix]] = []
-    for length in range(n_context + 1):
-        prefix = torch.cat([tokens[:, :length], tokens[:, n_context:]], 1)
-        now = [[layer.matrix(name) for name in MATRICES] for layer in record(model, prefix, length)]
-        if before:
-            steps.append(torch.stack([_distance(*layers) for layers in zip(now, before, strict=True)]))
-        before = now
+    prefixes = [torch.cat([tokens[:, :length], tokens[:, n_context:]], 1) for length in range(n_context + 1)]
+    recorded = (record(model, prefix, length) for length, prefix in enumerate(prefixes))
+    W = ([[layer.matrix(name) for name in MATRICES] for layer in layers] for layers in recorded)
+    steps = [torch.stack([_distance(*pair) for pair in zip(new, old, strict=True)]) for old, new in pairwise(W)]
     return torch.stack(steps) / stored_norms(model).norm(dim=1)[:, None, None]
 
 
@@ -73,8 +64,7 @@ def gram(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
 def cosines(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
     """Cosines of N updates with N' others, (N,N'); nan for an update that is zero.
 
-    x[b] against itself aligns the queries of a context, x[:, q] the contexts of a query. Between two models they mean
-    something only where hidden units correspond, as in models from the same start.
+    Between two models they mean something only where hidden units correspond, as in models from the same start.
     """
     return gram(x, y) / (x.norm()[:, None] * y.norm())
 
@@ -119,33 +109,15 @@ def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     return torch.stack(read)
 
 
-def linear_weights(batch: Batch) -> Tensor:
-    """w (B,d) of y = w·x by least squares from the context pairs of a regression batch: the latent of linear tasks."""
-    pairs = batch.tokens[:, : batch.n_context]
-    return torch.linalg.lstsq(pairs[..., :-1], pairs[..., -1:]).solution.squeeze(-1)
-
-
-class Decoding(NamedTuple):
-    """Held-out R² of a linear map, and of one fitted to latents that were shuffled among contexts: at most about 0."""
-
-    r2: float
-    shuffled: float
-
-
-def linear_decoding(code: Tensor, latent: Tensor, ridge: float = 1e-3) -> Decoding:
-    """The latent (N,P) as an affine map of the code (N,C), how well it fits: ridge on the first half, R² on the second.
+def linear_r2(code: Tensor, latent: Tensor, ridge: float = 1e-3) -> float:
+    """How well the latent (N,P) is an affine map of the code (N,C): ridge on the first half, R² on the second.
 
     R² is over all P numbers together, against their mean in the first half. The penalty is ridge · trace/C of the
     covariance. Random layers mix enough for a code to tell something: compare with an untrained model.
     """
     half = len(code) // 2
-    order = torch.randperm(len(latent), generator=torch.Generator().manual_seed(0)).to(latent.device)
-
-    def r2(y: Tensor) -> float:
-        x, y = code - code[:half].mean(0), y - y[:half].mean(0)
-        covariance = x[:half].mT @ x[:half]
-        penalty = ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
-        missed = y - x @ torch.linalg.pinv(covariance + penalty, hermitian=True) @ (x[:half].mT @ y[:half])
-        return 1 - (missed[half:].square().sum() / y[half:].square().sum()).item()
-
-    return Decoding(r2(latent), r2(latent[order]))
+    x, y = code - code[:half].mean(0), latent - latent[:half].mean(0)
+    covariance = x[:half].mT @ x[:half]
+    penalty = ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
+    missed = y - x @ torch.linalg.pinv(covariance + penalty, hermitian=True) @ (x[:half].mT @ y[:half])
+    return 1 - (missed[half:].square().sum() / y[half:].square().sum()).item()

@@ -2,7 +2,7 @@
 
 Axes: B batch, T tokens, Q query tokens, R rank, P pairs of scalings; o outputs and i inputs of a matrix W (o,i); `*`
 any leading dims, (B,Q) for what `record` gives. Nothing of size (*,o,i) is formed, except where a family emits ΔW in
-full: that is a matrix per token from the start.
+full, a matrix per token from the start: that is a product of rank i.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
+from zoo.core.delta import Delta, Full, LowRank, Scale, Sum
 from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
@@ -29,7 +29,7 @@ PARTS: tuple[Part, ...] = ("total", "emitted")
 
 @dataclass(frozen=True)
 class FactoredMatrix:
-    """W∘(rows columnsᵀ) + u vᵀ + full: rows (*,o,P), columns (*,i,P), u (*,o,R), v (*,i,R), full (*,o,i) or None.
+    """W∘(rows columnsᵀ) + u vᵀ: rows (*,o,P), columns (*,i,P), u (*,o,R), v (*,i,R).
 
     rows columnsᵀ scales W entry by entry, a routing scales the hidden units that `down` reads.
     """
@@ -39,12 +39,10 @@ class FactoredMatrix:
     columns: Tensor
     u: Tensor
     v: Tensor
-    full: Tensor | None = None
 
     def each(self, f: Callable[[Tensor], Tensor]) -> FactoredMatrix:
         """f, which acts on leading dims alone, applied to every tensor but W."""
-        full = None if self.full is None else f(self.full)
-        return FactoredMatrix(self.W, f(self.rows), f(self.columns), f(self.u), f(self.v), full)
+        return FactoredMatrix(self.W, f(self.rows), f(self.columns), f(self.u), f(self.v))
 
     def __getitem__(self, index: object) -> FactoredMatrix:
         return self.each(lambda t: t[index])  # type: ignore[index]
@@ -54,28 +52,22 @@ class FactoredMatrix:
         if not torch.equal(self.W, other.W):
             raise ValueError("the patched matrices have different stored W: only those of one model have a difference")
         rows, columns = _difference(self.rows, self.columns, other.rows, other.columns)
-        u, v = _difference(self.u, self.v, other.u, other.v)
-        full = self.full
-        if other.full is not None:
-            full = other.full.neg() if full is None else full - other.full
-        return FactoredMatrix(self.W, rows, columns, u, v, full)
+        return FactoredMatrix(self.W, rows, columns, *_difference(self.u, self.v, other.u, other.v))
 
     def apply(self, x: Tensor) -> Tensor:
         """The products with the rows of x (*,n,i): (*,n,o)."""
-        return (x @ self.v) @ self.u.mT + self._apply_rest(x)
+        return (x @ self.v) @ self.u.mT + self._scaled(x)
 
     def dense(self) -> Tensor:
         """The matrix itself, (*,o,i)."""
-        return self._rest() + self.u @ self.v.mT
+        return self.W * (self.rows @ self.columns.mT) + self.u @ self.v.mT
 
     def inner(self, other: FactoredMatrix) -> Tensor:
         """Frobenius inner product (*), leading dims broadcast."""
         total = (self.apply(other.v.mT) * other.u.mT).sum((-2, -1))
-        total = total + (other._apply_rest(self.v.mT) * self.u.mT).sum((-2, -1))
-        if self.full is None and other.full is None:
-            rows, columns = _products(self.rows, other.rows), _products(self.columns, other.columns)
-            return total + (torch.einsum("...op,oi->...ip", rows, self.W * other.W) * columns).sum((-2, -1))
-        return total + (self._rest() * other._rest()).sum((-2, -1))
+        total = total + (other._scaled(self.v.mT) * self.u.mT).sum((-2, -1))
+        rows, columns = _products(self.rows, other.rows), _products(self.columns, other.columns)
+        return total + (torch.einsum("...op,oi->...ip", rows, self.W * other.W) * columns).sum((-2, -1))
 
     def norm(self) -> Tensor:
         """Frobenius norm (*)."""
@@ -86,19 +78,15 @@ class FactoredMatrix:
 
         A scaling of W has no small factors: there one matrix after the other is formed and decomposed.
         """
-        if self.full is None and not self.rows.shape[-1]:
+        if not self.rows.shape[-1]:
             return LowRank(self.u, self.v).svdvals(self.W)
         lead = self.u.shape[:-2]
         flat = self.each(lambda t: t.flatten(0, len(lead) - 1))
         return torch.stack([torch.linalg.svdvals(flat[n].dense()) for n in range(lead.numel())]).unflatten(0, lead)
 
-    def _rest(self) -> Tensor:
-        """All but u vᵀ, (*,o,i)."""
-        scaled = self.W * (self.rows @ self.columns.mT)
-        return scaled if self.full is None else scaled + self.full
-
-    def _apply_rest(self, x: Tensor) -> Tensor:
-        y = x.new_zeros(()) if self.full is None else x @ self.full.mT
+    def _scaled(self, x: Tensor) -> Tensor:
+        """The part of W alone, applied to x."""
+        y = x.new_zeros(())
         for row, column in zip(self.rows.unbind(-1), self.columns.unbind(-1), strict=True):
             y = y + F.linear(x * column.unsqueeze(-2), self.W) * row.unsqueeze(-2)
         return y
@@ -125,38 +113,32 @@ def patched(ffn: FeedForward, patch: Patch, name: str, lead: torch.Size) -> Fact
     """
     W = ffn.weight(name)
     o, i = W.shape
-    rows, columns, full = W.new_ones(*lead, o, 1), W.new_ones(*lead, i, 1), None
+    rows, columns = W.new_ones(*lead, o, 1), W.new_ones(*lead, i, 1)
     u, v = W.new_zeros(*lead, o, 0), W.new_zeros(*lead, i, 0)
-    for delta in _terms(patch.weights.get(name)):
+    for delta in terms(patch.weights.get(name)):
         if isinstance(delta, Scale):
             rows, columns = delta.rows.expand(*lead, o).unsqueeze(-1), delta.columns.expand(*lead, i).unsqueeze(-1)
-        elif isinstance(delta, Full):
-            full = delta.dense(W).expand(*lead, o, i)
-        else:
-            new = delta.factors(W)
-            assert new is not None
-            u, v = (torch.cat([t, f.expand(*lead, -1, -1)], -1) for t, f in zip((u, v), new, strict=True))
-    matrix = FactoredMatrix(W, rows, columns, u, v, full)
-    if patch.input and name in ffn.input_matrices:
-        matrix = _sheared(matrix, patch.input)
+            continue
+        # a matrix is its own product with the unit matrix
+        new = (delta.matrix, torch.eye(i).to(W)) if isinstance(delta, Full) else delta.factors(W)
+        assert new is not None
+        u, v = (torch.cat([t, f.expand(*lead, -1, -1)], -1) for t, f in zip((u, v), new, strict=True))
+    matrix = FactoredMatrix(W, rows, columns, u, v)
+    if patch.input and name in ffn.input_matrices:  # A (I + shift aᵀ/|a|²) for the matrix A so far
+        u = matrix.apply(patch.input.shift.unsqueeze(-2)).mT
+        _, v = patch.input.factors(W)
+        matrix = replace(matrix, u=torch.cat([matrix.u, u], -1), v=torch.cat([matrix.v, v], -1))
     if patch.routing and name == "down":
         s = patch.routing.scales(ffn.blocks).squeeze(-2).repeat_interleave(ffn.hidden_per_block, -1).unsqueeze(-1)
-        full = None if full is None else full * s.mT
-        matrix = replace(matrix, columns=matrix.columns * s, v=matrix.v * s, full=full)
+        matrix = replace(matrix, columns=matrix.columns * s, v=matrix.v * s)
     return matrix
 
 
-def _terms(delta: Delta | None) -> list[Delta]:
+def terms(delta: Delta | None) -> list[Delta]:
+    """The terms of a sum from the first to the last, an update that is none alone, nothing for None."""
     if isinstance(delta, Sum):
-        return [*_terms(delta.first), delta.second]
+        return [*terms(delta.first), delta.second]
     return [] if delta is None else [delta]
-
-
-def _sheared(matrix: FactoredMatrix, shear: InputShift) -> FactoredMatrix:
-    """A (I + shift aᵀ/|a|²) for the matrix A."""
-    u = matrix.apply(shear.shift.unsqueeze(-2)).mT
-    v = (shear.a / shear.a.square().sum(-1, keepdim=True)).unsqueeze(-1)
-    return replace(matrix, u=torch.cat([matrix.u, u], -1), v=torch.cat([matrix.v, v], -1))
 
 
 class Layer(NamedTuple):
@@ -186,8 +168,7 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
         layers.append(Layer(pair.ffn, pair.z, shear_and_down(pair), pair.emitted))
         return layers[-1].total
 
-    removed = torch.arange(tokens.shape[1], device=tokens.device) < n_context
-    replace_context(model.decoder, tokens, removed, patch_of, n_context)
+    replace_context(model.decoder, tokens, n_context, patch_of, n_context)
     return layers
 
 

@@ -109,15 +109,18 @@ class Regression(Task):
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()
 
-    def ridge(self, batch: Batch) -> Tensor:
-        """The closed-form answer to every query, (B,Q): the Bayes optimum for linear and noisy functions."""
+    def latent(self, batch: Batch) -> Tensor:
+        """w (B,d) of y = w·x by ridge regression from the context: the Bayes optimum for linear and noisy functions."""
         pairs = batch.tokens[:, : batch.n_context].double()
         x_BCd, y_BC1 = pairs[..., :-1], pairs[..., -1:]
         penalty = max((self.config.noise or 0.0) ** 2, 1e-9)
         gram = x_BCd.mT @ x_BCd + penalty * torch.eye(x_BCd.shape[-1], dtype=torch.float64, device=pairs.device)
-        w_Bd1 = torch.linalg.solve(gram, x_BCd.mT @ y_BC1)
+        return torch.linalg.solve(gram, x_BCd.mT @ y_BC1).squeeze(-1)
+
+    def ridge(self, batch: Batch) -> Tensor:
+        """The closed-form answer to every query, (B,Q)."""
         query_BQd = batch.tokens[:, batch.n_context :, :-1].double()
-        return (query_BQd @ w_Bd1).squeeze(-1)
+        return (query_BQd @ self.latent(batch).unsqueeze(-1)).squeeze(-1)
 
     def baselines(self) -> dict[str, float]:
         return {"predicting zero": float(self.variance)}
