@@ -56,9 +56,11 @@ def differences(saved: dict[str, Any], asked: dict[str, Any], where: str = "") -
     lines = []
     for key, value in asked.items():
         old = saved.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
+        if key not in saved:
+            lines.append(f"{where}{key}={show(value)} is not in the checkpoint")
+        elif isinstance(value, dict) and isinstance(old, dict):
             lines += differences(old, value, f"{where}{key}.")
-        elif key not in saved or old != value:
+        elif old != value:
             lines.append(f"{where}{key} is {show(old)} in the checkpoint, {show(value)} asked")
     return lines
 
