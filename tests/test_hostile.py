@@ -72,45 +72,52 @@ def refused(files: Iterable[hostile.File], read: Callable[[Path], Any]) -> tuple
 LOADED = ("hyper_parameters", "task")
 RESUMED = ("optimizer_states", "global_step")
 # what zoo.load takes: options that nothing in the weights speaks of
-FREE = ("left out", "'points'", "'queries'", "'optim'", "'seed'", "is nothing")
+FREE = ("left out", "'points'", "'queries'", "'optim'", "'seed'", "is None")
 
 
 def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Path) -> None:
     genuine, proof = (run / "checkpoints/last.ckpt").read_bytes(), tmp_path / "proof"
     read = refused(hostile.archives(saved(run), last, proof), zoo.load)[1]
-    assert read == []
+    assert read == ["a dict with attributes at task"]  # which are not copied
     assert not proof.exists()
     read = refused(hostile.damaged(genuine, last), zoo.load)[1]
     assert all(what.startswith("flipped") for what in read)  # some bytes matter to nobody
+    # the archives are refused for what is in them, not for how they were written
+    hostile.rewritten(saved(run), last, lambda old: old)
+    zoo.load(last)
 
 
 def test_weights_of_other_names_dtypes_numbers_and_shapes(run: Path, last: Path) -> None:
-    _, read = refused(hostile.weights(saved(run), last), zoo.load)
-    assert all("parameter" in what or "state_dict." in what for what in read)
-    torch.save(hostile.changed(saved(run), ("state_dict", "decoder.head.weight"), torch.ones(1, 4) * 1j), last)
+    content = saved(run)
+    _, read = refused(hostile.checkpoints(content, last, hostile.weights(content)), zoo.load)
+    assert all("Parameter" in what or "float64" in what for what in read)
+    torch.save(hostile.changed(content, ("state_dict", "decoder.head.weight"), torch.ones(1, 4) * 1j), last)
     assert (
         "must be a finite Tensor of shape (1, 4), torch.float32, got Tensor of shape (1, 4), torch.complex64"
         in one_line(lambda: zoo.load(last))
     )
-    bfloat16 = {name: t.bfloat16() for name, t in saved(run)["state_dict"].items()}
-    torch.save({**saved(run), "state_dict": bfloat16}, last)
+    bfloat16 = {name: t.bfloat16() for name, t in content["state_dict"].items()}
+    torch.save({**content, "state_dict": bfloat16}, last)
     assert torch.equal(zoo.load(last).decoder.head.weight.bfloat16(), bfloat16["decoder.head.weight"])
 
 
 def test_sizes_are_bounded_by_the_weights(run: Path, last: Path) -> None:
-    no, read = refused(hostile.sizes(saved(run), last), zoo.load)
+    no, read = refused(hostile.checkpoints(saved(run), last, hostile.sizes(saved(run))), zoo.load)
     assert read == []
     assert len(no) >= 25
 
 
 @pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_field_of_a_checkpoint(run: Path, last: Path, share: int) -> None:
-    content = saved(run)
-    no, read = refused(hostile.fields(content, last, LOADED, share), zoo.load)
+    content, resume = saved(run), AtomicCheckpointIO().load_checkpoint
+
+    def tried(tops: tuple[str, ...], share: int, read: Callable[[Path], Any]) -> tuple[list[str], list[str]]:
+        return refused(hostile.checkpoints(content, last, hostile.fields(content, tops, share)), read)
+
+    no, read = tried(LOADED, share, zoo.load)
     assert [what for what in read if not any(free in what for free in FREE)] == []
     content["zoo"]["config"] = {}  # its groups come from the options, the rest is tried below
-    no += refused(hostile.fields(content, last, ("zoo",), share), AtomicCheckpointIO().load_checkpoint)[0]
-    no += refused(hostile.fields(content, last, RESUMED, 4 * share), AtomicCheckpointIO().load_checkpoint)[0]
+    no += tried(("zoo",), share, resume)[0] + tried(RESUMED, 4 * share, resume)[0]
     assert len(no) >= 600 // share
 
 
@@ -145,8 +152,6 @@ def test_no_path_that_is_removed_or_written_comes_out_of_a_file(run: Path, last:
     zoo.train(resume=last.parent.parent, trainer=QUIET)
     assert [file.name for file in victim.iterdir()] == ["thesis.txt"]
     assert sorted(file.name for file in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
-    AtomicCheckpointIO().remove_checkpoint(victim)
-    assert victim.exists()
 
 
 def moment(content: Any) -> dict[str, torch.Tensor]:
@@ -172,7 +177,10 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another step": (lambda c: c.update(global_step=2), "step is 1.0, the run stands at 2"),
     "a far step": (lambda c: c.update(global_step=9), "global_step is 9, beyond optim.steps=3"),
     "an option": (lambda c: c["zoo"]["config"].update(validate_every=torch.ones(2)), "validate_every=.* of type int"),
-    "sizes": (lambda c: c["hyper_parameters"]["model"].update(layers=10**6), "more layers or other parts"),
+    "sizes": (
+        lambda c: c["hyper_parameters"]["model"].update(layers=10**6),
+        "model.layers=1000000 is more than its 12 weights",
+    ),
     "weights": (lambda c: c["state_dict"].pop("decoder.head.weight"), "state_dict lacks 'decoder.head.weight'"),
 }
 
@@ -222,7 +230,7 @@ def test_a_best_checkpoint_of_another_run_is_not_gone_on_with(run: Path, last: P
     torch.save(content, last.with_name("best.ckpt"))
     assert "best.ckpt is of another run: move it away" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
     last.with_name("best.ckpt").write_bytes(b"junk")
-    assert f"; move it away to go on with {last}" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
+    assert "best.ckpt cannot be used: it is damaged" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
 
 
 @pytest.mark.parametrize("path", [5, None, "x" * 5000, "a\0b", "~nobody-of-that-name/x", b"x", ["x"], "/dev/zero", "."])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,9 @@ def write(path: str | Path, text: str) -> None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: ASCII, and null for nan and infinity, which JSON does not have."""
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    return json.dumps(finite(value), indent=indent)
 
 
 def finite(value: Any) -> Any:
-    """Plain data with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Plain data as JSON gives it back, with None for every number that is not finite."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

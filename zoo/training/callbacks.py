@@ -1,4 +1,4 @@
-"""Callbacks around training steps: checkpoints, clean stops, rows of metrics, and what a person sees meanwhile."""
+"""Around training steps: checkpoints, clean stops, rows of metrics, and what a person sees meanwhile."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import math
 import signal
 import sys
-import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -19,31 +19,42 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from tqdm import tqdm
 
 from zoo.config import VERSION
-from zoo.console import Interrupted, say
+from zoo.console import Interrupted, Untested, describe, say, warn
 from zoo.files import to_json, write
 from zoo.training.checkpoint import SCHEMA
 
 
-class Checkpoints(Checkpoint):
-    """Writes best.ckpt and last.ckpt after each validation, and last.ckpt when a signal comes.
+class Keeper(Checkpoint):
+    """Keeps what a run is: its checkpoints and its rows in metrics.jsonl.
 
-    Ctrl-C and SIGTERM stop a run after the current step; a second Ctrl-C stops it at once. It is a Checkpoint because
-    Lightning calls those last. config, command, begun_with: what checkpoints say of their run besides the seconds of
-    training, over all its parts, and the score of the best.
+    best.ckpt, last.ckpt and a row after each validation; last.ckpt when a signal comes; a row every log_every optimiser
+    steps. Ctrl-C and SIGTERM stop a run after the current step; a second Ctrl-C stops it at once. It is a Checkpoint
+    because Lightning calls those last. config, command, begun_with: what checkpoints say of their run besides the
+    seconds of training, over all its parts, and the score of the best. Loggers read best_model_… and save_top_k.
     """
+
+    save_top_k = 1
 
     def __init__(self, folder: Path, config: dict[str, Any], command: str):
         self.folder, self.config, self.command = folder, config, command
         self.begun_with: dict[str, Any] = {}
-        self.best: float | None = None
-        self.seconds, self.since, self.signal = 0.0, 0.0, 0
+        self.best_model_score: float | None = None
+        self.seconds, self.since, self.signal, self.lr = 0.0, 0.0, 0, 0.0
+
+    @property
+    def best_model_path(self) -> str:
+        return str(self.folder / "checkpoints" / "best.ckpt")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # others may have started a second later
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:  # a killed run has written rows after its last checkpoint
+            path = self.folder / "metrics.jsonl"
+            rows = [row for row in read_rows(path) if row["step"] <= trainer.global_step]
+            write(path, "".join(to_json(row) + "\n" for row in rows))  # a file of its own, never one of a link
         self.since = monotonic()
-        if threading.current_thread() is threading.main_thread():  # no other may do this
+        with suppress(ValueError):  # no other thread than the main one may do this
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._note)  # Lightning puts all handlers back when the fit ends, however it ends
 
@@ -52,11 +63,20 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
         self.signal = number
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # after the step it is that of the next one
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.config["log_every"] == 0:
+            losses = step_losses(trainer, pl_module)
+            for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
+                pl_module.log(name, value)
+            self._append(trainer, {**losses, "lr": self.lr})
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # the last step is validated even if validate_every does not divide the steps
         assert trainer.val_check_batch is not None
@@ -64,15 +84,24 @@ class Checkpoints(Checkpoint):
         # a step that is validated next is complete after that: a resumed run would not make up for it
         if due and trainer.enable_validation:
             return
-        if _step_done(trainer, batch_idx) and (due or self._signalled(trainer)):
+        if stepped and (due or self._signalled(trainer)):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = float(trainer.callback_metrics["validation_loss"])
-        if self.best is None or loss < self.best:
-            self.best = loss
-            trainer.save_checkpoint(self.folder / "checkpoints" / "best.ckpt")
+        names = [name for name in trainer.callback_metrics if name == "validation_loss" or name.startswith("layer")]
+        row = {name: float(trainer.callback_metrics[name]) for name in names}
+        loss = row["validation_loss"]
+        refuse_infinite("the validation loss", loss, trainer)
+        self._append(trainer, row)
+        if self.best_model_score is None or loss < self.best_model_score:
+            self.best_model_score = loss
+            trainer.save_checkpoint(self.best_model_path)
         self._save(trainer)
+
+    def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(to_json({"step": trainer.global_step, **row}) + "\n")
 
     def _signalled(self, trainer: L.Trainer) -> bool:
         """True in every process if any has got a signal: all must stop at the same step."""
@@ -80,13 +109,12 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]
         if self._signalled(trainer):
-            stop = signal.Signals(self.signal or signal.SIGTERM)
-            raise Interrupted(
-                f"stopped by {stop.name} at step {trainer.global_step}; continue with: "
-                f"python train.py resume={self.folder}",
-                stop,
-            )
+            stop, step = signal.Signals(self.signal or signal.SIGTERM), trainer.global_step
+            again = f"continue with: python train.py resume={self.folder}"
+            raise Interrupted(f"stopped by {stop.name} at step {step}; {again}", stop)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that diverged stops before a checkpoint of it is written; not at every step: reading makes a GPU wait
@@ -101,29 +129,22 @@ class Checkpoints(Checkpoint):
             "config": {**self.config, **dict(pl_module.hparams)},
             "command": self.command,
             "seconds": self.seconds,
-            "best": self.best,
+            "best": self.best_model_score,
             **self.begun_with,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.seconds, self.command, self.best = (checkpoint["zoo"][name] for name in ("seconds", "command", "best"))
-
-
-def _step_done(trainer: L.Trainer, batch_idx: int) -> bool:
-    """True after the last accumulated part of an optimiser step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        run = checkpoint["zoo"]
+        self.seconds, self.command, self.best_model_score = run["seconds"], run["command"], run["best"]
 
 
 def step_losses(trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
     """The losses of the last step, means over its parts and all processes, each of which must call this; raises
     ValueError if one is no number."""
-    share = 1 / trainer.accumulate_grad_batches
-    losses = {
-        name: float(trainer.strategy.reduce(value * share, reduce_op="mean"))
-        for name, value in pl_module.losses.items()
-    }
-    for name, value in losses.items():
-        refuse_infinite("the training loss" if name == "loss" else f"the {name}", value, trainer)
+    losses, share = {}, 1 / trainer.accumulate_grad_batches
+    for name, value in pl_module.losses.items():
+        losses[name] = float(trainer.strategy.reduce(value * share, reduce_op="mean"))
+        refuse_infinite("the training loss" if name == "loss" else f"the {name}", losses[name], trainer)
     return losses
 
 
@@ -137,44 +158,6 @@ def refuse_infinite(name: str, value: float, trainer: L.Trainer) -> None:
         f"{name} is {value} at step {trainer.global_step}; {good}. A lower optim.lr, a longer optim.warmup or a "
         f"smaller optim.clip may help"
     )
-
-
-class MetricsFile(Callback):
-    """Logs the losses and appends a row to metrics.jsonl every log_every optimiser steps, a row at each validation."""
-
-    def __init__(self, path: Path, log_every: int):
-        self.path, self.log_every, self.lr = path, log_every, 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drops rows that a killed run wrote after its last checkpoint."""
-        if trainer.is_global_zero:
-            rows = [row for row in read_rows(self.path) if row["step"] <= trainer.global_step]
-            write(self.path, "".join(to_json(row) + "\n" for row in rows))  # a file of its own, never one of a link
-
-    def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
-            # where the folder was removed, the rest of the run is not lost
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json({"step": trainer.global_step, **row}) + "\n")
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self.lr = optimizer.param_groups[0]["lr"]  # after the step it is that of the next one
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if _step_done(trainer, batch_idx) and trainer.global_step % self.log_every == 0:
-            losses = step_losses(trainer, pl_module)
-            for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
-                pl_module.log(name, value)
-            self._append(trainer, {**losses, "lr": self.lr})
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        names = [name for name in trainer.callback_metrics if name == "validation_loss" or name.startswith("layer")]
-        row = {name: float(trainer.callback_metrics[name]) for name in names}
-        refuse_infinite("the validation loss", row["validation_loss"], trainer)
-        self._append(trainer, row)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -197,32 +180,60 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.since = monotonic()
-        seen = trainer.is_global_zero and sys.stdout and sys.stdout.isatty()
-        sizes: Any = {"total": trainer.max_steps, "initial": trainer.global_step, "disable": not seen}
-        self.bar = tqdm(**sizes, unit="step", file=sys.stdout, dynamic_ncols=True)
+        sizes: Any = {"total": trainer.max_steps, "initial": trainer.global_step}
+        terminal = None if trainer.is_global_zero else True  # None: where there is one
+        self.bar = tqdm(**sizes, disable=terminal, unit="step", file=sys.stdout, dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step % self.log_every == 0:  # at others nothing is read from the device
             self.bar.set_postfix_str(_losses(trainer), refresh=False)
-        with suppress(OSError):  # the terminal was closed
-            self.bar.update(trainer.global_step - self.bar.n)
+        self.bar.update(trainer.global_step - self.bar.n)
 
     def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
-        with suppress(OSError):
-            self.bar.set_postfix_str(_losses(trainer))
+        self.bar.set_postfix_str(_losses(trainer))
         if self.bar.disable and trainer.is_global_zero:
             step = f"step {trainer.global_step}/{trainer.max_steps}"
             say(f"{step}, {_losses(trainer)}, {monotonic() - self.since:.0f} s")
 
     def on_train_end(self, *args: Any) -> None:
-        with suppress(OSError):
-            self.bar.close()
+        self.bar.close()
 
     def on_exception(self, *args: Any) -> None:
-        self.on_train_end()
+        self.bar.close()
 
 
 def _losses(trainer: L.Trainer) -> str:
     names = {"loss": "loss", "validation_loss": "val"}
     metrics = trainer.callback_metrics
     return ", ".join(f"{text} {float(metrics[name]):.4f}" for name, text in names.items() if name in metrics)
+
+
+@contextmanager
+def trained(folder: Path) -> Iterator[None]:
+    """Turns a failure inside into Untested, a signal into Interrupted: both say how to test again."""
+    safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", number)
+
+    before = {}
+    with suppress(ValueError):  # no other thread than the main one may do this
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Exception as error:
+        failed = Untested(f"the test failed, {describe(error)}; {safe}")
+        failed.code = 2 if isinstance(error, OSError) else 1
+        raise failed from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """A warning in place of an error: the run is worth more."""
+    try:
+        yield
+    except Exception as error:
+        warn(f"{what} failed: {describe(error)}")

@@ -7,7 +7,6 @@ is ever imported or instantiated, and no path that is written or removed comes o
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,44 +24,16 @@ from zoo.training import untrusted, validate
 SCHEMA = 4
 
 
-def _factors_as_they_are_used(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Heads of factors gave (o,R) and (i,R), and each head was the first of two modules; in schema 1, options of text
-    were missing, which have their defaults."""
-    rank, weights = checkpoint["hyper_parameters"]["model"].get("rank"), {}
-
-    def transposed(t: Any) -> Any:
-        return t.unflatten(0, (-1, rank)).transpose(0, 1).flatten(0, 1)
-
-    matrices = [name for name, t in checkpoint["state_dict"].items() if t.dim() > 1]
-    place = {name: index - len(matrices) for index, name in enumerate(matrices)}
-    for name, t in checkpoint["state_dict"].items():
-        old = re.fullmatch(r"(decoder\.context_to_delta\.generator\.heads\.\w+)\.0\.weight", name)
-        if old and old[1].endswith(("_u", "_v")):
-            t = transposed(t)
-            for optimizer in checkpoint.get("optimizer_states", ()):
-                # counted from the end: a matrix of two names, as tied embeddings have, is one parameter
-                index = optimizer["param_groups"][0]["params"][place[name]]
-                state = optimizer["state"][index]
-                state.update({key: transposed(m) for key, m in state.items() if m.dim() > 1})
-        weights[f"{old[1]}.weight" if old else name] = t
-    checkpoint["zoo"]["schema"] = 3
-    return {**checkpoint, "state_dict": weights}
-
-
 def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best validation loss was in the state of Lightning's ModelCheckpoint, beside paths."""
-    checkpoint["zoo"].update(schema=4, best=None)
+    score = None
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("ModelCheckpoint") and state["best_model_score"] is not None:
-            checkpoint["zoo"]["best"] = float(state["best_model_score"])
-    return checkpoint
+            score = float(state["best_model_score"])
+    return {**checkpoint, "zoo": {**checkpoint["zoo"], "schema": 4, "best": score}}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _factors_as_they_are_used,
-    2: _factors_as_they_are_used,
-    3: _score_of_the_best,
-}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best}
 """From schema n to a function that turns such a checkpoint into one of a later schema."""
 
 ENTRIES = ("zoo", "hyper_parameters", "state_dict", "task", "family")
@@ -82,9 +53,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """The contents that a run goes on with; raises ValueError where it could not, see read."""
         return read(Path(path), resume=True)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Nothing: best.ckpt and last.ckpt are replaced, a run has no others."""
 
 
 def find(path: str | Path, name: str) -> Path:
@@ -107,24 +75,23 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
     resume: those a run goes on with, for the folder of the file. Raises ValueError for files that are not ours
     or damaged, or that hold options, names, weights or states unknown here.
     """
+    best = path.with_name("best.ckpt")
     try:
         checkpoint = _at_schema(untrusted.contents(path))
         model = validate.model(checkpoint)
         if resume:
             checkpoint = validate.state(checkpoint, model)
     except Exception as error:  # damaged files, and families of somebody else, fail in many ways
-        raise ValueError(f"{path} cannot be used: {describe(error)[:400]}{_still_loadable(path)}") from None
-    if resume:
-        checkpoint["zoo"]["best"] = _score_to_beat(checkpoint, path)
+        loadable = ""
+        with suppress(ValueError):
+            if path.name == "last.ckpt" and best.is_file() and read(best):
+                loadable = f"; what can still be loaded: {best}"
+        raise ValueError(f"{path} cannot be used: {describe(error)[:400]}{loadable}") from None
+    if resume and not best.is_file():
+        checkpoint["zoo"]["best"] = None  # the next validation writes one
+    elif resume and read(best)["hyper_parameters"] != checkpoint["hyper_parameters"]:
+        raise ValueError(f"{best} is of another run: move it away to go on with {path}")
     return checkpoint
-
-
-def _still_loadable(path: Path) -> str:
-    best = path.with_name("best.ckpt")
-    with suppress(ValueError):
-        if path.name == "last.ckpt" and best.is_file() and read(best):
-            return f"; what can still be loaded: {best}"
-    return ""
 
 
 def _at_schema(content: Any) -> dict[str, Any]:
@@ -133,26 +100,13 @@ def _at_schema(content: Any) -> dict[str, Any]:
         if not isinstance(content.get(name), dict):
             got = show(content.get(name), 40)
             raise ValueError(f"it is no checkpoint of this zoo, which must hold {name} as a dict, got {got}")
-    while type(schema := content["zoo"].get("schema")) is not int or schema != SCHEMA:
-        if type(schema) is not int or schema not in UPGRADES:
-            known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
-            raise ValueError(f"it has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
+    schema = content["zoo"].get("schema")
+    if type(schema) is not int or schema not in (*UPGRADES, SCHEMA):
+        known = ", ".join(map(str, [*UPGRADES, SCHEMA]))
+        raise ValueError(f"it has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
+    while (schema := content["zoo"]["schema"]) != SCHEMA:
         content = UPGRADES[schema](content)
     return content
-
-
-def _score_to_beat(checkpoint: dict[str, Any], path: Path) -> float | None:
-    """The score of the best checkpoint, None where that is gone: the next validation writes one."""
-    best = path.with_name("best.ckpt")
-    if not best.is_file():
-        return None
-    try:
-        same = path.samefile(best) or read(best)["hyper_parameters"] == checkpoint["hyper_parameters"]
-    except ValueError as error:
-        raise ValueError(f"{error}; move it away to go on with {path}") from None
-    if not same:
-        raise ValueError(f"{best} is of another run: move it away to go on with {path}")
-    return checkpoint["zoo"]["best"]
 
 
 def _named(path: Any) -> Any:

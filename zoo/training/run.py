@@ -29,11 +29,10 @@ from zoo.files import home, to_json, write
 from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
-from zoo.training.callbacks import Checkpoints, MetricsFile
+from zoo.training.callbacks import Keeper, optional, trained
 from zoo.training.data import Data
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer
 from zoo.training.run_folder import run_id, taken
-from zoo.training.safeguards import optional, trained
 from zoo.training.trainer import begun, changes, make, placement, quiet, stored
 
 
@@ -85,10 +84,9 @@ def run(
     with ExitStack() as stack:  # the folder and the logger, given back however the run ends
         out, family = home(options.out) if options.out else None, f"{model.config.name}-{model.task.config.name}"
         folder = stack.enter_context(taken(out, family, bool(saved)))
-        keeper = Checkpoints(folder, {**asdict(options), "resume": None, "out": None}, command())
-        rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
+        keeper = Keeper(folder, {**asdict(options), "resume": None, "out": None}, command())
         loggers = log.make(folder) if own is None else own
-        engine = make(model, options, arguments, folder, loggers, [rows, keeper])
+        engine = make(model, options, arguments, folder, loggers, [keeper])
         here = placement(engine)
         keeper.begun_with = {"trainer": stored(arguments, engine), "logger": asdict(log), "placement": here}
         if own is None:
@@ -128,7 +126,7 @@ def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
     return model
 
 
-def _test(model: Model, data: Data, engine: L.Trainer, keeper: Checkpoints) -> dict[str, Any]:
+def _test(model: Model, data: Data, engine: L.Trainer, keeper: Keeper) -> dict[str, Any]:
     """Tests the best checkpoint and writes what came out."""
     folder = keeper.folder
     if engine.is_global_zero and engine.global_step < model.optim.steps:
@@ -149,7 +147,7 @@ def _test(model: Model, data: Data, engine: L.Trainer, keeper: Checkpoints) -> d
     return metrics
 
 
-def _metrics(model: Model, engine: L.Trainer, keeper: Checkpoints, tested: Path) -> dict[str, Any]:
+def _metrics(model: Model, engine: L.Trainer, keeper: Keeper, tested: Path) -> dict[str, Any]:
     count = flops.parameters(model)
     tokens = engine.global_step * model.optim.batch_size * model.task.tokens
     return {

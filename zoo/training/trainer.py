@@ -168,7 +168,7 @@ def _guarded(logger: Logger) -> Logger:
 
         return call
 
-    for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
         if method := getattr(logger, name, None):
             setattr(logger, name, guard(name, method))
     return logger

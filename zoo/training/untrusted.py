@@ -26,8 +26,8 @@ DIRECTORY = 1 << 20  # bytes of the zip's, beside one for each BYTES
 PICKLE = 1 << 25  # its bytes
 DEPTH = 32
 ITEMS = 1_000_000  # values in all, a shared one at each place
-NAME = 4096  # characters of a key
 TUPLE = 1000  # values in a tuple and the tuples in it: a dict hashes them all
+TAIL = struct.Struct("<4s36xQQ4s4xQ4x4s18x")  # of the zip: length and place of its directory, place of this record
 GLOBALS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w{1,20}Storage")
 
 
@@ -36,8 +36,7 @@ def regular(path: Any, what: str, advice: str = "") -> Path:
     with suppress(TypeError, ValueError, OSError):
         if Path(path).is_file():
             return Path(path)
-    at = str(path)[:200] if isinstance(path, str | Path) else show(path)
-    raise ValueError(f"no {what} at {at}{advice}")
+    raise ValueError(f"no {what} at {str(path)[:200]}{advice}")
 
 
 def contents(path: Path) -> Any:
@@ -54,17 +53,15 @@ def contents(path: Path) -> Any:
 def _pickle(path: Path, size: int) -> bytes:
     """The pickle in a zip file whose records are as long as they say: stored one after the other, not compressed."""
     with path.open("rb") as file:
-        file.seek(max(0, size - 98))
-        end = file.read()
-    offset, record = struct.unpack("<I", end[-6:-2])[0], None
-    if end[56:60] == b"PK\6\7":
-        offset, record = (struct.unpack("<Q", end[at : at + 8])[0] for at in (48, 64))
-    if size - offset > DIRECTORY + size // BYTES:
+        file.seek(size - TAIL.size)
+        tail = TAIL.unpack(file.read())
+    (_, directory, *_), place = tail, size - TAIL.size
+    # torch reads another directory than Python where it does not end here
+    if tail != (b"PK\6\6", directory, place - directory, b"PK\6\7", place, b"PK\5\6"):
+        raise ValueError("the directory is not at the end")
+    if directory > DIRECTORY + size // BYTES:
         raise ValueError("too many records")
     with zipfile.ZipFile(path) as archive:
-        # torch reads another directory than Python where these places are wrong
-        if end[-22:-18] != b"PK\5\6" or offset != archive.start_dir or record not in (None, size - len(end)):
-            raise ValueError("the directory is not at the end")
         records = archive.infolist()
         if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
             raise ValueError("torch compresses no record")
@@ -104,37 +101,29 @@ def _scan(pickle: bytes, codes: int) -> None:
 def copied(value: Any, size: int) -> Any:
     """A copy of `value`, read from a file of `size` bytes, in plain dicts, lists and tuples.
 
-    Raises ValueError, with the place, for other types, for more than DEPTH levels or ITEMS values, for integers beyond
-    64 bits, and for tensors that take more memory than the file has.
+    Raises ValueError for other types, for more than DEPTH levels or ITEMS values, for integers beyond 64 bits, and for
+    tensors that take more memory than the file has.
     """
     # torch saves a tied matrix once under two names; an expanded tensor says more than it holds
     left = {"values": ITEMS, "bytes": 2 * size}
 
-    def copy(value: Any, where: tuple[Any, ...]) -> Any:
+    def copy(value: Any, levels: int) -> Any:
         left["values"] -= 1
-        if left["values"] < 0 or len(where) > DEPTH:
-            raise ValueError(f"it holds more than {ITEMS} values, or {DEPTH} levels of them, at {place(where)}")
-        if isinstance(value, dict):
-            for key in dict.keys(value):
-                if type(key) not in (str, int) or (type(key) is str and len(key) > NAME):
-                    raise ValueError(f"a key at {place(where)} is {show(key)}, not a name")
-            return {key: copy(item, (*where, key)) for key, item in dict.items(value)}
+        if left["values"] < 0 or levels < 0:
+            raise ValueError(f"it holds more than {ITEMS} values, or {DEPTH} levels of them")
+        if isinstance(value, dict) and all(type(key) in (str, int) for key in dict.keys(value)):
+            return {key: copy(item, levels - 1) for key, item in dict.items(value)}
         if type(value) in (list, tuple):
-            return type(value)(copy(item, (*where, index)) for index, item in enumerate(value))
-        if isinstance(value, Tensor):
+            return type(value)(copy(item, levels - 1) for item in value)
+        if isinstance(value, Tensor) and value.layout == torch.strided:
             left["bytes"] -= value.numel() * value.element_size()
-            if left["bytes"] < 0 or value.layout != torch.strided:
-                raise ValueError(f"the tensor at {place(where)} of shape {show(tuple(value.shape))} is not in the file")
+            if left["bytes"] >= 0:
+                return value
+        elif value is None or type(value) in (str, float, bool) or (type(value) is int and value.bit_length() < 64):
             return value
-        if type(value) not in (str, int, float, bool, type(None)) or (type(value) is int and value.bit_length() > 63):
-            raise ValueError(f"{place(where)} is {show(value)}")
-        return value
+        raise ValueError(f"it holds {show(value)}")
 
-    return copy(value, ())
-
-
-def place(where: tuple[Any, ...]) -> str:
-    return ".".join(show(key)[:40].strip("'") for key in where[:8]) or "its top"
+    return copy(value, DEPTH)
 
 
 def finite(t: Tensor) -> bool:
