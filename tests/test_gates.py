@@ -90,16 +90,6 @@ def test_one_that_says_it_does_not_read_the_query_is_refused(model: Model, monke
         fit(model.decoder, [model.task.batch("test", 0, 1).tokens.double()], 7)
 
 
-def test_what_is_added_serves_every_token(model: Model) -> None:
-    tokens, W = model.task.batch("test", 0, 2).tokens.double(), model.decoder.blocks[0].ffn.up
-    more, z = LowRank(torch.randn(1, 24, 1).double(), torch.randn(1, 16, 1).double()), torch.randn(2, 27, 16).double()
-    own, used = (model.decoder(tokens, 7, added=added)[1][0] for added in (None, [Patch(weights={"up": more})] * 2))
-    alone = own.weights["up"].linear(W, z, own.served)
-    assert own.served is not None
-    torch.testing.assert_close(alone[:, :7], z[:, :7] @ W.mT)
-    torch.testing.assert_close(used.weights["up"].linear(W, z, used.served), alone + more.extra(z))
-
-
 TASKS = [({"name": "regression", "points": 7}, 7), ({"name": "noise", "tokens": 12}, 0)]
 
 

@@ -30,15 +30,6 @@ from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
 
 
-def deltas(decoder: Decoder, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> list[Patch]:
-    """The total patch of each layer, per kept token, that stands for the tokens marked in `removed` (T,), or the first.
-
-    The law: forward(tokens[:, ~removed], patches=deltas) equals forward(tokens) at the kept tokens, at the positions
-    they had. n_context: as in forward, default the number of removed tokens. Raises ValueError where no patch exists.
-    """
-    return exact(decoder, tokens, removed, n_context=n_context)
-
-
 def exact(
     decoder: Decoder,
     tokens: Tensor,
@@ -47,8 +38,12 @@ def exact(
     n_context: int | None = None,
     formed: bool = False,
 ) -> list[Patch]:
-    """As deltas, in the `form` of the table above; formed: as whole matrices W + ΔW, one per token or sequence, so that
-    each layer makes up for the rounding of such matrices below. Raises ValueError for an unknown form too."""
+    """The total patch of each layer that stands for the tokens marked in `removed` (T,), or the first so many.
+
+    The law: forward(tokens[:, ~removed], patches=exact) equals forward(tokens) at the kept tokens, at the positions
+    they had. form: see the table above; n_context: as in forward, default the number of removed tokens; formed: as
+    whole matrices W + ΔW, whose rounding the layers above then make up for. Raises ValueError where no patch exists.
+    """
     patch_of = lookup(form, EXACT_FORMS, "form")
 
     def matrices_of(states: LayerStates) -> Patch:
@@ -70,7 +65,7 @@ def replace_context(
     layers: int | None = None,
 ) -> list[Patch]:
     """The patches that `patch_of` makes of the first `layers` layers, None for all, from the states with and without
-    the removed tokens, where the stream without them runs through the patches of the layers below. See deltas."""
+    the removed tokens, where the stream without them runs through the patches of the layers below. See exact."""
     check_tokens(tokens, n_context or 0)
     if isinstance(removed, int):
         removed = torch.arange(tokens.shape[1], device=tokens.device) < removed
