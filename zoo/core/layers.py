@@ -65,8 +65,9 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
-        q, k, v = (linear(x_BTD).view(B, T, -1, self.width) for linear in (self.q, self.k, self.v))
-        q_BHTd, k_BGTd, v_BGTd = (t.transpose(1, 2) for t in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+        q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
+        k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
+        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         if cache is not None:
             k_BGTd, v_BGTd = cache.extend(k_BGTd, v_BGTd, layout.mask)
         # of torch's kernels only the plain one knows every transform
