@@ -103,7 +103,8 @@ def states_of(model: Model, removed: Tensor | int) -> LayerStates:
 @torch.no_grad()
 def test_no_smaller_update_does_what_they_do(case: Case) -> None:
     """Whatever is orthogonal to the states that an update serves, it maps to zero."""
-    states = states_of(model := shared(case.name), length_of_context(model))
+    model = shared(case.name)
+    states = states_of(model, length_of_context(model))
     for form in ("shear", "output", *STATIC):
         patch, ffn = EXACT_FORMS[form](states), states.ffn
         assert patch.biases == {}

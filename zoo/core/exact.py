@@ -91,11 +91,21 @@ def replace_context(
             return decoder.emit(z_BTD, layer, n_context, real=real)
 
         out_ctx_BTD, emitted = block(x_ctx_BTD, full, contextual)
-        v_ctx, z_ctx, out_ctx = (t_BTD[:, kept] for t_BTD in (*seen, out_ctx_BTD))
 
         def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            emit = partial(emitted.per_token, kept), partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real)
-            return patch_of(LayerStates(layer, block.ffn, *emit, v_ctx, z_ctx, out_ctx, v_BTD, z_BTD))
+            v_ctx, z_ctx, out_ctx = (t_BTD[:, kept] for t_BTD in (*seen, out_ctx_BTD))
+            states = LayerStates(
+                layer=layer,
+                ffn=block.ffn,
+                emit_with_context=partial(emitted.per_token, kept),
+                emit_without_context=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
+                v_ctx=v_ctx,
+                z_ctx=z_ctx,
+                out_ctx=out_ctx,
+                v=v_BTD,
+                z=z_BTD,
+            )
+            return patch_of(states)
 
         return out_ctx_BTD, *block(x_BTD, reduced, replaced)
 
