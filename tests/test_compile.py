@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import zoo
 from cases import CASES, Case, batch_of, build
+from runs import small
 from zoo.bench.timing import saved_bytes
 
 
@@ -82,18 +82,8 @@ def test_a_graph_break_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiled_run_ends_like_an_uncompiled_one(tmp_path: Path) -> None:
     """Of the mixture of experts, which has all that the transformer has and operators of its own."""
 
-    def run(name: str, compiled: bool) -> dict[str, Any]:
-        return zoo.train(
-            model={"name": "moe", "dim": 16, "layers": 1, "heads": 2, "hidden": 16},
-            task={"name": "noise", "tokens": 16},
-            optim={"steps": 6, "batch_size": 8, "warmup": 2},
-            trainer={"accelerator": "cpu", "enable_progress_bar": False},
-            **{"validate_every": 3, "validation_batches": 1, "test_batches": 1, "compile": compiled},
-            out=str(tmp_path / name),
-        )
-
-    eager, compiled = run("eager", False), run("compiled", True)
-    assert compiled["test"]["nats"] == pytest.approx(eager["test"]["nats"], abs=1e-5)
+    made = {name: small(tmp_path / name, "moe", "noise", compile=name == "compiled") for name in ("eager", "compiled")}
+    assert made["compiled"]["test"]["nats"] == pytest.approx(made["eager"]["test"]["nats"], abs=1e-5)
     states = [zoo.load(tmp_path / name).state_dict() for name in ("eager", "compiled")]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-4)

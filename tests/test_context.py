@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.core.cache import LayerCache
-from zoo.core.context import KINDS, Source
+from zoo.core.context import Source
 
 pytestmark = pytest.mark.numeric
 
@@ -72,44 +72,9 @@ def test_one_token_at_a_time(source: str, n_context: int, chunk: int | None, fir
         torch.testing.assert_close(found, [mean[:, [entry]], nonempty[:, [entry]]], rtol=0, atol=1e-14)
 
 
-@every_setting
-def test_gradient_reaches_exactly_the_tokens_of_the_context(source: str, n_context: int, chunk: int | None) -> None:
-    z = torch.randn(B, T, D, requires_grad=True)
-    entries = as_entries(Source(source, chunk).mean(z, n_context).mean)
-    for s, tokens in enumerate(read_by(source, n_context, chunk)):
-        (gradient,) = torch.autograd.grad(entries[:, s].sum(), z, retain_graph=True)
-        assert gradient.any(-1).all(0).nonzero().flatten().tolist() == list(tokens)
-
-
-def test_rows_do_not_mix() -> None:
-    z = torch.randn(B, T, D)
-    other = torch.cat([z[:1], torch.randn(1, T, D)])
-    for source, n_context, chunk in SETTINGS:
-        before, after = (Source(source, chunk).mean(x, n_context).mean for x in (z, other))
-        assert torch.equal(before[0], after[0])
-
-
-def test_first_chunk_has_no_context() -> None:
-    mean, nonempty = Source("chunk", 4).mean(torch.randn(B, T, D), 0)
-    assert not mean[:, 0].any()
-    assert nonempty[:, :, 0].tolist() == [[0, 1, 1, 1]] * B
-
-
-def test_empty_segment() -> None:
-    mean, nonempty = Source("segment").mean(torch.randn(B, T, D), 0)
-    assert not mean.any()
-    assert not nonempty.any()
-
-
 @pytest.mark.parametrize(("source", "chunk"), [("segment", None), ("chunk", 100), ("running", None), ("token", None)])
 def test_bfloat16_sums_do_not_stall(source: str, chunk: int | None) -> None:
     # adding ones one by one in bfloat16 ends at 256
     mean = Source(source, chunk).mean(torch.ones(1, 3000, 1, dtype=torch.bfloat16), 3000).mean
     assert mean.dtype == torch.bfloat16
     assert as_entries(mean)[0, -1].item() == 1
-
-
-@pytest.mark.parametrize(("source", "chunk"), [("future", None), ("chunk", None)])
-def test_unknown_source_names_those_that_exist(source: str, chunk: int | None) -> None:
-    with pytest.raises(ValueError, match=f"'{source}' with chunk=None.*{', '.join(KINDS)}"):
-        Source(source, chunk).mean(torch.randn(B, T, D), 0)

@@ -5,51 +5,38 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cases import CASES, FAMILIES, Case, batch_of, build, length_of_context, options_of, taking_turns
+from cases import BY_NAME, CASES, FAMILIES, Case, batch_of, build, length_of_context, options_of, taking_turns
 from zoo.core.decoder import Decoder, Sizes
-from zoo.core.exact import replace_context, shear_and_down
 from zoo.core.patch import Patch
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-BY_NAME = {case.name: case for case in CASES}
 
 
-def decoder(attend_context: bool = True, **task: Any) -> Decoder:
-    continuous = {"vocabulary": None, "token_dim": 3, "output_dim": 1, "n_context": 0}
-    tokens = SimpleNamespace(**{**continuous, "independent_queries": False, "filled": False, **task})
-    return Decoder(Sizes(dim=8, layers=1, heads=2, hidden=8), tokens, attend_context=attend_context)
+# of two tokens of a context and two after it: positions, and who sees whom, None for plain causal attention
+LAYOUTS: dict[tuple[bool, bool], tuple[list[int], list[list[int]] | None]] = {
+    (False, True): ([0, 1, 2, 3], None),
+    (False, False): ([0, 1, 2, 3], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]),
+    (True, True): ([0, 1, 2, 2], [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]),
+    (True, False): ([0, 1, 2, 2], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+}
 
 
-def test_layout_of_running_text_is_causal() -> None:
-    layout = decoder().layout(4, 2)
-    assert layout.positions.tolist() == [0, 1, 2, 3]
-    assert layout.mask is None
-
-
-def test_layout_of_independent_queries() -> None:
-    """Tokens 2 and 3 are queries, both at the position after the context, and blind to each other."""
-    layout = decoder(independent_queries=True).layout(4, 2)
-    assert layout.positions.tolist() == [0, 1, 2, 2]
-    assert layout.mask is not None
-    assert layout.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
-
-
-@pytest.mark.parametrize("independent", [True, False])
-def test_layout_where_queries_do_not_attend_to_the_context(independent: bool) -> None:
-    layout = decoder(independent_queries=independent, attend_context=False).layout(4, 2)
-    assert layout.positions.tolist() == [0, 1, 2, 2 if independent else 3]
-    assert layout.mask is not None
-    last = [0, 0, 0, 1] if independent else [0, 0, 1, 1]
-    assert layout.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], last]
+@pytest.mark.parametrize(("independent", "attend"), LAYOUTS)
+def test_layouts(independent: bool, attend: bool) -> None:
+    """Independent queries all stand at the position after the context, and are blind to each other."""
+    task = {"vocabulary": None, "token_dim": 3, "output_dim": 1, "n_context": 2, "filled": False}
+    tokens = SimpleNamespace(**task, independent_queries=independent)
+    layout = Decoder(Sizes(dim=8, layers=1, heads=2, hidden=8), tokens, attend_context=attend).layout(4, 2)
+    mask = None if layout.mask is None else layout.mask.int().tolist()
+    assert (layout.positions.tolist(), mask) == LAYOUTS[independent, attend]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.task == "regression"], ids=lambda case: case.name)
@@ -66,37 +53,22 @@ def test_a_query_depends_on_the_context_and_on_no_other_query(case: Case) -> Non
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("n_context", [-1, 13])
-def test_n_context_must_lie_in_the_sequence(n_context: int) -> None:
-    model = build(BY_NAME["transformer-regression"])
+@pytest.mark.parametrize("name", ["transformer-regression", "hypernet-chunk"])
+def test_tokens_that_do_not_fit_are_refused_in_the_same_words(name: str) -> None:
+    model = build(BY_NAME[name])
     tokens = batch_of(model).tokens
-    for call in (lambda: model(tokens, n_context), lambda: model.deltas(tokens, torch.arange(12) < 7, n_context)):
-        with pytest.raises(ValueError, match=f"n_context={n_context} must lie between 0 and the 12 tokens given"):
-            call()
-
-
-@every_case
-def test_no_tokens_are_refused_in_the_same_words(case: Case) -> None:
-    model = build(case)
-    tokens = batch_of(model).tokens
-    for empty in (tokens[:, :0], tokens[:0]):
-        calls: list[Callable[[], object]] = [lambda x=empty: model(x)]  # type: ignore[misc]
-        calls.append(lambda x=empty: model.deltas(x, 7))  # type: ignore[misc]
-        if model.task.vocabulary and not model.task.independent_queries:
-            calls.append(lambda x=empty: model.generate(x, 1))  # type: ignore[misc]
-            calls.append(lambda x=empty: model.decoder(x, cache=model.decoder.new_cache()))  # type: ignore[misc]
+    for wrong, n_context, message in (
+        (tokens, -1, "n_context=-1 must lie between 0 and the 12 tokens given"),
+        (tokens, 13, "n_context=13 must lie between 0 and the 12 tokens given"),
+        (tokens[:, :0], 0, r"tokens of shape \(3, 0.*\): pass \(B,T\), at least one sequence"),
+        (tokens[:0], 0, r"tokens of shape \(0, 12.*\): pass \(B,T\), at least one sequence"),
+    ):
+        calls: list[Callable[..., object]] = [model, lambda x, n: model.deltas(x, 7, n)]
+        if model.task.vocabulary:
+            calls += [lambda x, n: model.generate(x, 1, n), lambda x, n: model(x, n, cache=model.decoder.new_cache())]
         for call in calls:
-            message = rf"tokens of shape \({empty.shape[0]}, {empty.shape[1]}.*\): pass \(B,T\), at least one sequence"
             with pytest.raises(ValueError, match=message):
-                call()
-
-
-def test_one_patch_per_layer_is_needed() -> None:
-    model = build(BY_NAME["transformer-regression"])
-    tokens = batch_of(model).tokens
-    patches = model.deltas(tokens, torch.arange(12) < 7)
-    with pytest.raises(ValueError, match="1 patches for 2 layers"):
-        model(tokens[:, 7:], patches=patches[:1])
+                call(wrong, n_context)
 
 
 @pytest.mark.parametrize(
@@ -112,22 +84,10 @@ def test_removed_must_be_a_mask_that_keeps_a_token(removed: Tensor) -> None:
 
 def test_states_that_no_rank_1_patch_can_move_are_named() -> None:
     model = build(BY_NAME["hypernet-segment-low-rank"])
-    tokens, removed = batch_of(model).tokens, torch.arange(12) < 7
-    zero = tokens.clone()
-    zero[1, 8] = 0  # a query that sees itself alone and has no state
+    tokens = batch_of(model).tokens
+    tokens[1, 8] = 0  # a query that sees itself alone and has no state
     with pytest.raises(ValueError, match="layer 0: the state before the FFN"):
-        model.deltas(zero, removed)
-    torch.nn.init.zeros_(model.decoder.blocks[1].ffn.up)
-    torch.nn.init.zeros_(model.decoder.context_to_delta.generator.heads["up_u"].weight)  # type: ignore
-    with pytest.raises(ValueError, match="layer 1: the hidden units of the FFN"):
-        model.deltas(tokens, removed)
-
-
-def test_tokens_are_ids_or_continuous() -> None:
-    wrong: list[dict[str, Any]] = [{"token_dim": None}, {"vocabulary": 5}]
-    for task in wrong:
-        with pytest.raises(ValueError, match="tokens are either ids or continuous"):
-            decoder(**task)
+        model.deltas(tokens, 7)
 
 
 def as_transformer(case: Case) -> Case:
@@ -179,19 +139,6 @@ def test_low_precision_is_near_float32(case: Case, autocast: bool) -> None:
 
 
 @torch.no_grad()
-def test_parallel_extraction_equals_the_sequential_one() -> None:
-    model = build(CASES[0])
-    tokens, n = batch_of(model).tokens, 7
-    removed = torch.arange(tokens.shape[1]) < n
-    totals = [
-        replace_context(model.decoder, tokens, removed, shear_and_down, n, parallel) for parallel in (False, True)
-    ]
-    outputs = [model(tokens[:, n:], patches=patches, positions=torch.full((5,), n)) for patches in totals]
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-10)
-    torch.testing.assert_close(outputs[1], model(tokens, n)[:, n:], rtol=0, atol=1e-10)
-
-
-@torch.no_grad()
 def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
     model = build(BY_NAME["hypernet-segment-low-rank"])
     tokens = batch_of(model).tokens
@@ -200,10 +147,11 @@ def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
     output, used = model.decoder(tokens, 7, added=[bias, bias])
     assert (output - plain).abs().max() > 1e-2
     assert used[0].biases["down"] is bias.biases["down"]
-    assert torch.equal(used[0].weights["up"].delta.u, emitted[0].weights["up"].u)  # for the tokens that it served
+    assert torch.equal(used[0].weights["up"].u, emitted[0].weights["up"].u)  # for the tokens that it served
     torch.testing.assert_close(model.decoder(tokens, 7, patches=used)[0], output)
-    with pytest.raises(ValueError, match="1 patches for 2 layers"):
-        model.decoder(tokens, 7, added=[bias])
+    for option in ("added", "patches"):
+        with pytest.raises(ValueError, match="1 patches for 2 layers"):
+            model.decoder(tokens, 7, **{option: [bias]})
 
 
 def called(model: Model, work: Callable[[], object]) -> Counter[str]:

@@ -114,23 +114,6 @@ def test_a_growing_context_is_the_delta_rule() -> None:
         torch.testing.assert_close(W @ a0, W0 @ a, rtol=0, atol=1e-13)
 
 
-@every(RANDOM)
-@torch.no_grad()
-def test_an_output_bias_alone_also_stands_for_the_context(case: Case, model: Model) -> None:
-    tokens, n_context = context_of(model)
-    decoder, kept, patches = model.decoder, ~prefix(tokens, n_context), []
-    full = decoder.layout(tokens.shape[1], n_context)
-    reduced = full.keep(kept)
-    xC, x = decoder.embed(tokens), decoder.embed(tokens[:, kept])
-    for layer, block in enumerate(decoder.blocks):
-        v_ctx, v = block.attend(xC, full), block.attend(x, reduced)
-        xC = v_ctx + block.ffn(block.norm2(v_ctx), decoder.emit(block.norm2(v_ctx), layer, n_context))
-        x = xC[:, kept]
-        patches.append(Patch(biases={"down": x - v - block.ffn(block.norm2(v))}, chunk=1))
-    output = model(tokens[:, kept], patches=patches, positions=reduced.positions)
-    assert (output - model(tokens, n_context)[:, kept]).abs().max() <= EXACT
-
-
 @every([pair for pair in ALL if pair[0].name != "hypernet-constant"])
 @torch.no_grad()
 def test_null_no_context_is_no_update(case: Case, model: Model) -> None:

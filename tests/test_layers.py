@@ -61,15 +61,6 @@ def test_attention_is_softmax_over_the_tokens_that_the_mask_shows() -> None:
 
 
 @torch.no_grad()
-def test_a_layout_keeps_positions_and_the_mask_of_those_kept() -> None:
-    mask, kept = torch.ones(4, 4).tril().bool(), torch.tensor([True, False, True, True])
-    layout = Layout(torch.tensor([0, 1, 5, 5]), mask).keep(kept)
-    assert layout.positions.tolist() == [0, 5, 5]
-    assert torch.equal(layout.mask, torch.ones(3, 3).tril().bool())  # type: ignore[arg-type]
-    assert causal(4).keep(kept).mask is None
-
-
-@torch.no_grad()
 def test_grouped_query_attention_is_attention_with_repeated_heads() -> None:
     grouped, full = Attention(16, 4, 2, 100.0).double(), Attention(16, 4, 4, 100.0).double()
     for name in ("q", "k", "v", "o"):

@@ -5,7 +5,6 @@ Axes: B batch, T tokens, D model, G key/value heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +16,15 @@ from zoo.core.patch import Patch
 
 @dataclass
 class LayerCache:
-    """Empty before the first pass; attention, summaries and families write into it.
-
-    tokens: how many there were. keys, values (B,G,T,d): those that the next token attends to, keys rotated. total,
-    partial (B,1,D): sums of states, of those that make up the context and of those in a chunk not yet complete; count,
-    begun (B,1,1): of how many. patch: the update in force. memory: what else a family keeps.
-    """
+    """Empty before the first pass. tokens: how many there were. keys, values (B,G,T,d): those that the next token
+    attends to, keys rotated. sums (B,1,D): of the states that make up the context, and of those in a chunk not yet
+    complete; counts (B,1,1): of how many. patch: the update in force. memory: what else a family keeps."""
 
     tokens: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
-    total: Any = 0.0
-    partial: Any = 0.0
-    count: Any = 0.0
-    begun: Any = 0.0
+    sums: tuple[Any, Any] = (0.0, 0.0)
+    counts: tuple[Any, Any] = (0.0, 0.0)
     patch: Patch | None = None
     memory: Any = None
 
@@ -46,13 +40,11 @@ class LayerCache:
         self.keys, self.values = k_BGTd[:, :, seen], v_BGTd[:, :, seen]
         return k_BGTd, v_BGTd
 
-
-def check_cache(cache: Sequence[LayerCache], layers: int, tokens: int, n_context: int) -> None:
-    """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow `cache`."""
-    if len(cache) != layers:
-        raise ValueError(f"{len(cache)} caches for {layers} layers: pass what new_cache() gives")
-    before = cache[0].tokens
-    if before and (tokens != 1 or n_context):
-        raise ValueError(f"{tokens} tokens with n_context={n_context} after {before} others: pass the next token alone")
-    if not before and n_context == tokens:
-        raise ValueError(f"all {tokens} tokens are context: the first call with a cache needs one token after it")
+    def check(self, tokens: int, n_context: int) -> None:
+        """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow."""
+        if self.tokens and (tokens != 1 or n_context):
+            raise ValueError(
+                f"{tokens} tokens with n_context={n_context} after {self.tokens} others: pass the next token alone"
+            )
+        if not self.tokens and n_context == tokens:
+            raise ValueError(f"all {tokens} tokens are context: the first call with a cache needs one token after it")

@@ -20,8 +20,6 @@ from zoo.core.delta import Delta
 from zoo.core.layers import split_chunks
 from zoo.core.patch import Patch
 
-KINDS = ("segment", "chunk", "running", "token")
-
 
 class ContextMean(NamedTuple):
     """The mean state of each context: mean (*,D), and nonempty (*,1), 0 where the context is empty."""
@@ -44,34 +42,28 @@ class Source:
 
     @classmethod
     def resolve(cls, n_context: int, tokens: int, kind: str | None, chunk: int | None) -> Source:
-        """The source for sequences of `tokens` tokens, the first n_context of them a separate context; open kind: a
-        separate context as segment, else chunk; open chunk: 32, or half of a short sequence. Raises
-        ValueError, in terms of model.context and model.chunk, for what does not fit."""
+        """The source for sequences of `tokens` tokens, the first n_context of them a separate context; open chunk: 32,
+        or half of a short sequence. Raises ValueError, in terms of model.context and model.chunk, for a bad fit."""
         kind = kind or ("segment" if n_context else "chunk")
         if (kind == "segment") != bool(n_context):
             raise ValueError(
                 f"model.context={kind} does not fit a task {'with' if n_context else 'without'} a separate context: "
                 f"segment is for those with one (regression, prompts), chunk, running and token for running text"
             )
-        if kind != "chunk":
-            if chunk is not None:
-                raise ValueError(f"model.chunk={chunk} needs model.context=chunk, not {kind}")
-            return cls(kind)
-        chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
-        if not 0 < chunk < tokens:
-            raise ValueError(
-                f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1: no token is patched"
-            )
+        if kind == "chunk":
+            chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
+            if not 0 < chunk < tokens:
+                raise ValueError(
+                    f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1: no token is patched"
+                )
+        elif chunk is not None:
+            raise ValueError(f"model.chunk={chunk} needs model.context=chunk, not {kind}")
         return cls(kind, chunk)
 
     @property
     def shared_by(self) -> int | None:
         """How many tokens share an update, None for all of a sequence: Patch.chunk."""
         return {"segment": None, "chunk": self.chunk}.get(self.kind, 1)
-
-    def updates(self, tokens: int) -> float:
-        """How many updates a sequence of `tokens` has."""
-        return 1.0 if self.shared_by is None else tokens / self.shared_by
 
     def served(self, z_BTD: Tensor, n_context: int) -> Tensor | None:
         """(B,T,1): 0 for the tokens of a separate context, which no update serves, None if there are none."""
@@ -84,11 +76,7 @@ class Source:
     def mean(
         self, z_BTD: Tensor, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> ContextMean:
-        """Mean of the states that make up each context.
-
-        cache: the states before z, which is then one token; the states of z are added to it. real (B,T): False for
-        places that hold no token, which no mean takes in.
-        """
+        """Mean of the states that make up each context; arguments as of ContextToDelta.forward."""
         cache = LayerCache() if cache is None else cache
         counted_BT1 = torch.ones_like(z_BTD[..., :1]) if real is None else real.unsqueeze(-1).to(z_BTD)
         if self.kind == "token":
@@ -97,41 +85,35 @@ class Source:
         dtype = torch.promote_types(z_BTD.dtype, torch.float32)
         count_BT1 = counted_BT1.to(dtype)
         states_BTD = z_BTD.to(dtype) if real is None else z_BTD * count_BT1
-        if self.kind == "segment":
-            if not cache.tokens:
-                cache.total, cache.count = (t[:, :n_context].sum(1, keepdim=True) for t in (states_BTD, count_BT1))
-            total, count = cache.total[:, 0], cache.count[:, 0]
-        elif self.kind == "running":
-            total, count = (b + t.cumsum(1) for b, t in ((cache.total, states_BTD), (cache.count, count_BT1)))
-            cache.total, cache.count = total[:, -1:], count[:, -1:]
-        elif self.kind == "chunk" and self.chunk:
-            begun = cache.tokens % self.chunk  # how many tokens of the first chunk came before
-            complete = (begun + z_BTD.shape[1]) // self.chunk
-            total, cache.total, cache.partial = _before(states_BTD, self.chunk, complete, cache.total, cache.partial)
-            count, cache.count, cache.begun = _before(count_BT1, self.chunk, complete, cache.count, cache.begun)
-        else:
-            raise ValueError(
-                f"unknown context source {self.kind!r} with chunk={self.chunk}; sources: {', '.join(KINDS)}"
-            )
+        total, cache.sums = self._sums(states_BTD, n_context, cache.tokens, cache.sums)
+        count, cache.counts = self._sums(count_BT1, n_context, cache.tokens, cache.counts)
         return ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
 
-
-def _before(
-    t_BTn: Tensor, chunk: int, complete: int, total: Tensor | float, partial: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums before each chunk (B,S,n); those of all complete chunks, and of the one that is not, (B,1,n)."""
-    sums_BSn = partial + split_chunks(t_BTn, chunk).sum(2)
-    # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
-    before_BSn = total + F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
-    whole = total + sums_BSn[:, :complete].sum(1, keepdim=True)
-    return before_BSn, whole, sums_BSn[:, complete:].sum(1, keepdim=True)
+    def _sums(
+        self, t_BTn: Tensor, n_context: int, before: int, kept: tuple[Any, Any]
+    ) -> tuple[Tensor, tuple[Any, Any]]:
+        """Sums of t over each context, (*,n), and what to keep of them, given what was kept of the tokens before: sums
+        (B,1,n) of all that later contexts take in, and of the tokens of a chunk that is not complete."""
+        whole, partial = kept
+        if self.kind == "segment":
+            whole = whole if before else t_BTn[:, :n_context].sum(1, keepdim=True)
+            return whole[:, 0], (whole, partial)
+        if self.kind == "running":
+            sums_BTn = whole + t_BTn.cumsum(1)
+            return sums_BTn, (sums_BTn[:, -1:], partial)
+        assert self.chunk
+        complete = (before % self.chunk + t_BTn.shape[1]) // self.chunk
+        sums_BSn = partial + split_chunks(t_BTn, self.chunk).sum(2)
+        # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
+        before_BSn = whole + F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
+        whole = whole + sums_BSn[:, :complete].sum(1, keepdim=True)
+        return before_BSn, (whole, sums_BSn[:, complete:].sum(1, keepdim=True))
 
 
 class ContextToDelta(nn.Module):
     """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
-    A family that makes an update of the mean of its context defines `update` and `flops`, and is done: which tokens
-    enter the mean, which the update serves and how long generation keeps it, follow from its source. One that reads
+    A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
     something else defines `forward`.
     """
 
@@ -184,10 +166,9 @@ class ContextToDelta(nn.Module):
         raise NotImplementedError
 
     def flops_per_token(self, tokens: int, n_context: int) -> float:
-        """FLOPs per token of making and applying the updates of all layers, for sequences of `tokens`, the first
-        n_context of them a separate context; forward pass."""
+        """FLOPs per token of making and applying the updates of all layers; forward pass."""
         made, applied = self.flops()
-        return self.layers * (made * self.source.updates(tokens) / tokens + applied)
+        return self.layers * (made / (self.source.shared_by or tokens) + applied)
 
     @property
     def active_share(self) -> float:
@@ -195,10 +176,7 @@ class ContextToDelta(nn.Module):
         return 1.0
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
-        """The auxiliary loss of training, 0 for most families: a mean over the real tokens of a part.
-
-        Called once for each part of a step's batch; part counts them from 0.
-        """
+        """The auxiliary loss of training, a mean over the real tokens of a part of the step's batch, counted from 0."""
         return 0.0
 
     def metrics(self) -> dict[str, Metric]:

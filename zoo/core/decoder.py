@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.core.cache import LayerCache, check_cache
+from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
@@ -35,7 +35,7 @@ class Sizes:
 class Tokens(Protocol):
     """The tokens of a task: `vocabulary` ids, or continuous ones of `token_dim` numbers; the first n_context
     are a separate context, 0 on running text. independent_queries: those after it all stand at the same position and do
-    not see each other. filled: ids may be FILLING, which is left out of attention, means and statistics."""
+    not see each other. filled: ids may be FILLING."""
 
     vocabulary: int | None
     token_dim: int | None
@@ -48,9 +48,8 @@ class Tokens(Protocol):
 class Decoder(nn.Module):
     """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
-    attend_context: tokens after a separate context see it; blocks, backend: of each FeedForward.
-    activation_checkpointing, an attribute: what a layer needs for its gradient is computed anew in the backward pass of
-    training, not kept (Chen et al. 2016, arXiv 1604.06174).
+    attend_context: tokens after a separate context see it; blocks, backend: of each FeedForward; the attribute
+    activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174).
     """
 
     context_to_delta: ContextToDelta | None
@@ -61,8 +60,6 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         dim, vocabulary, token_dim = sizes.dim, tokens.vocabulary, tokens.token_dim
-        if (vocabulary is None) == (token_dim is None):
-            raise ValueError(f"vocabulary={vocabulary}, token_dim={token_dim}: tokens are either ids or continuous")
         self.context_to_delta = None
         self.attend_context, self.separate_context = attend_context, tokens.n_context > 0
         self.independent_queries, self.filled = tokens.independent_queries, tokens.filled
@@ -83,9 +80,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 continue
-            fan_in = parameter.shape[1]
-            if name.endswith("ffn.down"):
-                fan_in = self.blocks[0].ffn.hidden_per_block
+            fan_in = self.blocks[0].ffn.hidden_per_block if name.endswith("ffn.down") else parameter.shape[1]
             writes = name.endswith(("ffn.down", "attention.o.weight"))
             parameter.normal_(std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)
 
@@ -149,18 +144,18 @@ class Decoder(nn.Module):
         first call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
         """
         check_tokens(tokens, n_context)
+        for given in (patches, added):
+            if given is not None and len(given) != len(self.blocks):
+                raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
         real = self.real(tokens) if cache is None else None
         layout = self.layout(tokens.shape[1], n_context, tokens.device, real)
         if cache is not None:
             if self.independent_queries:
                 raise ValueError("a cache needs tokens in sequence, but the queries of this task are independent")
-            check_cache(cache, len(self.blocks), tokens.shape[1], n_context)
+            cache[0].check(tokens.shape[1], n_context)
             layout = replace(layout, positions=cache[0].tokens + layout.positions)
         if positions is not None:
             layout = replace(layout, positions=positions)
-        for given in (patches, added):
-            if given is not None and len(given) != len(self.blocks):
-                raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
 
         def run(x_BTD: Tensor, layer: int) -> tuple[Tensor, Patch]:
             kept = None if cache is None else cache[layer]

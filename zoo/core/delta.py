@@ -36,19 +36,20 @@ class Delta(ABC):
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
         """(W + ΔW) x for x (*,T,i): (*,T,o)."""
 
-    @abstractmethod
     def dense(self, W: Tensor) -> Tensor:
         """ΔW itself, (*,o,i), for tests and analysis; raises ValueError where it differs from token to token."""
+        factors = self.factors(W)
+        assert factors is not None, "a kind without factors says what its matrix is"
+        return factors[0] @ factors[1].mT
 
     def masked(self, served: Tensor) -> Delta:
         """This update times 1 or 0, served (*)."""
         raise ValueError(f"{type(self).__name__} serves all tokens or none")
 
-    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Delta:
         """The same update with one matrix for each of `tokens` (T,), leading dims (B,T)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        each = type(self)(**{name: rows(t, tokens, chunk) for name, t in values.items() if t is not None})
-        return each if served is None else each.masked(picked(served, tokens, chunk)[..., 0])
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*(rows(t, tokens, chunk) for t in values if t is not None))
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """u (*,o,R) and v (*,i,R) with ΔW = u vᵀ, or None where no factors smaller than ΔW exist."""
@@ -64,7 +65,7 @@ class Delta(ABC):
         return u @ v.mT
 
     def norm(self, W: Tensor) -> Tensor:
-        """Frobenius norm of ΔW, (*), or (*,T) where it differs from token to token."""
+        """Frobenius norm of ΔW, (*)."""
         return torch.linalg.matrix_norm(self._small(W))
 
     def svdvals(self, W: Tensor) -> Tensor:
@@ -84,54 +85,39 @@ class LowRank(Delta):
     gate: Tensor | None = None
 
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        gate, lead = self.gate, x.shape[:-2]
-        if served is not None:
-            gate = served.expand(*served.shape[:-1], self.u.shape[-1]) if gate is None else gate * served
+        delta, lead = self.gated(served), x.shape[:-2]
         if not lead or self.u.shape[:-2] != lead or transformed():  # one update for many inputs is not repeated
-            return F.linear(x, W) + LowRank(self.u, self.v, gate).extra(x)
-        return low_rank_linear(W, x, self.u, self.v, gate)
+            return F.linear(x, W) + delta.extra(x)
+        return low_rank_linear(W, x, delta.u, delta.v, delta.gate)
+
+    def gated(self, served: Tensor | None) -> LowRank:
+        """This update at the tokens that are served, by its gate."""
+        if served is None:
+            return self
+        gate = served.expand(*served.shape[:-1], self.u.shape[-1]) if self.gate is None else self.gate * served
+        return LowRank(self.u, self.v, gate)
 
     def extra(self, x: Tensor) -> Tensor:
         """ΔW x alone, (*,T,o)."""
         code_TR = x @ self.v
         return (code_TR if self.gate is None else code_TR * self.gate) @ self.u.mT
 
-    def dense(self, W: Tensor) -> Tensor:
-        u, v = self.factors(W)
-        return u @ v.mT
-
-    def masked(self, served: Tensor) -> LowRank:
-        return LowRank(self.u * served[..., None, None], self.v, self.gate)
-
-    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
-        if self.gate is None:
-            return super().per_token(tokens, chunk, served)
-        gate_BTR = picked(self.gate if served is None else self.gate * served, tokens, chunk)
-        return LowRank(rows(self.u, tokens, chunk) * gate_BTR.unsqueeze(-2), rows(self.v, tokens, chunk))
-
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         if self.gate is not None:
             raise ValueError("this LowRank differs from token to token: take delta.per_token(tokens) first")
         return self.u, self.v
 
-    def norm(self, W: Tensor) -> Tensor:
-        if self.gate is None:
-            return super().norm(W)
-        wide = torch.promote_types(W.dtype, torch.float32)
-        u, v, gate_TR = (t.to(wide) for t in (self.u, self.v, self.gate))
-        return (((gate_TR @ ((u.mT @ u) * (v.mT @ v))) * gate_TR).sum(-1)).clamp(min=0).sqrt()
+    def masked(self, served: Tensor) -> LowRank:
+        return LowRank(self.u * served[..., None, None], self.v)
+
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> LowRank:
+        u, v = (rows(factor, tokens, chunk) for factor in (self.u, self.v))
+        return LowRank(u if self.gate is None else u * picked(self.gate, tokens, chunk).unsqueeze(-2), v)
 
     def __add__(self, other: LowRank) -> Delta:
-        if self.u.shape[:-2] != other.u.shape[:-2]:
-            return Sum(self, other)  # one update for many others: its factors are not repeated
-        gates = [delta.gate for delta in (self, other) if delta.gate is not None]
-        gate = None
-        if gates:
-            ones = [gates[0].new_ones(*gates[0].shape[:-1], delta.u.shape[-1]) for delta in (self, other)]
-            gate = torch.cat(
-                [one if d.gate is None else d.gate for d, one in zip((self, other), ones, strict=True)], -1
-            )
-        return LowRank(torch.cat([self.u, other.u], -1), torch.cat([self.v, other.v], -1), gate)
+        if self.gate is not None or other.gate is not None or self.u.shape[:-2] != other.u.shape[:-2]:
+            return Sum(self, other)  # a gate is of its own factors, and one update for many others is not repeated
+        return LowRank(torch.cat([self.u, other.u], -1), torch.cat([self.v, other.v], -1))
 
 
 @dataclass(frozen=True)
@@ -155,12 +141,11 @@ class Scale(Delta):
         return Scale(1 + served * (self.rows - 1), 1 + served * (self.columns - 1))
 
     def norm(self, W: Tensor) -> Tensor:
-        # Σ W²(rc−1)² with rc−1 = a + b + ab: exactly 0 for no scaling, and nothing of size (*,o,i) is formed
+        # Σ W²(rc−1)² with rc−1 = b + ac: exactly 0 for no scaling, and nothing of size (*,o,i) is formed
         wide = torch.promote_types(W.dtype, torch.float32)
-        a, b, square = (t.to(wide) for t in (self.rows - 1, self.columns - 1, W.square()))
-        total = (a.square() * square.sum(1)).sum(-1) + (b.square() * square.sum(0)).sum(-1)
-        cross = ((a @ square) * (2 * b)).sum(-1) + ((a.square() @ square) * (b.square() + 2 * b)).sum(-1)
-        return (total + cross + ((a @ square) * (2 * b.square())).sum(-1)).clamp(min=0).sqrt()
+        a, b, c, square = (t.to(wide) for t in (self.rows - 1, self.columns - 1, self.columns, W.square()))
+        by_column = (a.square() @ square) * c.square() + 2 * (a @ square) * b * c + square.sum(0) * b.square()
+        return by_column.sum(-1).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -187,8 +172,8 @@ class Replaced(Delta):
     matrix: Tensor
 
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        y = x @ self.matrix.mT
-        return y if served is None else torch.where(served > 0, y, F.linear(x, W))
+        assert served is None, "a formed matrix serves all tokens"
+        return x @ self.matrix.mT
 
     def dense(self, W: Tensor) -> Tensor:
         return self.matrix - W
@@ -206,8 +191,7 @@ class InputShift(Delta):
 
     def apply(self, x: Tensor, served: Tensor | None = None) -> Tensor:
         """x + shift·(a·x)/|a|² for x (*,T,i): what the patched matrices read."""
-        a = self.a.unsqueeze(-1)
-        share = (x @ a) / (self.a.square().sum(-1)[..., None, None])
+        share = (x @ self.a.unsqueeze(-1)) / (self.a.square().sum(-1)[..., None, None])
         return x + (share if served is None else share * served) * self.shift.unsqueeze(-2)
 
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
@@ -216,10 +200,6 @@ class InputShift(Delta):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         v = self.a / self.a.square().sum(-1, keepdim=True)
         return W @ self.shift.unsqueeze(-1), v.unsqueeze(-1)
-
-    def dense(self, W: Tensor) -> Tensor:
-        u, v = self.factors(W)
-        return u @ v.mT
 
     def masked(self, served: Tensor) -> InputShift:
         return InputShift(self.a, self.shift * served.unsqueeze(-1))
@@ -233,30 +213,13 @@ class Sum(Delta):
     second: LowRank
 
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        extra = self.second.extra(x)
-        return self.first.linear(W, x, served) + (extra if served is None else extra * served)
+        return self.first.linear(W, x, served) + self.second.gated(served).extra(x)
 
     def dense(self, W: Tensor) -> Tensor:
         return self.first.dense(W) + self.second.dense(W)
 
-    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
-        first, second = (delta.per_token(tokens, chunk, served) for delta in (self.first, self.second))
-        return Sum(first, second)  # type: ignore[arg-type]
+    def masked(self, served: Tensor) -> Sum:
+        return Sum(self.first.masked(served), self.second.masked(served))
 
-
-@dataclass(frozen=True)
-class Masked(Delta):
-    """`delta` at the tokens marked in tokens_served (*,T,1), no update at the others."""
-
-    delta: Delta
-    tokens_served: Tensor
-
-    def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        return self.delta.linear(W, x, self.tokens_served if served is None else self.tokens_served * served)
-
-    def dense(self, W: Tensor) -> Tensor:
-        raise ValueError("this update does not serve all tokens: take delta.per_token(tokens) first")
-
-    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
-        own = self.tokens_served if served is None else self.tokens_served * served
-        return self.delta.per_token(tokens, chunk, own)
+    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Sum:
+        return Sum(self.first.per_token(tokens, chunk), self.second.per_token(tokens, chunk))

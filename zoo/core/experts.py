@@ -6,15 +6,11 @@ outputs of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From rows x (N,i), matrices (E,i,o) and the number of rows of each block (E) to (N,o)."""
 
 
 def loop(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
@@ -58,10 +54,6 @@ def _(x_Ni: Tensor, y_No: Tensor, offsets_E: Tensor) -> Tensor:
     return x_Ni.new_empty(offsets_E.shape[0], x_Ni.shape[1], y_No.shape[1])
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, dy_No: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x_Ni, weight_Eio, offsets_E = ctx.saved_tensors
     dy_No = dy_No.contiguous()  # the kernel wants rows of whole 16 bytes
@@ -70,9 +62,10 @@ def _backward(ctx: Any, dy_No: Tensor) -> tuple[Tensor | None, Tensor | None, No
     return dx_Ni, dweight_Eio, None
 
 
-_rows_by_blocks.register_autograd(_backward, setup_context=_remember)
+_rows_by_blocks.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-GROUPED_MATMULS: dict[str, Product] = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
+GROUPED_MATMULS = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
+"""From rows x (N,i), matrices (E,i,o) and the number of rows of each block (E) to (N,o)."""
 
 
 class Permutation(NamedTuple):
@@ -89,18 +82,10 @@ def sort_by_block(index_TK: Tensor) -> Permutation:
     return Permutation(choice_N, row_N.view(index_TK.shape))
 
 
-def dispatch(x_TD: Tensor, order: Permutation) -> Tensor:
-    """Each token's row once for each of its choices, sorted: (N,D)."""
-    return _Dispatch.apply(x_TD, *order)
+# The gradients of the next two gather too. Autograd would scatter: slower, and on a GPU in any order.
+class Dispatch(torch.autograd.Function):
+    """Each token's row once for each of its choices, sorted: apply(x_TD, *order) gives (N,D)."""
 
-
-def combine(y_ND: Tensor, weight_TK: Tensor, order: Permutation) -> Tensor:
-    """The weighted sum of the rows of each token, (T,D)."""
-    return _Combine.apply(y_ND, weight_TK.to(y_ND.dtype), *order)
-
-
-# The gradient of each gathers too. Autograd would scatter: slower, and on a GPU in any order.
-class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, choice_N: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_TK)
@@ -112,7 +97,9 @@ class _Dispatch(torch.autograd.Function):
         return F.embedding_bag(row_TK, dx_ND, mode="sum"), None, None
 
 
-class _Combine(torch.autograd.Function):
+class Combine(torch.autograd.Function):
+    """The weighted sum of the rows of each token: apply(y_ND, weight_TK, *order) gives (T,D)."""
+
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, weight_TK: Tensor, choice_N: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, weight_TK, choice_N, row_TK)
@@ -135,18 +122,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def backend_for(x: Tensor, sizes: tuple[int, ...], wanted: str = "auto") -> str:
-    """The one of PRODUCTS that is wanted, auto: the fastest, for rows like x and matrices whose sides are `sizes`.
-
-    loop where the kernel cannot: it knows no float64 and no other devices, and wants rows of whole 16 bytes and at
-    least one of them.
-    """
+    """The one of GROUPED_MATMULS that is wanted, auto: the fastest, for rows like x and matrices of sides `sizes`; loop
+    where the kernel cannot: it wants rows of whole 16 bytes and at least one of them."""
     dtype = product_dtype(x)
-    if (
-        wanted == "loop"
-        or dtype == torch.float64
-        or x.device.type not in ("cpu", "cuda")
-        or any(size * dtype.itemsize % 16 for size in sizes)
-        or not x.numel()
-    ):
+    known = dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    if wanted == "loop" or not (known and aligned and x.numel()):
         return "loop"
     return "grouped_op" if torch.compiler.is_compiling() or wanted == "grouped_op" else "grouped"

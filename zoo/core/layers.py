@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.core.cache import LayerCache
-from zoo.core.experts import GROUPED_MATMULS, backend_for, combine, dispatch, sort_by_block
+from zoo.core.experts import GROUPED_MATMULS, Combine, Dispatch, backend_for, sort_by_block
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch, Routing
 from zoo.core.transforms import transformed
@@ -96,9 +96,8 @@ def split_chunks(x_BTD: Tensor, chunk: int | None) -> Tensor:
 class FeedForward(nn.Module):
     """down · (silu(gate z) ∘ up z) with E blocks of F hidden units, 3EFD parameters (Shazeer 2020, arXiv 2002.05202).
 
-    All three matrices are stored as (E·F, D), so that (E,F,D) is a free view; `down` maps by its transpose.
-    Without routing all blocks run. With it, hidden units are scaled by s: computed densely where the patch updates
-    weights or backend is "reference", else only for the chosen blocks (rows sorted by block, one product per block).
+    All three matrices are stored as (E·F, D), so that (E,F,D) is a free view; `down` maps by its transpose. Routed, all
+    blocks run where the patch updates weights or backend is "reference", else the chosen ones alone.
     """
 
     input_matrices = ("gate", "up")
@@ -114,16 +113,15 @@ class FeedForward(nn.Module):
         """The stored matrix `name` as a map, (o,i)."""
         return self.down.mT if name == "down" else getattr(self, name)
 
-    def _apply_matrix(self, name: str, x: Tensor, patch: Patch) -> Tensor:
+    def linear(self, name: str, x: Tensor, patch: Patch) -> Tensor:
+        """The map `name` of x (*,T,i) under the patch of its weight and bias: (*,T,o)."""
         W, delta, bias = self.weight(name), patch.weights.get(name), patch.biases.get(name)
         y = F.linear(x, W) if delta is None else delta.linear(W, x, patch.served)
-        if bias is None:
-            return y
-        return y + (bias.unsqueeze(-2) if patch.served is None else bias.unsqueeze(-2) * patch.served)
+        return y if bias is None else y + bias.unsqueeze(-2) * (1 if patch.served is None else patch.served)
 
     def _hidden(self, x: Tensor, patch: Patch) -> Tensor:
         x = patch.input.apply(x, patch.served) if patch.input else x
-        h = F.silu(self._apply_matrix("gate", x, patch)) * self._apply_matrix("up", x, patch)
+        h = F.silu(self.linear("gate", x, patch)) * self.linear("up", x, patch)
         if patch.routing:
             h = h * patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1).to(h.dtype)
         return h
@@ -141,7 +139,7 @@ class FeedForward(nn.Module):
         if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
             y = self._chosen_blocks(patch.input.apply(x, patch.served) if patch.input else x, patch.routing)
         else:
-            y = self._apply_matrix("down", self._hidden(x, patch), patch)
+            y = self.linear("down", self._hidden(x, patch), patch)
         return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
 
     def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
@@ -150,18 +148,17 @@ class FeedForward(nn.Module):
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
         counts_E = counts_E.scatter_add(0, index_TK.flatten(), torch.ones_like(index_TK.flatten()))
         order = sort_by_block(index_TK)
-        x_ND = dispatch(x.reshape(-1, self.dim), order)
+        x_ND = Dispatch.apply(x.reshape(-1, self.dim), *order)
         gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
         product = GROUPED_MATMULS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
         h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
-        return combine(product(h_NF, down_EFD, counts_E), weight_TK, order).view(x.shape)
+        y_ND = product(h_NF, down_EFD, counts_E)
+        return Combine.apply(y_ND, weight_TK.to(y_ND.dtype), *order).view(x.shape)
 
     def dense(self, patch: Patch) -> dict[str, Tensor]:
         """The patched weights, {name: (*,o,i)}, for tests and analysis; a routing scales columns of `down`."""
-        if patch.served is not None:
-            raise ValueError(
-                "a patch that does not serve all tokens has no one matrix: take patch.per_token(tokens) first"
-            )
+        if patch.served is not None or (patch.routing and patch.routing.index.shape[-2] != 1):
+            raise ValueError("this patch differs from token to token: take patch.per_token(tokens) first")
         weights = {}
         for name in ("gate", "up", "down"):
             W = self.weight(name)
@@ -171,8 +168,6 @@ class FeedForward(nn.Module):
             weights[name] = total
         if patch.routing:
             scale = patch.routing.scales(self.blocks).repeat_interleave(self.hidden_per_block, -1)
-            if scale.shape[-2] != 1:
-                raise ValueError("a routing differs from token to token: take patch.per_token(tokens) first")
             weights["down"] = weights["down"] * scale
         return weights
 
@@ -202,16 +197,3 @@ class Block(nn.Module):
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)
         return v_BTD + self.ffn(z_BTD, patch), patch
-
-    def states(
-        self, x_BTD: Tensor, layout: Layout, patch_of: Callable[[Tensor], Patch]
-    ) -> tuple[Tensor, Tensor, Tensor, Patch]:
-        """One pass as by forward, with patch_of(z): v, z, what leaves the block, and the patch."""
-        seen: list[Tensor] = []
-
-        def watched(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            seen.extend((v_BTD, z_BTD))
-            return patch_of(z_BTD)
-
-        out_BTD, patch = self(x_BTD, layout, watched)
-        return seen[0], seen[1], out_BTD, patch

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from zoo.core.delta import Delta, InputShift, LowRank, Masked, picked, rows
+from zoo.core.delta import Delta, InputShift, LowRank, picked, rows
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,17 @@ class Routing:
         return Routing(*(t.expand(*dims, -1) for t in (self.index, self.weight, self.logits)))
 
     def per_token(self, tokens: Tensor, chunk: int | None = None) -> Routing:
-        index, weight, logits = (picked(t, tokens, chunk) for t in (self.index, self.weight, self.logits))
-        return Routing(index.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(2))
+        return Routing(*(picked(t, tokens, chunk).unsqueeze(2) for t in (self.index, self.weight, self.logits)))
 
 
 @dataclass(frozen=True)
 class Patch:
     """All changes of one feed-forward network by a context, names as its parameters.
 
-    input: a shift of what every matrix that reads the input sees; weights, biases (*,o): per matrix; routing: the
-    blocks used; chunk: how many tokens share one update, None for the whole sequence; served (*,T,1): 0 at tokens that
-    input, weights and biases leave alone, None for none. Weight updates add to the stored W before the input shift acts
-    on the sum: the dense weight of a matrix that reads the input is (W + ΔW)(I + shift aᵀ/|a|²). counted: which updates
-    (*), or choices of blocks (*,T), statistics take in, None for all; not those of empty contexts and places without a
-    token.
+    input: a shift of what gate and up read, whose dense weight is then (W + ΔW)(I + shift aᵀ/|a|²); weights, biases
+    (*,o): per matrix; routing: the blocks used; chunk: how many tokens share one update, None for the whole sequence;
+    served (*,T,1): 0 at tokens that input, weights and biases leave alone, None for none. counted: which updates (*),
+    or choices of blocks (*,T), statistics take in, None for all: not empty contexts and places without a token.
     """
 
     input: InputShift | None = None
@@ -59,15 +56,17 @@ class Patch:
 
     def per_token(self, tokens: Tensor) -> Patch:
         """One patch for each of `tokens` (T,), all of them served: leading dims (B,T), chunk 1."""
+        served_BT1 = None if self.served is None else picked(self.served, tokens, self.chunk)
+
+        def each(delta: Delta) -> Delta:
+            delta = delta.per_token(tokens, self.chunk)
+            return delta if served_BT1 is None else delta.masked(served_BT1[..., 0])
+
         biases = {name: rows(bias, tokens, self.chunk) for name, bias in self.biases.items()}
-        if self.served is not None:
-            served_BT1 = picked(self.served, tokens, self.chunk)
-            biases = {name: bias * served_BT1 for name, bias in biases.items()}
-        shift = self.input and self.input.per_token(tokens, self.chunk, self.served)
         return Patch(
-            input=shift,  # type: ignore[arg-type]
-            weights={name: delta.per_token(tokens, self.chunk, self.served) for name, delta in self.weights.items()},
-            biases=biases,
+            input=self.input and each(self.input),  # type: ignore[arg-type]
+            weights={name: each(delta) for name, delta in self.weights.items()},
+            biases=biases if served_BT1 is None else {name: bias * served_BT1 for name, bias in biases.items()},
             routing=self.routing and self.routing.per_token(tokens, self.chunk),
             chunk=1,
         )
@@ -79,13 +78,13 @@ class Patch:
 
     def merged_with(self, other: Patch) -> Patch:
         """This patch and `other`, which holds low-rank updates and biases alone, for all tokens; leading dims
-        broadcast. Raises ValueError for a bias or input shift of this patch that does not serve all tokens."""
+        broadcast. Raises ValueError if this one does not serve all tokens by more than low-rank updates."""
         total = self
         if self.served is not None:
-            if self.biases or self.input:
-                raise ValueError("a patch that does not serve all tokens is added to in its weights alone")
-            weights = {name: Masked(delta, self.served) for name, delta in self.weights.items()}
-            total = replace(self, weights=weights, served=None)
+            gated = {name: d.gated(self.served) for name, d in self.weights.items() if isinstance(d, LowRank)}
+            if self.biases or self.input or len(gated) < len(self.weights):
+                raise ValueError("a patch that does not serve all tokens is added to where it is low-rank alone")
+            total = replace(self, weights=gated, served=None)
         for name, delta in other.weights.items():
             total = total.with_delta(name, delta)  # type: ignore[arg-type]
         biases = {name: total.biases[name] + b if name in total.biases else b for name, b in other.biases.items()}

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zoo.core.cache import LayerCache
 from zoo.core.decoder import Decoder, check_tokens
 
 
@@ -36,12 +36,19 @@ def generate(
     top_k: int | None,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """The next `count` ids of each row, (B) at a time; arguments as checked by `check`."""
+    """The next `count` ids of each row, (B) at a time, in eval mode and without gradients, which the code between two
+    of them does not see; arguments as checked by `check`."""
     cache = decoder.new_cache()
     for _ in range(count):
-        with torch.no_grad(), evaluating(decoder):
-            logits_BV = decoder(tokens_BT, n_context, cache=cache)[0][:, -1]
-            ids_B = choose(logits_BV, temperature, top_k, generator)
+        training = [part for part in decoder.modules() if part.training]
+        decoder.eval()
+        try:
+            with torch.no_grad():
+                logits_BV = decoder(tokens_BT, n_context, cache=cache)[0][:, -1]
+                ids_B = choose(logits_BV, temperature, top_k, generator)
+        finally:
+            for part in training:
+                part.training = True
         yield ids_B
         tokens_BT, n_context = ids_B[:, None], 0
 
@@ -50,29 +57,14 @@ def check(vocabulary: int, tokens: Tensor, count: int, n_context: int, temperatu
     """Raises ValueError for arguments that nothing can be generated from."""
     if tokens.dim() != 2 or tokens.is_floating_point():
         raise ValueError(f"the prompt must be token ids (B,T), got {tokens.dtype} of shape {tuple(tokens.shape)}")
-    check_tokens(tokens, 0)
+    check_tokens(tokens, n_context)
+    LayerCache().check(tokens.shape[1], n_context)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(f"token ids from {low} to {high} do not fit the vocabulary, 0 to {vocabulary - 1}")
-    if not 0 <= n_context < tokens.shape[1]:
-        raise ValueError(
-            f"n_context={n_context} must leave at least one of the {tokens.shape[1]} tokens as the prompt after it"
-        )
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be a finite number, 0 (the likeliest token) or above")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k={top_k} must lie between 1 and the vocabulary of {vocabulary}")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` in eval mode; afterwards each part is in the mode it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -160,7 +160,7 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
 
     All patches are relative to the same stored W. Layer 0 reads the same z whatever the context. Deeper layers read
     the stream that the patched layers below produced, which depends on the context: it is the contextual stream, less
-    what this layer's attention would add. Raises ValueError as zoo.core.exact.deltas does.
+    what this layer's attention would add. Raises ValueError as zoo.core.exact.exact does.
     """
     layers: list[Layer] = []
 

@@ -20,7 +20,7 @@ from zoo.config import from_dict, lookup, plain, require_positive
 from zoo.core import sampling
 from zoo.core.context import ContextToDelta, Source
 from zoo.core.decoder import Decoder, Sizes
-from zoo.core.exact import deltas
+from zoo.core.exact import exact
 from zoo.core.layers import FILLING
 from zoo.core.patch import Patch
 from zoo.tasks import TASKS, Batch, Task
@@ -153,8 +153,8 @@ class Model(L.LightningModule):
         return self.decoder(*args, **options)[0]
 
     def deltas(self, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> list[Patch]:
-        """The total weight update that stands for the removed tokens; see zoo.core.exact.deltas."""
-        return deltas(self.decoder, tokens, removed, n_context)
+        """The total weight update that stands for the removed tokens; see zoo.core.exact.exact."""
+        return exact(self.decoder, tokens, removed, n_context=n_context)
 
     def generate(
         self,
