@@ -87,11 +87,10 @@ def test_every_choice_composes_into_valid_options(choice: str) -> None:
     options = from_dict(RunConfig, config, "config")
     assert isinstance(trainer, dict)
     assert isinstance(logger, dict)
-    model = MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
+    MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
     group, name = choice.split("=")
     if group in ("model", "task"):
         assert config[group]["name"] == ("text" if name in PRESETS else name)
-    assert next(model.parameters()).dtype.is_floating_point
 
 
 @pytest.mark.parametrize("name", choices("debug"))

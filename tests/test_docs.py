@@ -301,21 +301,14 @@ def test_all_tests_are_green_after_the_recipes(tmp_path: Path) -> None:
 
 
 def test_a_family_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe's family, in a file of somebody else's: trains, loads and obeys the law."""
+    """The recipe's family, in a file of somebody else's, trains and loads; that it obeys the law is tested above."""
     (code,) = re.findall(r"<!-- file: zoo/models/film.py -->\n```\w+\n(.*?)^```$", MODEL_RECIPE, re.M | re.S)
     (tmp_path / "own.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(zoo.MODELS, "film", importlib.import_module("own").Film)
     tiny = {"name": "film", "dim": 16, "layers": 2, "heads": 2, "hidden": 24}
-    result = zoo.train(tiny, optim={"steps": 3, "batch_size": 8}, out=str(tmp_path / "run"))
-    assert result["model"] == "film"
-    model = zoo.load(tmp_path / "run").double()
-    batch = model.task.batch("test", 0, 2)
-    tokens, n = batch.tokens.double(), batch.n_context
-    with torch.no_grad():
-        contextual = model(tokens, n)[:, n:]
-        assert (model(tokens[:, n:], patches=model.deltas(tokens, n)) - contextual).abs().max() < 1e-10
-        assert (model(tokens[:, n:]) - contextual).abs().max() > 1e-2
+    assert zoo.train(tiny, optim={"steps": 3, "batch_size": 8}, out=str(tmp_path / "run"))["model"] == "film"
+    assert zoo.load(tmp_path / "run").config.name == "film"
 
 
 def test_guarantees_name_tests_that_exist() -> None:

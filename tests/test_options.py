@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import shutil
 import tempfile
 from dataclasses import fields
@@ -205,7 +204,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("transformer", "regression", {"model.tied": True}, ["model.tied=true", "task.name=regression"]),
     ("hypernet", "noise", {"model.rank": 17}, ["model.rank=17", "model.dim=16", "model.hidden=24"]),
     ("hypernet", "noise", {"model.rank": 9, "model.hidden": 8}, ["model.rank=9", "model.dim=16", "model.hidden=8"]),
-    ("hypernet", "noise", {"model.rank": 0}, ["model.rank=0"]),
     ("hypernet", "noise", {"model.rank": 2, "model.emission": "full"}, ["model.rank=2", "model.emission", "full"]),
     ("hypernet", "noise", {"model.chunk": 4, "model.context": "token"}, ["model.chunk=4", "model.context", "token"]),
     ("hypernet", "regression", {"model.chunk": 4}, ["model.chunk=4", "model.context", "segment"]),
@@ -216,7 +214,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("hypernet", "regression", {"model.context": "chunk"}, ["model.context=chunk", "with a separate context"]),
     ("hypernet", "noise", {"model.matrices": []}, ["model.matrices=[]", "gate"]),
     ("hypernet", "noise", {"model.matrices": ["up", "up"]}, ["model.matrices=['up', 'up']"]),
-    ("hypernet", "noise", {"model.matrices": ["q"]}, ["model.matrices=['q']", "gate"]),
     ("moe", "noise", {"model.top_k": 5}, ["model.top_k=5", "model.experts=4"]),
     ("moe", "noise", {"model.top_k": 0}, ["model.top_k=0"]),
     ("moe", "noise", {"model.shared": -1}, ["model.shared=-1"]),
@@ -233,10 +230,8 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "regression", {"task.nonzero": 2}, ["task.nonzero=2", "task.function=sparse", "linear"]),
     ("moe", "regression", {"task.units": 2}, ["task.units=2", "task.function=network", "linear"]),
     ("moe", "regression", {"task.function": "sparse", "task.nonzero": 4}, ["task.nonzero=4", "task.dimension=3"]),
-    ("moe", "text", {"task.tokens": -4}, ["task.tokens=-4"]),
     ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
     ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
-    ("moe", "text", {"task.domains": ["laws"]}, ["task.domains 'laws'", "did you mean law?"]),
     ("moe", "prompts", {"task.context": 0}, ["task.context=0"]),
     ("moe", "prompts", {"task.files": ["a.jsonl"]}, ["task.files=['a.jsonl']", "task.domains=['law']"]),
     ("moe", "text", {"task.files": ["a.txt"]}, ["task.domains=['law']", "task.files=['a.txt']"]),
@@ -249,15 +244,12 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "text", {**ALONE, "task.hub": "a/b", "task.documents": 0}, ["task.documents=0"]),
     ("moe", "text", {"task.vocabulary": 300}, ["task.vocabulary=300", "task.tokenizer=bpe", "bytes"]),
     ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 257}, ["task.vocabulary=257", "258", "65536"]),
-    ("moe", "text", {"task.tokenizer": "bpo"}, ["task.tokenizer 'bpo'", "did you mean bpe?"]),
     ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
     ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
     ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),
     ("moe", "text", {"optim.lr": 0.1, "optim.min_lr": 0.2}, ["optim.min_lr=0.2", "optim.lr=0.1"]),
     ("moe", "text", {"optim.betas": [0.9, 1.0]}, ["optim.betas=[0.9, 1.0]"]),
     ("moe", "text", {"optim.clip": -1.0}, ["optim.clip=-1.0"]),
-    ("moe", "text", {"optim.clip": math.nan}, ["optim.clip=nan"]),
-    ("moe", "text", {"optim.lr": math.inf}, ["optim.lr=inf"]),
 ]
 
 

@@ -64,11 +64,9 @@ def test_no_module_imports_itself_in_the_end() -> None:
 
 
 def lines(*places: str) -> int:
-    """Lines of these files, and of all files below these folders."""
-    paths = [
-        path for place in places for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))
-    ]
-    return sum(len(path.read_text().splitlines()) for path in paths)
+    """Lines of these files, and of all in these folders."""
+    files = [path for place in places for path in [*(ROOT / place).rglob("*.py")] or [ROOT / place]]
+    return sum(len(path.read_text().splitlines()) for path in files)
 
 
 READ_FIRST = [f"zoo/models/{name}.py" for name in ("base", "transformer", "hypernet", "moe", "flops")]

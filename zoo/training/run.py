@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import Logger
 
 from zoo.config import plain, show
 from zoo.console import say
-from zoo.files import home, to_json, write
+from zoo.files import to_json, write
 from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
@@ -80,8 +80,8 @@ def run(
     L.seed_everything(options.seed, workers=True, verbose=False)
     model = _model(options, saved)
     with ExitStack() as stack:  # the folder and the logger, given back however the run ends
-        out, family = home(options.out) if options.out else None, f"{model.config.name}-{model.task.config.name}"
-        folder = stack.enter_context(taken(out, family, bool(saved)))
+        family = f"{model.config.name}-{model.task.config.name}"
+        folder = stack.enter_context(taken(options.out, family, bool(saved)))
         keeper = Checkpoints(folder, {**asdict(options), "resume": None, "out": None}, command())
         rows = MetricsFile(folder / "metrics.jsonl", options.log_every)
         engine = make(model, options, arguments, folder, [rows, keeper])
@@ -166,11 +166,7 @@ def _metrics(model: Model, engine: L.Trainer, keeper: Checkpoints, tested: Path)
         "command": keeper.command,
         "versions": {name: version(name) for name in ("zoo", "torch", "lightning")}
         | {"python": platform.python_version(), "commit": _commit()},
-        "config": {
-            **keeper.config,
-            **model.hparams,
-            **{name: keeper.begun_with[name] for name in ("trainer", "logger")},
-        },
+        "config": {**keeper.config, **model.hparams, **keeper.begun_with},
         "main_metric": model.task.main_metric,
         "test": {name: float(value) for name, value in engine.callback_metrics.items()},
     }

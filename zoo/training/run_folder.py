@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from zoo.files import home
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -21,20 +23,16 @@ RESULTS = ("checkpoints/*", "metrics.jsonl", "metrics.json", "curve.png")
 """Files of a run: a folder with any of them holds one."""
 
 
-def default(family: str) -> Path:
-    """runs/`family`/ID, the id from $ZOO_RUN_ID, which all processes of a run share, else the time."""
-    # to the microsecond: scripts start several runs at once
-    return Path("runs", family, os.environ.get("ZOO_RUN_ID") or datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f"))
-
-
 @contextmanager
-def taken(out: Path | None, family: str, resumed: bool) -> Iterator[Path]:
-    """The run folder, held by this process until the end: `out`, else what `default(family)` says.
+def taken(out: str | Path | None, family: str, resumed: bool) -> Iterator[Path]:
+    """The run folder, held by this process until the end: `out`, else runs/`family`/ID, the id from $ZOO_RUN_ID, which
+    all processes of a run share, or the time.
 
     What was made and stayed empty goes. Raises ValueError if the folder cannot be made or written, if another process
     holds it, or if it holds a run and is not `resumed`.
     """
-    folder = (out or default(family)).absolute()
+    name = os.environ.get("ZOO_RUN_ID") or f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"  # scripts start several at once
+    folder = home(out or Path("runs", family, name)).absolute()
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         yield folder  # which the first process holds
         return

@@ -6,8 +6,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +113,17 @@ def placement(engine: L.Trainer) -> dict[str, Any]:
 
 def guarded(logger: Logger) -> Logger:
     """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
-
-    def guard(name: str) -> None:
-        method = getattr(logger, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            try:
-                return method(*args, **options)
-            except Exception as error:
-                setattr(logger, name, lambda *args, **options: None)
-                warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
-
-        setattr(logger, name, call)
-
     for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
-        guard(name)
+        setattr(logger, name, partial(_try, logger, name, getattr(logger, name)))
     return logger
+
+
+def _try(logger: Logger, name: str, method: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+    try:
+        return method(*args, **options)
+    except Exception as error:
+        setattr(logger, name, lambda *args, **options: None)
+        warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
 
 
 NOISE = (
