@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,7 +219,7 @@ def test_a_job_of_a_sweep_that_fails_is_one_line(command: Any, tmp_path: Path, m
     [
         ["experiment=incontext", "debug=fast"],
         ["task=noise", "model=moe", "debug=fast"],
-        pytest.param(["task=text", "model=hypernet", "debug=overfit"], marks=pytest.mark.slow),
+        pytest.param(["model=hypernet", "debug=overfit"], marks=pytest.mark.slow),
     ],
 )
 def test_presets(command: Any, tmp_path: Path, choices: list[str]) -> None:
@@ -228,6 +229,17 @@ def test_presets(command: Any, tmp_path: Path, choices: list[str]) -> None:
     overfit = "debug=overfit" in choices
     assert metrics_of(tmp_path / "run")["steps"] == (200 if overfit else 4)
     assert not overfit or losses[-1] < 0.2 * losses[0]
+
+
+def test_a_missing_package_is_named(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    answer = command("task=text", *TINY, "debug=fast", "optim.batch_size=8", "trainer.accelerator=cpu")
+    advice = "python -m pip install -c constraints.txt -e '.[text]', or choose task.domains=[code]"
+    needs = f"the domain medicine of task=text needs the package simple-icd-10-cm: {advice}"
+    assert (answer.code, answer.err.splitlines()[-1]) == (2, f"error: {needs}")
 
 
 def test_folders_of_any_name_are_those_asked_for(command: Any, tmp_path: Path) -> None:
