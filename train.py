@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import hydra
@@ -25,64 +22,33 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo import console
 from zoo.config import did_you_mean, one_line, show
-from zoo.files import home
-from zoo.training.run_folder import fresh
 
 CONF = Path(__file__).parent / "conf"
-PRESETS = ("experiment", "debug")
+CHOICES = {path.stem: f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")}
 HYDRAS = (HydraException, OmegaConfBaseException)
-
-
-FAILED: list[str] = []
-"""Folders of the jobs of this sweep that ended with a mistake, which was said."""
-
-
-class JobFailed(Exception):
-    """A job of a sweep ended with a mistake, which was said."""
+FAILED: list[int] = []
+"""Exit codes of the jobs of this sweep that ended with a mistake, which was said."""
 
 
 def added(argument: str) -> str:
     """`argument` such that Hydra reads it: an unknown option is passed on to zoo.config, which says "did you mean", and
-    words with signs that Hydra keeps for itself, as in out=runs/lr=0.1, are quoted."""
-    option = re.match(r"(\w+)(\.[^=]*)?=", argument)
-    if "=" not in argument:
+    a text with signs that Hydra keeps for itself, as in out=runs/lr=0.1, is quoted."""
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals:
         return argument
+    option = re.fullmatch(r"(\w+)(\..*)?", key)
     if option and option[1] != "hydra" and (option[2] or not (CONF / option[1]).is_dir()):
-        argument = f"++{argument}"
-    key, _, value = argument.partition("=")
-    for attempt in (argument, f"{key}={re.sub(r'[^][,]+', _quoted, value)}"):
-        with contextlib.suppress(HydraException):
-            OverridesParser.create().parse_override(attempt)
-            return attempt
-    return argument
+        key = f"++{key}"
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        if not value.startswith(("[", "{", "'", '"')):
+            value = quoted(value)
+    return f"{key}={value}"
 
 
-def _quoted(word: re.Match[str]) -> str:
-    text = word[0].strip()
-    return text if not text or text[0] in "'\"" else QuotedString(text, Quote.double).with_quotes()
-
-
-def checked(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra reads them; raises ValueError for those that it would take for another thing or ignore."""
-    if "-sc" in arguments or "--shell-completion" in arguments:
-        return arguments  # install=bash is no option of ours
-    arguments = [argument if argument.startswith("-") else added(argument) for argument in arguments]
-    parser = internal.get_args_parser()
-    parser.error = MethodType(console.Parser.error, parser)  # type: ignore[method-assign]
-    known = parser.parse_args(arguments)
-    for word in known.overrides:
-        if "=" not in word and not word.startswith("~"):
-            groups = [
-                f"{folder.name}={word}" for folder in sorted(CONF.iterdir()) if (folder / f"{word}.yaml").exists()
-            ]
-            hint = f"did you mean {groups[0]}?" if groups else "python train.py --help shows them"
-            raise ValueError(f"{show(word)} is no option: options are written name=value; {hint}")
-    options = {parsed.key_or_group: parsed for parsed in OverridesParser.create().parse_overrides(known.overrides)}
-    if known.multirun and "out" in options:
-        raise ValueError("out= names one run folder, -m starts many: hydra.sweep.dir=FOLDER is that of all of them")
-    if "hydra.run.dir" in options and options["hydra.run.dir"].value() != ".":
-        raise ValueError("hydra.run.dir is decided by the option out")
-    return arguments
+def quoted(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def reason(error: Exception) -> str:
@@ -91,105 +57,68 @@ def reason(error: Exception) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group} {show(name)} does not exist{did_you_mean(name, error.options)}"
     if not isinstance(error, HYDRAS):
-        return one_line(error) if isinstance(error, RuntimeError) else console.describe(error)
-    text = one_line(f"{error} {error.__cause__ or ''}")
+        return console.describe(error)
+    text = one_line(f"{error} {error.__cause__ or ''}").partition(" See http")[0].replace("'++", "'")
     if "--multirun" in text:
         return f"{text.partition(' 1. ')[0]}; several values of one option are runs of a sweep: python train.py -m …"
     if isinstance(error, OverrideParseException):
-        signs = '; a text with signs beyond letters, digits and /.-_ is quoted: \'option="text"\', \'option=["a","b"]\''
-        return f"{error.override.lstrip('+')} cannot be read: {text.partition(' See http')[0]}{signs}"
-    return text.replace("'++", "'")
-
-
-def as_command(main: Callable[..., Any]) -> Callable[..., int]:
-    return console.command(main, HYDRAS, reason)
-
-
-def asked_for(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The part of `config` that the command line named: a resumed run takes all else from its checkpoint."""
-    asked: dict[str, Any] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
-        group, _, option = override.key_or_group.partition(".")
-        named: Any = {group: [option.partition(".")[0]]}
-        file = CONF / group / f"{override.value()}.yaml"
-        if (
-            group in (*PRESETS, "model", "task", "trainer", "logger")
-            and isinstance(override.value(), str)
-            and not option
-        ):
-            named = OmegaConf.to_container(OmegaConf.load(file))
-            if group in ("model", "task") and "defaults" not in named:  # a file that builds on another is its changes
-                named = ["name"]
-            named = named if group in PRESETS else {group: named}
-        for key, options in named.items():
-            if isinstance(config.get(key), dict):
-                found = {name: config[key][name] for name in options or () if name in config[key]}
-                asked[key] = {**asked.get(key, {}), **found}
-            elif key in config:
-                asked[key] = config[key]
-    return asked
-
-
-def train_alone(overrides: list[str], folder: str, resume: str | None) -> dict[str, Any]:
-    """One job of a sweep over several processes, in a process of its own: its ranks must not repeat the sweep."""
-    out = [] if resume else [f"out={QuotedString(folder, Quote.double).with_quotes()}"]
-    if subprocess.run([sys.executable, __file__, *overrides, *out]).returncode:
-        raise JobFailed
-    path = home(resume or folder)
-    return json.loads(((path if path.is_dir() else path.parent.parent) / "metrics.json").read_text(encoding="utf-8"))
+        word = error.override.lstrip("+")
+        if "=" not in word:
+            hint = f"did you mean {CHOICES[word]}?" if word in CHOICES else "python train.py --help shows them"
+            return f"{show(word)} is no option: options are written name=value; {hint}"
+        return f'{word} cannot be read: {text}; texts in a list are quoted where they have signs: \'option=["a","b"]\''
+    return text
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def main(cfg: DictConfig) -> None:
     state = HydraConfig.get()
-    if state.mode != RunMode.MULTIRUN:
-        sys.exit(
-            as_command(job)(cfg, list(state.overrides.task), None)
-        )  # an error that got to Hydra is more than a line
-    folder = state.runtime.output_dir
-    try:
-        return job(cfg, list(state.overrides.task), folder)
-    except BrokenPipeError:
-        raise
-    except JobFailed:  # of which Hydra would say more
-        pass
-    except Exception as error:  # the next jobs are run before Hydra shows more of one that is not expected
-        console.say(f"error: {reason(error)}", sys.stderr)
-        if not console.expected(error, *HYDRAS):
-            raise
-    finally:
-        with contextlib.suppress(OSError):  # Hydra made the folder of the job; what is in use stays
-            os.rmdir(folder)
-    FAILED.append(folder)
-    return None
+    folder = Path(state.runtime.output_dir)  # made by Hydra: of a job of a sweep, or hydra.run.dir
+    own = folder != Path.cwd()
+    code = console.command(job, HYDRAS, reason)(cfg, str(folder) if own else None)
+    if own:
+        with suppress(OSError):  # what is in use stays
+            folder.rmdir()
+    if state.mode == RunMode.RUN or code > 2:  # stopped: no further job
+        sys.exit(code)
+    if code:
+        FAILED.append(code)
 
 
-def job(cfg: DictConfig, overrides: list[str], folder: str | None) -> float | None:
-    """Trains what Hydra composed, in `folder` if it is a job of a sweep; returns the main metric."""
+def job(cfg: DictConfig, folder: str | None) -> int:
+    """Trains what Hydra composed, in `folder` unless it says another; returns the exit code."""
     from zoo.training.memory import keep_freed_memory
     from zoo.training.run import run
 
-    keep_freed_memory()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    if folder and (config["resume"] or str(config.get("trainer", {}).get("devices", 1)) != "1"):
-        metrics = train_alone(overrides, folder, config["resume"])
-    else:
-        config["out"] = folder or config["out"]
-        if config["resume"]:
-            config = asked_for(config, overrides)
-        # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
-        trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
-        metrics = run(config, trainer, config.pop("logger", {}))
-    return metrics["test"].get(metrics["main_metric"])
+    resumed = config["resume"] is not None
+    if not resumed:
+        config["out"] = config["out"] or folder
+    if folder and (resumed or str(config.get("trainer", {}).get("devices", 1)) != "1"):
+        # the processes of a job repeat its command line, which must not be the sweep
+        out = [] if resumed else [f"out={quoted(config['out'])}"]
+        return subprocess.run([sys.executable, __file__, *HydraConfig.get().overrides.task, *out]).returncode
+    keep_freed_memory()
+    # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
+    trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
+    run(config, trainer, config.pop("logger", {}))
+    return 0
+
+
+def arguments_of(line: list[str]) -> list[str]:
+    """The arguments that Hydra reads for those of the command line: a resumed run has no defaults."""
+    arguments = [added(argument) for argument in line]
+    resumed = any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments)
+    return [*arguments, "--config-name=resume"] if resumed else arguments
 
 
 def start() -> int:
-    sys.argv[1:] = checked(sys.argv[1:])
+    sys.argv[1:] = arguments_of(sys.argv[1:])
     main()
-    return 1 if FAILED else 0
+    return int(bool(FAILED))
 
 
 if __name__ == "__main__":
-    OmegaConf.register_new_resolver("fresh_folder", lambda path: str(fresh(path)), use_cache=True, replace=True)
     internal.run_and_report = lambda func: func()  # Hydra's own takes many lines and says 1
-    sys.exit(as_command(start)())
+    argparse.ArgumentParser.error = console.Parser.error  # type: ignore[assignment,method-assign]
+    sys.exit(console.command(start, HYDRAS, reason)())

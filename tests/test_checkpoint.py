@@ -149,7 +149,7 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
         (lambda c: c["zoo"].pop("schema"), r"has schema None, this zoo \(.*\) reads 3, 4"),
         (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
         (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"has schema tensor\(4\)"),
-        (lambda c: c["zoo"].update(schema=torch.tensor([3, 3])), r"has schema Tensor of shape \(2\)"),
+        (lambda c: c["zoo"].update(schema=torch.tensor([3, 3])), r"has schema Tensor of shape \(2,\)"),
         (lambda c: c["state_dict"].pop("decoder.head.weight"), r"state_dict lacks 'decoder.head.weight'"),
         (lambda c: c["state_dict"].update(bogus=torch.zeros(1)), r"state_dict holds {'bogus'}, which the model lacks"),
         (

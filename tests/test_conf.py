@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from zoo.config import from_dict
@@ -87,11 +87,10 @@ def test_every_choice_composes_into_valid_options(choice: str) -> None:
     options = from_dict(RunConfig, config, "config")
     assert isinstance(trainer, dict)
     assert isinstance(logger, dict)
-    model = MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
+    MODELS[options.model["name"]](options.model, options.task, options.optim, options.seed)
     group, name = choice.split("=")
     if group in ("model", "task"):
         assert config[group]["name"] == ("text" if name in PRESETS else name)
-    assert next(model.parameters()).dtype.is_floating_point
 
 
 @pytest.mark.parametrize("name", choices("debug"))
@@ -116,49 +115,18 @@ def test_a_preset_is_its_task_but_for_what_it_names(name: str) -> None:
     assert composed(f"task={name}")["task"] == {**defaults(TASKS["text"].Config), **values}
 
 
-@pytest.mark.parametrize("name", choices("experiment"))
-def test_an_experiment_chooses_its_groups(name: str) -> None:
-    config = composed(f"experiment={name}")
-    for choice in read(f"experiment/{name}.yaml")["defaults"]:
-        ((group, value),) = choice.items()
-        assert config[group.removeprefix("override /")]["name"] == value
-
-
 def test_the_command_line_beats_an_experiment() -> None:
+    assert composed("experiment=incontext")["task"]["name"] == "regression"
     assert composed("experiment=incontext", "task=noise")["task"]["name"] == "noise"
     assert composed("debug=fast", "optim.steps=7")["optim"]["steps"] == 7
 
 
-def targets(values: Any) -> Iterator[str]:
-    if isinstance(values, dict):
-        if "_target_" in values:
-            yield values["_target_"]
-        for value in values.values():
-            yield from targets(value)
-
-
-def test_every_target_exists_and_takes_its_arguments() -> None:
-    named = {
-        t
-        for folder in ("trainer", "logger")
-        for name in choices(folder)
-        for t in targets(read(f"{folder}/{name}.yaml"))
-    }
-    assert any("FSDP" in target for target in named)
-    for target in named:
-        module, _, name = target.rpartition(".")
-        assert callable(getattr(import_module(module), name))
-
-
-def test_targets_stand_in_trainer_and_logger_alone() -> None:
+def test_objects_are_made_from_trainer_and_logger_alone() -> None:
     for path in CONF.rglob("*.yaml"):
-        if path.parent.name not in ("trainer", "logger"):
-            assert not list(targets(yaml.safe_load(path.read_text()) or {})), path
+        assert "_target_" not in path.read_text() or path.parent.name in ("trainer", "logger"), path
 
 
 def test_fsdp_strategy_takes_the_options_given() -> None:
-    strategy = read("trainer/fsdp.yaml")["strategy"]
-    module, _, name = strategy.pop("_target_").rpartition(".")
-    made = getattr(import_module(module), name)(**strategy)
+    made = instantiate(read("trainer/fsdp.yaml")["strategy"])
     assert made._state_dict_type == "full"
     assert made.kwargs["use_orig_params"] is True

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import zoo
-from runs import small
-from zoo.config import did_you_mean, from_dict, lookup, plain, require_positive, show
+from runs import one_line, small
+from zoo.config import from_dict, lookup, plain, require_positive, show
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ REFUSED = [
     ("rate", float("inf"), "where.rate=inf must be a finite number"),
     ("name", 1, "where.name=1 must be of type str, got int"),
     ("loud", 1, "where.loud=1 must be of type bool, got int"),
-    ("kind", "hihg", "where.kind='hihg' must be one of low, high; did you mean high?"),
-    ("kind", None, "where.kind=None must be one of low, high"),
-    ("kind", 1, "where.kind=1 must be one of low, high"),
+    ("kind", "hihg", "where.kind 'hihg' does not exist; did you mean high?"),
+    ("kind", None, "where.kind None does not exist; known: low, high"),
+    ("kind", 1, "where.kind 1 does not exist; known: low, high"),
     ("rank", "4", "where.rank='4' must be of type int, got str"),
-    ("choice", "z", "where.choice='z' must be one of x, y"),
+    ("choice", "z", "where.choice 'z' does not exist; known: x, y"),
     ("items", 1, "where.items=1 must be a list"),
     ("items", [1], "where.items=1 must be of type str, got int"),
     ("items", None, "where.items=None must be a list"),
+    ("sise", 1, "where.sise is not an option of Options; did you mean size?"),
+    ("zzz", 1, "where.zzz is not an option of Options; known: size, rate, name, loud, kind, rank"),
 ]
 
 
@@ -82,21 +84,7 @@ def test_values_of_the_declared_type_are_taken(key: str, value: Any, stored: Any
 
 @pytest.mark.parametrize(("key", "value", "message"), REFUSED)
 def test_other_values_are_refused_by_name(key: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared below
-        from_dict(Options, {key: value}, "where")
-    assert message in str(error.value)
-
-
-def test_no_options_are_all_defaults() -> None:
-    assert from_dict(Options, {}, "where") == Options()
-
-
-@pytest.mark.parametrize(
-    ("key", "hint"), [("sise", "; did you mean size?"), ("zzz", "; known: size, rate, name, loud, kind, rank")]
-)
-def test_unknown_keys_are_named(key: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=f"where.{key} is not an option of Options{hint}".replace("?", r"\?")):
-        from_dict(Options, {"size": 1, key: 1}, "where")
+    assert message in one_line(lambda: from_dict(Options, {key: value}, "where"))
 
 
 @pytest.mark.parametrize("values", [None, "transformer", ["a"], 3])
@@ -115,11 +103,6 @@ def test_lookup_names_what_exists() -> None:
             lookup(wrong, table, "model")
 
 
-def test_did_you_mean_lists_all_names_where_none_is_close() -> None:
-    assert did_you_mean("hypernett", ["hypernet", "moe"]) == "; did you mean hypernet?"
-    assert did_you_mean("q", ["hypernet", "moe"]) == "; known: hypernet, moe"
-
-
 @pytest.mark.parametrize("wrong", [0, -1, 0.0, float("nan")])
 def test_positive_names_the_first_that_is_not(wrong: float) -> None:
     require_positive("model", dim=1, layers=0.1)
@@ -136,10 +119,8 @@ def test_messages_show_any_value_in_a_few_characters() -> None:
         deep = [deep]
     for value in (nested, deep, {"a": nested}, OrderedDict(a=nested), "x" * 10**6, torch.zeros(10**6)):
         assert len(show(value)) <= 80, show(value)
-        with pytest.raises(ValueError, match="size") as error:
-            from_dict(Options, {"size": value}, "a")
-        assert len(str(error.value)) < 300
-    assert show(10**10**5) == "an integer of 332193 bits"
+        assert len(one_line(lambda value=value: from_dict(Options, {"size": value}, "a"))) < 300
+    assert len(show(10**4000)) <= 80
     assert show([1, "a", {"b": (2.5, None)}]) == "[1, 'a', {'b': (2.5, None)}]"
 
 
@@ -168,11 +149,7 @@ def test_values_become_plain(value: Any, meant: Any) -> None:
     assert repr(made) == repr(meant)  # the types, too
 
 
-@pytest.mark.parametrize(
-    "value",
-    [b"a", {1, 2}, 1j, object(), np.complex128(1), np.datetime64("2020-01-01"), print],
-    ids=lambda value: type(value).__name__,
-)
+@pytest.mark.parametrize("value", [b"a", {1, 2}, 1j, object(), np.complex128(1), np.datetime64("2020-01-01")], ids=type)
 def test_what_has_no_plain_meaning_is_refused_before_anything_starts(value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^(optim\.lr|model\.hidden)=.* cannot be stored: give a number"):
         small(tmp_path / "run", optim={"lr": value})

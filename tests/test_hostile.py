@@ -165,7 +165,7 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a trainer": (lambda c: c["zoo"].update(trainer=["devices"]), r"zoo.trainer must be dict, got \['devices'\]"),
     "a score": (lambda c: c["zoo"].update(best="x"), "zoo.best must be a finite number, got 'x'"),
     "no optimizer": (lambda c: c.update(optimizer_states=[]), r"optimizer_states must be a list as .*, got \[\]"),
-    "a moment": (lambda c: moment(c).update(exp_avg=torch.ones(3)), r"state.0.exp_avg must be .*, got .*\(3\)"),
+    "a moment": (lambda c: moment(c).update(exp_avg=torch.ones(3)), r"state.0.exp_avg must be .*, got .*\(3,\)"),
     "no moment": (lambda c: c["optimizer_states"][0]["state"].pop(0), "optimizer_states.0.state lacks 0"),
     "other moments": (
         lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].sort(key=lambda k: -k),
@@ -240,4 +240,4 @@ def test_paths_that_are_none(path: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert "no patch file at" in one_line(lambda: load_patch(path, None))  # type: ignore[arg-type]
     if path is not None:
         message = one_line(lambda: zoo.train(resume=path))
-        assert "no checkpoint at" in message or "cannot be stored" in message
+        assert any(words in message for words in ("no checkpoint at", "cannot be stored", "must be of type str"))

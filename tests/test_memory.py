@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-import zoo
-from cases import CASES, FAMILIES, Case, build, options_of, taking_turns
+from cases import CASES, FAMILIES, Case, build, taking_turns
+from runs import small
 from zoo.bench.timing import saved_bytes
 from zoo.core.layers import Attention
 from zoo.models import MODELS, Model
 from zoo.training import memory
 from zoo.training import run as training_module
-
-CPU = torch.device("cpu")
 
 
 def training(case: Case, activation_checkpointing: bool) -> Model:
@@ -70,24 +68,17 @@ def test_a_further_layer_keeps_its_input_alone(family: str) -> None:
 
 
 def test_layers_run_twice_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = 0
+    runs: list[None] = []
     forward = Attention.forward
-
-    def counted(self: Attention, *args: Any) -> torch.Tensor:
-        nonlocal runs
-        runs += 1
-        return forward(self, *args)
-
-    monkeypatch.setattr(Attention, "forward", counted)
+    monkeypatch.setattr(Attention, "forward", lambda *args: runs.append(None) or forward(*args))
     case = Case("", "moe", "noise", {})
     model, ids = training(case, True), torch.randint(8, (2, 12))
     layers = len(model.decoder.blocks)
 
     def count(work: Any) -> int:
-        nonlocal runs
-        runs = 0
+        runs.clear()
         work()
-        return runs
+        return len(runs)
 
     assert count(lambda: model(ids).sum().backward()) == 2 * layers
     with torch.no_grad():
@@ -142,34 +133,25 @@ def test_freed_memory_is_used_again() -> None:
     assert float(after) < 100
 
 
-@pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_what_the_environment_says_of_memory_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda library: pytest.fail("the C library was asked"))
-    monkeypatch.setenv(name, "glibc.malloc.mmap_max=7")
-    assert not memory.keep_freed_memory()
-
-
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["MALLOC_MMAP_MAX_", "GLIBC_TUNABLES", "musl", "darwin"])
+def test_the_choice_of_the_user_and_another_c_library_stay(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(ctypes, "CDLL", lambda library: object())
-    assert not memory.keep_freed_memory()
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(ctypes, "CDLL", lambda library: pytest.fail("the C library was asked"))
+    monkeypatch.setenv(reason, "glibc.malloc.mmap_max=7")
+    monkeypatch.setattr(sys, "platform", "darwin" if reason == "darwin" else "linux")
+    library = object() if reason == "musl" else None  # which is not asked, or has no mallopt
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library or pytest.fail("the C library was asked"))
     assert not memory.keep_freed_memory()
 
 
 def test_the_program_asks_for_it_and_the_library_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append(True))
-    case = options_of(CASES[0])
-    case["optim"] |= {"steps": 1, "warmup": 0}
-    few = {"validation_batches": 1, "test_batches": 1, "out": str(tmp_path / "run")}
-    zoo.train(**case, **few, trainer={"accelerator": "cpu", "enable_progress_bar": False})
+    small(tmp_path / "run")
     assert not calls
-    monkeypatch.setattr(training_module, "run", lambda *args: {"test": {"loss": 0.0}, "main_metric": "loss"})
+    monkeypatch.setattr(training_module, "run", lambda *args: None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "out=other"])
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
     assert calls == [True]

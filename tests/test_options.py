@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import shutil
 import tempfile
 from dataclasses import fields
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import zoo
 from cases import FAMILIES
+from runs import one_line, rows, small, weights
 from zoo.models import MODELS, Model
 from zoo.models.base import OptimConfig
 from zoo.tasks import TASKS
@@ -37,8 +36,8 @@ TEXTS = Path(tempfile.mkdtemp(prefix="zoo-texts-"))
 atexit.register(shutil.rmtree, TEXTS, ignore_errors=True)
 for kind in ("a", "b"):
     (TEXTS / kind).mkdir()
-    rows = [{"text": f"The {kind} {k} of text. " * 9, "body": f"The body {k} of {kind}. " * 9} for k in range(60)]
-    (TEXTS / kind / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [{"text": f"The {kind} {k} of text. " * 9, "body": f"The body {k} of {kind}. " * 9} for k in range(60)]
+    (TEXTS / kind / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
 (TEXTS / "README.md").write_text(
     "---\nconfigs:\n"
     "- config_name: a\n  data_files: a/*.jsonl\n  default: true\n"
@@ -82,7 +81,7 @@ def split(change: Any) -> tuple[Any, dict[str, Any]]:
     return change if isinstance(change, tuple) else (change, {})
 
 
-def rows(tables: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+def pairs(tables: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     return [(name, option) for name, table in tables.items() for option in table]
 
 
@@ -143,7 +142,7 @@ def trained(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     }
 
 
-@pytest.mark.parametrize(("name", "option"), rows(MODEL_CHANGES))
+@pytest.mark.parametrize(("name", "option"), pairs(MODEL_CHANGES))
 def test_model_option_matters(
     name: str, option: str, before: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +156,7 @@ def test_model_option_matters(
     assert changed == {"work"} if option == "backend" else changed - {"work"}, changed
 
 
-@pytest.mark.parametrize(("name", "option"), rows(TASK_CHANGES))
+@pytest.mark.parametrize(("name", "option"), pairs(TASK_CHANGES))
 def test_task_option_matters(name: str, option: str) -> None:
     value, needs = split(TASK_CHANGES[name][option])
 
@@ -177,22 +176,12 @@ def run_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(**changes: Any) -> dict[str, Any]:
         key = json.dumps(changes)
         if key not in done:
-            out = tmp_path_factory.mktemp("run") / "out"
-            metrics = zoo.train(
-                {"name": "moe", **BASE["moe"]},
-                {"name": "noise", "tokens": 8},
-                {"steps": 4, "batch_size": 4, "warmup": 1, "lr": 0.003, **changes},
-                {"accelerator": "cpu", "enable_progress_bar": False},
-                out=str(out),
-                log_every=1,
-                validation_batches=1,
-                test_batches=1,
-            )
-            logged = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-            losses = torch.tensor([row["loss"] for row in logged if "loss" in row])
-            best = torch.load(metrics["checkpoint"], weights_only=True)["state_dict"]
-            weights = torch.cat([t.flatten() for t in best.values() if t.is_floating_point()])
-            done[key] = {"losses": losses, "weights": weights, "steps": metrics["steps"], "tokens": metrics["tokens"]}
+            folder = tmp_path_factory.mktemp("run") / "out"
+            steps = {"steps": 4, "batch_size": 4, "warmup": 1}
+            metrics = small(folder, "moe", "noise", optim={**steps, **changes}, validate_every=100)
+            best = [t.flatten() for t in weights(folder, "best").values() if t.is_floating_point()]
+            losses = torch.tensor([row["loss"] for row in rows(folder) if "loss" in row])
+            done[key] = {"losses": losses, "weights": torch.cat(best), "tokens": metrics["tokens"]}
         return done[key]
 
     return run
@@ -209,15 +198,12 @@ ALONE: dict[str, Any] = {"task.domains": None}
 # family, task, changed options, and what the message must name: both options with both values
 REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("transformer", "noise", {"model.dim": 18, "model.heads": 4}, ["model.dim=18", "2·model.heads=8"]),
-    ("transformer", "noise", {"model.dim": 20, "model.heads": 4}, ["model.dim=20", "2·model.heads=8"]),
     ("transformer", "noise", {"model.heads": 2, "model.kv_heads": 3}, ["model.heads=2", "model.kv_heads=3"]),
     ("transformer", "noise", {"model.kv_heads": 0}, ["model.heads=2", "model.kv_heads=0"]),
     ("transformer", "noise", {"model.layers": 0}, ["model.layers=0"]),
-    ("transformer", "noise", {"model.heads": -1}, ["model.heads=-1"]),
     ("transformer", "regression", {"model.tied": True}, ["model.tied=true", "task.name=regression"]),
     ("hypernet", "noise", {"model.rank": 17}, ["model.rank=17", "model.dim=16", "model.hidden=24"]),
     ("hypernet", "noise", {"model.rank": 9, "model.hidden": 8}, ["model.rank=9", "model.dim=16", "model.hidden=8"]),
-    ("hypernet", "noise", {"model.rank": 0}, ["model.rank=0"]),
     ("hypernet", "noise", {"model.rank": 2, "model.emission": "full"}, ["model.rank=2", "model.emission", "full"]),
     ("hypernet", "noise", {"model.chunk": 4, "model.context": "token"}, ["model.chunk=4", "model.context", "token"]),
     ("hypernet", "regression", {"model.chunk": 4}, ["model.chunk=4", "model.context", "segment"]),
@@ -228,7 +214,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("hypernet", "regression", {"model.context": "chunk"}, ["model.context=chunk", "with a separate context"]),
     ("hypernet", "noise", {"model.matrices": []}, ["model.matrices=[]", "gate"]),
     ("hypernet", "noise", {"model.matrices": ["up", "up"]}, ["model.matrices=['up', 'up']"]),
-    ("hypernet", "noise", {"model.matrices": ["q"]}, ["model.matrices=['q']", "gate"]),
     ("moe", "noise", {"model.top_k": 5}, ["model.top_k=5", "model.experts=4"]),
     ("moe", "noise", {"model.top_k": 0}, ["model.top_k=0"]),
     ("moe", "noise", {"model.shared": -1}, ["model.shared=-1"]),
@@ -244,42 +229,26 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "regression", {"task.nonzero": 2}, ["task.nonzero=2", "task.function=sparse", "linear"]),
     ("moe", "regression", {"task.units": 2}, ["task.units=2", "task.function=network", "linear"]),
     ("moe", "regression", {"task.function": "sparse", "task.nonzero": 4}, ["task.nonzero=4", "task.dimension=3"]),
-    ("moe", "text", {"task.tokens": -4}, ["task.tokens=-4"]),
     ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
     ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
-    ("moe", "text", {"task.domains": ["laws"]}, ["task.domains='laws'", "medicine", "did you mean law?"]),
     ("moe", "prompts", {"task.context": 0}, ["task.context=0"]),
-    ("moe", "prompts", {"task.query": 0}, ["task.query=0"]),
-    ("moe", "prompts", {"task.target": -1}, ["task.target=-1"]),
-    ("moe", "prompts", {"task.domains": []}, ["task.domains=[]", "medicine"]),
-    ("moe", "prompts", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
-    ("moe", "prompts", {"task.domains": ["laws"]}, ["task.domains='laws'", "medicine", "did you mean law?"]),
     ("moe", "prompts", {"task.files": ["a.jsonl"]}, ["task.files=['a.jsonl']", "task.domains=['law']"]),
-    ("moe", "prompts", {"task.files": [], "task.domains": None}, ["task.files=[]"]),
-    ("hypernet", "prompts", {"model.context": "chunk"}, ["model.context=chunk", "with a separate context"]),
-    ("moe", "prompts", {"model.chunk": 4, "model.route_on": "context"}, ["model.chunk=4", "running text"]),
     ("moe", "text", {"task.files": ["a.txt"]}, ["task.domains=['law']", "task.files=['a.txt']"]),
     ("moe", "text", {"task.hub": "a/b"}, ["task.domains=['law']", "task.hub=a/b"]),
     ("moe", "text", {**ALONE, "task.files": ["a"], "task.hub": "a/b"}, ["task.files=['a']", "task.hub=a/b"]),
     ("moe", "text", {**ALONE, "task.files": []}, ["task.files=[]"]),
     ("moe", "text", {"task.column": "body"}, ["task.column=body", "task.hub or task.files"]),
     ("moe", "text", {"task.subset": "x"}, ["task.subset=x", "task.hub"]),
-    ("moe", "text", {**ALONE, "task.files": ["a"], "task.subset": "x"}, ["task.subset=x", "task.hub"]),
     ("moe", "text", {**ALONE, "task.files": ["a"], "task.documents": 5}, ["task.documents=5", "task.hub"]),
     ("moe", "text", {**ALONE, "task.hub": "a/b", "task.documents": 0}, ["task.documents=0"]),
     ("moe", "text", {"task.vocabulary": 300}, ["task.vocabulary=300", "task.tokenizer=bpe", "bytes"]),
     ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 257}, ["task.vocabulary=257", "258", "65536"]),
-    ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 65537}, ["task.vocabulary=65537", "258", "65536"]),
-    ("moe", "text", {"task.tokenizer": "bpo"}, ["task.tokenizer='bpo'", "did you mean bpe?"]),
     ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
     ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
     ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),
     ("moe", "text", {"optim.lr": 0.1, "optim.min_lr": 0.2}, ["optim.min_lr=0.2", "optim.lr=0.1"]),
     ("moe", "text", {"optim.betas": [0.9, 1.0]}, ["optim.betas=[0.9, 1.0]"]),
-    ("moe", "text", {"optim.betas": [0.9]}, ["optim.betas=[0.9]"]),
     ("moe", "text", {"optim.clip": -1.0}, ["optim.clip=-1.0"]),
-    ("moe", "text", {"optim.clip": math.nan}, ["optim.clip=nan"]),
-    ("moe", "text", {"optim.lr": math.inf}, ["optim.lr=inf"]),
 ]
 
 
@@ -295,6 +264,5 @@ def test_contradictions_are_refused_by_name(family: str, task: str, changes: dic
     for key, value in changes.items():
         group, option = key.split(".")
         groups[group][option] = value
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared below
-        MODELS[family](**groups)
-    assert all(name in str(error.value) for name in named), error.value
+    message = one_line(lambda: MODELS[family](**groups))
+    assert all(name in message for name in named), message

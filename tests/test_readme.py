@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import zoo
+from runs import QUIET
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,14 +29,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 def tiny_run(folder: Path) -> dict[str, Any]:
     """A trained hypernetwork at folder/runs/hypernet-regression/ID, the path that the pages use; its metrics."""
-    return zoo.train(
-        model={"name": "hypernet", "dim": 16, "layers": 2, "heads": 2, "hidden": 24, "code_dim": 8},
-        optim={"steps": 20, "warmup": 2, "batch_size": 8},
-        trainer={"enable_progress_bar": False, "accelerator": "cpu"},
-        validation_batches=1,
-        test_batches=1,
-        out=str(folder / "runs" / "hypernet-regression" / "ID"),
-    )
+    model = {"name": "hypernet", "dim": 16, "layers": 2, "heads": 2, "hidden": 24, "code_dim": 8}
+    optim, out = {"steps": 20, "warmup": 2, "batch_size": 8}, str(folder / "runs" / "hypernet-regression" / "ID")
+    return zoo.train(model, optim=optim, trainer=QUIET, out=out, validation_batches=1, test_batches=1)
 
 
 def test_the_two_command_lines_stand_there_once_each() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import zoo
+from runs import OFTEN, QUIET
 from zoo.tasks import TASKS
 from zoo.tasks.text import corpus
 from zoo.tasks.text.domains import DOMAINS
@@ -33,20 +34,13 @@ PROMPTS = {"name": "prompts", "context": 32, "query": 4, "target": 4}
 
 
 def run(**options: Any) -> dict[str, Any]:
-    return zoo.train(trainer={"accelerator": "cpu", "enable_progress_bar": False}, **options)
+    return zoo.train(trainer=QUIET, **options)
 
 
 def begun(task: dict[str, Any]) -> str:
     """A run in the folder `run`."""
-    run(
-        model={"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8},
-        task=task,
-        optim={"steps": 2, "batch_size": 2, "warmup": 0},
-        out="run",
-        validate_every=1,
-        validation_batches=1,
-        test_batches=1,
-    )
+    model = {"name": "transformer", "dim": 8, "layers": 1, "heads": 1, "hidden": 8}
+    run(model=model, task=task, optim={"steps": 2, "batch_size": 2, "warmup": 0}, out="run", **OFTEN)
     return str(Path("run").absolute())
 
 
@@ -54,10 +48,6 @@ def begun(task: dict[str, Any]) -> str:
 def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def emptied(cache: Path) -> None:
-    shutil.rmtree(cache)
 
 
 CHANGED = "the checkpoint was trained on other text than is found now for task.files: "
@@ -70,7 +60,7 @@ def test_a_grown_glob_is_noticed_and_the_kept_text_goes_on(task: dict[str, Any],
     folder = begun({**task, "files": ["data/*.jsonl"]})
     stories(Path("data/b.jsonl"), [row.upper() for row in SENTENCES])
     run(resume=folder)  # with what is kept in the cache
-    emptied(cache)
+    shutil.rmtree(cache)
     with pytest.raises(ValueError, match=rf"^{CHANGED}\S*data/\*\.jsonl; bring that text back"):
         run(resume=folder)
     Path("data/b.jsonl").unlink()
@@ -93,7 +83,7 @@ def test_a_moved_run_takes_the_same_text_at_another_place(
     stories(Path("a.jsonl"), SENTENCES[1:])
     with pytest.raises(ValueError, match=f"^{CHANGED}.*a.jsonl; bring that text back"):
         run(resume=folder, task={**task, "files": ["a.jsonl"]})  # though the cache holds the text
-    emptied(cache)
+    shutil.rmtree(cache)
     with pytest.raises(ValueError, match=r"a\.jsonl' matches no file .*; bring that text back, .*ZOO_CACHE"):
         run(resume=folder)
     metrics = run(resume=folder, task={**task, "files": ["part/*.jsonl"]})
@@ -110,7 +100,7 @@ def test_the_text_of_another_python_is_refused(cache: Path, monkeypatch: pytest.
     modules.append(("new.py", b"import this"))
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.1")
     run(resume=folder)
-    emptied(cache)
+    shutil.rmtree(cache)
     with pytest.raises(ValueError, match=r"than is found now for code \(Python 3\.99\.1 in .*\); bring that text back"):
         run(resume=folder)
 
@@ -147,9 +137,9 @@ def test_a_model_needs_no_text_and_an_older_checkpoint_no_digest(cache: Path) ->
     assert zoo.load(folder).task.state_dict() == content["task"]
     content["task"] = {}
     torch.save(content, last)
-    emptied(cache)
+    shutil.rmtree(cache)
     run(resume=folder)
     Path("a.jsonl").unlink()
-    emptied(cache)
+    shutil.rmtree(cache)
     assert list(zoo.load(folder).task.state_dict()) == ["corpus"]
     assert not cache.exists()

@@ -2,8 +2,8 @@
 
 import json
 import math
+import re
 import signal
-from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,12 @@ import pytest
 import torch
 
 import zoo
-from runs import FAMILIES, OPTIM, QUIET, TASKS, rows, same_weights, saved, signalled, small
+from runs import FAMILIES, QUIET, one_line, rows, same_weights, saved, signalled, small
 from zoo.console import Interrupted
 from zoo.core.layers import Attention
-from zoo.models import MODELS
 from zoo.models.base import OptimConfig
-from zoo.tasks import Batch
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
-from zoo.training import run_folder
-from zoo.training.data import Stream
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +28,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, folder in folders.items():
         small(folder, name)
     return folders
-
-
-def test_every_family_is_run_here() -> None:
-    assert set(FAMILIES) == set(MODELS)
 
 
 def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +41,6 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     metrics = json.loads((runs[model] / "metrics.json").read_text())
     assert (metrics["task"], metrics["model"], metrics["seed"], metrics["steps"]) == ("regression", model, 0, 6)
     assert metrics["tokens"] == 6 * 8 * 8
-    assert metrics["seconds"] > 0
     # rounding of seconds to milliseconds is all that may differ
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.02)
     loaded = zoo.load(metrics["checkpoint"])
@@ -64,19 +55,6 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     assert metrics["main_metric"] == "nmse"
     assert all(math.isfinite(value) for value in metrics["test"].values())
     assert metrics["test"]["nmse_ridge"] < 1e-6 < metrics["test"]["nmse"]
-
-
-BITS = ["bits_per_byte", "bits_per_byte_trigram"]
-
-
-@pytest.mark.parametrize(
-    ("task", "names"), [("noise", ["nats", "nats_floor"]), ("text", BITS + [f"{name}_law" for name in BITS])]
-)
-def test_tasks_of_running_text(tmp_path: Path, task: str, names: list[str]) -> None:
-    metrics = small(tmp_path / "run", "moe", task)
-    assert list(metrics["test"]) == names
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
-    assert metrics["test"][metrics["main_metric"]] > 0
 
 
 def test_a_run_folder_holds_these_files_and_no_others(runs: dict[str, Path]) -> None:
@@ -115,18 +93,6 @@ def test_the_learning_rate_moves(runs: dict[str, Path]) -> None:
     # the rate that the step before the row was taken with
     assert recorded == pytest.approx({step: optim.lr * optim.lr_at(step - 1) for step in range(1, 7)})
     assert 0 < recorded[6] < recorded[1] < recorded[2]
-
-
-@pytest.mark.parametrize(("parts", "world"), [(1, 2), (2, 2), (4, 1)])
-def test_slices_unite_to_the_global_batch(parts: int, world: int) -> None:
-    model = MODELS["transformer"](model=FAMILIES["transformer"], task=TASKS["regression"], optim=OPTIM)
-    slices = [list(Stream(model.task, "train", 8, 3, parts, rank, world)) for rank in range(world)]
-    for k in range(3):
-        whole = model.task.batch("train", k, 8)
-        seen = [slices[rank][k * parts + part] for part in range(parts) for rank in range(world)]
-        assert torch.equal(torch.cat([batch.tokens for batch in seen]), whole.tokens)
-        assert torch.equal(torch.cat([batch.targets for batch in seen]), whole.targets)
-        assert {batch.n_context for batch in seen} == {5}
 
 
 @pytest.mark.parametrize(
@@ -180,32 +146,6 @@ def test_a_crash_between_checkpoints_is_made_up_for(tmp_path: Path, monkeypatch:
     assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
-def test_resume_of_a_finished_run_tests_again(tmp_path: Path) -> None:
-    first = small(tmp_path / "run", "hypernet")
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    (tmp_path / "run/metrics.json").unlink()
-    again = zoo.train(resume=tmp_path / "run/checkpoints/last.ckpt", trainer=QUIET)
-    assert again["test"] == first["test"]
-    assert (again["steps"], again["seconds"]) == (first["steps"], first["seconds"])
-    assert (tmp_path / "run/metrics.json").exists()
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
-
-
-def test_resume_keeps_to_the_saved_options(runs: dict[str, Path]) -> None:
-    folder = str(runs["hypernet"])
-    saved = json.loads((runs["hypernet"] / "metrics.json").read_text())["config"]
-    with pytest.raises(ValueError, match=r"model\.dim is 16 in the checkpoint, 8 asked; optim\.lr is 0\.003 .* 0\.1 a"):
-        training.run({"resume": folder, "model": {"dim": 8}, "optim": {"lr": 0.1}}, QUIET)
-    with pytest.raises(ValueError, match=r"model\.name is 'hypernet' in the checkpoint, 'moe' asked"):
-        zoo.train("moe", resume=folder, trainer=QUIET)
-    with pytest.raises(ValueError, match="seed is 0 in the checkpoint, 1 asked"):
-        zoo.train(resume=folder, seed=1, trainer=QUIET)
-    with pytest.raises(ValueError, match=r"model\.rnak=2 is not in the checkpoint"):
-        training.run({"resume": folder, "model": {"rnak": 2}}, QUIET)
-    same = {key: saved[key] for key in ("model", "task", "optim", "seed", "validate_every", "overfit")}
-    assert training.run({**same, "resume": folder}, {**QUIET, "precision": "32-true"})["steps"] == 6
-
-
 def test_a_run_folder_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best checkpoint so far stays the best: it is at step 2 here, and the rest of the run is worse."""
     small(tmp_path / "whole", "hypernet")
@@ -220,8 +160,6 @@ def test_a_run_folder_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no checkpoint at .*/nowhere: give a \.ckpt file, or a run folder"):
-        zoo.train(resume=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no checkpoint at .*/empty/checkpoints/last\.ckpt"):
         zoo.train(resume=tmp_path / "empty")
@@ -233,41 +171,24 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_options": {"rnak": 2}}, r"model\.rnak is not an option of TransformerConfig"),
-        ({"model_options": {"layerss": 2}}, r"layerss is not .*; did you mean layers\?"),
         ({"optim": {"lrr": 1.0}}, r"optim\.lrr is not an option of OptimConfig; did you mean lr\?"),
-        ({"sed": 1}, r"sed is not an option of RunConfig; did you mean seed\?"),
         ({"seed": "x"}, r"seed='x' must be of type int, got str"),
-        ({"model_options": {"dim": 10, "heads": 4}}, r"model\.dim=10 must be a multiple of 2·model\.heads=8"),
-        ({"optim": {"batch_size": 7, "accumulate": 2}}, r"optim\.batch_size=7 .* optim\.accumulate=2"),
         ({"optim": {"batch_size": 6}, "trainer": {"devices": 4}}, r"optim\.batch_size=6 .* multiple of 4.*4 processes"),
-        ({"optim": {"warmup": 6}}, r"optim\.warmup=6 .* below optim\.steps=6"),
         ({"validate_every": 0}, r"validate_every=0 must be above 0"),
         ({"test_batches": -1}, r"test_batches=-1 must be above 0"),
-        ({"trainer": {"max_steps": 3}}, r"trainer\.max_steps is decided by the option optim\.steps"),
         ({"trainer": {"gradient_clip_val": 3}}, r"trainer\.gradient_clip_val is decided by the option optim\.clip"),
         ({"trainer": {"val_check_interval": 3}}, r"trainer\.val_check_interval .* option validate_every"),
-        ({"trainer": {"accumulate_grad_batches": 3}}, r"accumulate_grad_batches .* option optim\.accumulate"),
         ({"trainer": {"callbacks": []}}, r"trainer\.callbacks is fixed"),
         ({"trainer": {"bogus": 3}}, r"^trainer: .*'bogus'"),
-        ({"trainer": {"accelerator": "gpu"}}, r"^trainer: No supported gpu"),
         ({"trainer": {"precision": "8-maybe"}}, r"8-maybe"),
-        ({"trainer": {"precision": "16-true"}}, r"16-true trains nothing: .*; take 16-mixed or bf16-true"),
+        ({"trainer": {"precision": "16-true"}}, r"16-true trains nothing: take 16-mixed or bf16-true"),
+        ({"trainer": "ddp"}, r"trainer must be a group of options, got 'ddp'"),
     ],
 )
 def test_wrong_options_leave_no_trace(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        small(tmp_path / "run", **options)
-    assert "\n" not in str(error.value)
+    few = {"trainer": QUIET, "out": str(tmp_path / "run")}
+    assert re.search(message, one_line(lambda: zoo.train(**{**few, **options})))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", ["os.system", None])
-def test_unknown_names(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(ValueError, match=r"model .* does not exist"):
-        training.run({"model": {"name": name}, "task": {"name": "noise"}, "optim": {}}, {})
-    with pytest.raises(ValueError, match=r"task .* does not exist"):
-        training.run({"model": {"name": "moe"}, "task": {"name": name}, "optim": {}}, {})
 
 
 @pytest.mark.parametrize(("model", "clip"), [("transformer", 0.0), ("hypernet", 1.0), ("moe", 1.0)])
@@ -275,7 +196,7 @@ def test_bf16_with_clipping_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, clip: float
 ) -> None:
     """Huge gradients reach the optimiser at norm 1, or as they are. AdamW(fused=True) would refuse to be clipped."""
-    norms, dtypes = [], set()
+    norms: list[float] = []
     step, loss = torch.optim.AdamW.step, Regression.loss
 
     def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
@@ -287,36 +208,25 @@ def test_bf16_with_clipping_on_the_cpu(
 
         return step(self, with_norm)
 
-    def huge(self: Regression, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        dtypes.add(output.dtype)
-        return 1e6 * loss(self, output, batch)
-
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    monkeypatch.setattr(Regression, "loss", huge)
+    monkeypatch.setattr(Regression, "loss", lambda *args: 1e6 * loss(*args))
     metrics = small(tmp_path / "run", model, trainer={"precision": "bf16-mixed"}, optim={"clip": clip})
     assert all(math.isfinite(value) for value in metrics["test"].values())
     assert len(norms) == metrics["steps"]
     assert norms == pytest.approx([1.0] * 6, rel=1e-4) if clip else min(norms) > 1000
-    assert dtypes == {torch.bfloat16}
 
 
 def test_activation_checkpointing_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the family with most to recompute; test_memory has the gradients of every case."""
-    model = "moe"
     options = {"trainer": {"precision": "bf16-mixed"}, "optim": {"accumulate": 2}}
-    passes = Counter[str]()
-    forward, run = Attention.forward, "plain"
-
-    def counted(*args: Any) -> torch.Tensor:
-        passes[run] += 1
-        return forward(*args)
-
-    monkeypatch.setattr(Attention, "forward", counted)
-    small(tmp_path / run, model, **options)
-    run = "again"
-    small(tmp_path / run, model, **options, activation_checkpointing=True)
+    passes: list[None] = []
+    forward = Attention.forward
+    monkeypatch.setattr(Attention, "forward", lambda *args: passes.append(None) or forward(*args))
+    small(tmp_path / "plain", "moe", **options)
+    plain = len(passes)
+    small(tmp_path / "again", "moe", **options, activation_checkpointing=True)
     steps, parts, layers = 6, 2, 2
-    assert passes["again"] - passes["plain"] == steps * parts * layers
+    assert len(passes) - 2 * plain == steps * parts * layers
     same_weights(tmp_path / "plain", tmp_path / "again")
 
 
@@ -334,11 +244,8 @@ def test_the_run_is_reproducible_and_the_seed_matters(runs: dict[str, Path], tmp
     assert rows(tmp_path / "other")[0]["loss"] != rows(tmp_path / "again")[0]["loss"]
 
 
-def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_id_of_a_run_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZOO_RUN_ID", "job7")
-    metrics = small(None, task="noise")
     folder = tmp_path / "runs" / "transformer-noise" / "job7"
-    assert Path(metrics["checkpoint"]) == folder / "checkpoints" / "best.ckpt"
-    monkeypatch.delenv("ZOO_RUN_ID")
-    assert run_folder.default("transformer-noise").parent == Path("runs/transformer-noise")
+    assert Path(small(None, task="noise")["checkpoint"]) == folder / "checkpoints" / "best.ckpt"

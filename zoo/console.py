@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,16 +55,16 @@ def warn(text: str) -> None:
 def describe(error: BaseException) -> str:
     """The message of a mistake in one line; that of any other error with its kind before it."""
     text = one_line(error)
-    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, ValueError | OSError | Untested) and text else f"{type(error).__name__}: {text}"
 
 
-def expected(error: BaseException, *kinds: type[BaseException]) -> bool:
-    """Whether one line says it all: of a user's mistake, of what the machine refuses, and of these `kinds`. A character
-    that could not be written is none, though Python makes it a ValueError."""
-    known = isinstance(error, (ValueError, OSError, MemoryError, OverflowError, Untested, *kinds)) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
-    )
-    return known and not isinstance(error, UnicodeEncodeError) and os.environ.get("HYDRA_FULL_ERROR", "0") == "0"
+def _expected(error: Exception) -> bool:
+    """Whether one line says it all: of a user's mistake, and of what the machine refuses. A character that could not be
+    written is none, though Python makes it a ValueError."""
+    if isinstance(error, RuntimeError) and re.search("(allocate|out of) memory", str(error)):
+        return True
+    mistakes = (ValueError, OSError, MemoryError, OverflowError, Untested)
+    return isinstance(error, mistakes) and not isinstance(error, UnicodeEncodeError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,7 +94,7 @@ def command(
             say(f"\n{str(stop) or 'stopped by SIGINT'}", sys.stderr)
             return getattr(stop, "code", 130)
         except Exception as error:
-            if not expected(error, *kinds):
+            if os.environ.get("HYDRA_FULL_ERROR", "0") != "0" or not (isinstance(error, kinds) or _expected(error)):
                 raise
             say(f"error: {reason(error)}", sys.stderr)
             try:

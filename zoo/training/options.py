@@ -6,16 +6,15 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zoo.config import from_dict, lookup, plain, require_positive, show
+from zoo.config import from_dict, one_line, plain, require_positive, show
 from zoo.files import home
 from zoo.models.base import ModelConfig, OptimConfig
 from zoo.tasks.text import sources
@@ -32,9 +31,9 @@ class RunConfig:
     the backward pass; out: run folder, null for runs/MODEL-TASK/TIME; resume: a run folder or checkpoint to continue.
     """
 
-    model: dict
-    task: dict
-    optim: dict
+    model: dict = field(default_factory=dict)
+    task: dict = field(default_factory=dict)
+    optim: dict = field(default_factory=dict)
     seed: int = 0
     validate_every: int = 100
     log_every: int = 10
@@ -53,46 +52,32 @@ class RunConfig:
         require_positive("", **{name: getattr(self, name) for name in counts})
 
 
-def _check_group(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a group of options, got {show(value)}")
-
-
 def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
-    """The options of a run, and the checkpoint it goes on with, {} for a new one. Raises ValueError for wrong ones."""
-    for name in ("model", "task", "optim"):
-        _check_group(name, config.get(name, {}))
-    for key in config.keys() - {field.name for field in fields(RunConfig)}:
-        for group, kind in (("optim", OptimConfig), ("model", ModelConfig)):
-            if key in {field.name for field in fields(kind)}:
-                raise ValueError(f"{key} is an option of {group}: did you mean {group}.{key}?")
-    if "task" in config:
-        config = {**config, "task": sources.absolute(config["task"])}
-    if config.get("resume") == "":
-        raise ValueError("resume= names no run: give a run folder, or null for a new run")
-    return _resumed(config) if config.get("resume") else (from_dict(RunConfig, config, ""), {})
-
-
-def _resumed(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
-    """The saved options, if nothing that was asked for contradicts them."""
-    file = checkpoint.find(config["resume"], "last")
+    """The options of a run, and the checkpoint it goes on with, {} for a new one. Raises ValueError for wrong ones, and
+    for those that contradict the checkpoint."""
+    for group, kind in (("optim", OptimConfig), ("model", ModelConfig)):
+        for key in {option.name for option in fields(kind)} & config.keys():
+            raise ValueError(f"{key} is an option of {group}: did you mean {group}.{key}?")
+    asked = from_dict(RunConfig, config, "")
+    asked = replace(asked, task=sources.absolute(asked.task))
+    if asked.resume is None:
+        return asked, {}
+    file = checkpoint.find(asked.resume, "last")
     folder = file.absolute().parent.parent
     if file.absolute().parent.name != "checkpoints":
         raise ValueError(f"{file} lies in no RUN_DIR/checkpoints, and resume= continues in RUN_DIR")
-    if config.get("out") and home(config["out"]).absolute() != folder:
-        raise ValueError(
-            f"resume={config['resume']} continues in its own folder, {folder}: leave out={config['out']} away"
-        )
+    if asked.out and home(asked.out).absolute() != folder:
+        raise ValueError(f"resume={asked.resume} continues in its own folder, {folder}: leave out={asked.out} away")
     saved = checkpoint.read(file, resume=True)
     options = asdict(from_dict(RunConfig, saved["zoo"]["config"], ""))
-    asked = {key: value for key, value in config.items() if key not in ("resume", "out")}
-    for group in ("model", "task", "optim"):  # null leaves an option open: it is what the run made of it
-        asked[group] = {name: value for name, value in (asked.get(group) or {}).items() if value is not None}
     for place in sources.PLACES:  # may change; what lies there may not, see zoo.training.run
-        if options["task"].get(place) and asked["task"].get(place):
-            options["task"][place] = asked["task"][place]
-    if changed := validate.differences(options, asked):
-        raise ValueError(f"resume={config['resume']} continues a run as it was begun, but {'; '.join(changed)}")
+        if options["task"].get(place) and asked.task.get(place):
+            options["task"][place] = asked.task[place]
+    given = {key: getattr(asked, key) for key in config if key not in ("resume", "out")}
+    for group in given.keys() & {"model", "task", "optim"}:  # null leaves an option open: it is what the run made of it
+        given[group] = {key: value for key, value in given[group].items() if value is not None}
+    if changed := validate.differences(options, given):
+        raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {'; '.join(changed)}")
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
 
 
@@ -111,71 +96,68 @@ STORED = {
 or objects. null stands for Lightning's own default."""
 
 
-def storable(key: Any, value: Any) -> bool:
-    """Whether a run keeps this argument of its trainer when it is resumed."""
-    return key in STORED and (value is None or bool(re.fullmatch(STORED[key], repr(value))))
+def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of its trainer that a run keeps when it is resumed."""
+    kept = {key: value for key, value in arguments.items() if key in STORED}
+    return {key: value for key, value in kept.items() if value is None or re.fullmatch(STORED[key], repr(value))}
 
 
 def of_trainer(given: Mapping[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of lightning.Trainer: those `saved` with a run, below those `given`, which may be objects. Raises
     ValueError for saved ones that are not in STORED and not given again, and for more devices than there are."""
-    _check_group("trainer", given)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"trainer must be a group of options, got {show(given)}")
     saved = {key: value for key, value in (saved or {}).items() if key not in given}
-    for key, value in saved.items():
-        if not storable(key, value):
-            raise ValueError(
-                f"the checkpoint holds trainer.{show(key)}={show(value)}, which is not taken from a file: "
-                f"give it again, as trainer.NAME=VALUE"
-            )
-    devices = saved.get("devices")
+    for key in saved.keys() - stored(saved).keys():
+        entry = f"trainer.{show(key)}={show(saved[key])}"
+        raise ValueError(f"the checkpoint holds {entry}, which is not taken from a file: give trainer.NAME=VALUE again")
+    devices, here = saved.get("devices"), max(2, os.cpu_count() or 1, torch.cuda.device_count())
     count = len(devices) if isinstance(devices, list) else devices
-    here = max(2, os.cpu_count() or 1, torch.cuda.device_count())
     if isinstance(count, int) and count > here:
         raise ValueError(f"the run had {count} devices, here are at most {here}: give trainer.devices=")
     arguments = {**saved, **given}
-    for key, value in arguments.items():
+    for key, value in given.items():
         with suppress(ValueError):  # a strategy, a profiler, plugins: Lightning's own objects
             arguments[key] = plain(value)
     return arguments
 
 
 @dataclass(frozen=True)
-class FilesConfig:
-    """metrics.jsonl and metrics.json alone."""
+class LoggerConfig:
+    """Where losses are logged besides metrics.jsonl: nowhere else (files), or in Weights & Biases (wandb); id: of the
+    run there, under which a resumed one goes on, null for a new one."""
 
-    name: str = "files"
-
-    def make(self, folder: Path) -> list[Logger]:
-        return []
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Weights & Biases besides; id: of the run there, under which a resumed one goes on, null for a new one."""
-
-    name: str = "wandb"
+    name: Literal["files", "wandb"] = "files"
     project: str = "zoo"
     offline: bool = True
     id: str | None = None
 
-    def make(self, folder: Path) -> list[Logger]:
+    def __post_init__(self) -> None:
         for key, value in (("project", self.project), ("id", self.id or "-")):
             if not re.fullmatch(r"[\w-][\w.-]{0,100}", value):  # wandb names files by them
                 raise ValueError(f"logger.{key}={show(value)} must be letters, digits, -, _ and .")
+
+    def begun(self, folder: Path, stack: ExitStack) -> list[Logger]:
+        """The loggers, started before anything could be lost, and ended by `stack`; raises ValueError for one that
+        cannot start."""
+        if self.name == "files":
+            return []
         try:
-            return [WandbLogger(project=self.project, offline=self.offline, id=self.id, save_dir=folder)]
-        except (ImportError, MisconfigurationException) as error:
-            raise ValueError(f"logger=wandb cannot start: {error}") from None
+            import wandb
+
+            logger = WandbLogger(project=self.project, offline=self.offline, id=self.id, save_dir=folder)
+            _ = logger.experiment
+        except Exception as error:  # wandb's errors have no common kind
+            advice = "logger.offline=true needs no network"
+            raise ValueError(f"logger=wandb cannot start: {one_line(error, 200)}; {advice}") from error
+        stack.callback(wandb.finish)  # else the next run of this process would go on with this one
+        return [logger]
 
 
-LOGGERS: dict[str, type[FilesConfig] | type[WandbConfig]] = {"files": FilesConfig, "wandb": WandbConfig}
-
-
-def of_logger(given: Mapping[str, Any], saved: dict[str, Any] | None = None) -> FilesConfig | WandbConfig:
+def of_logger(given: Mapping[str, Any], saved: dict[str, Any] | None = None) -> LoggerConfig:
     """The options of a logger: those `saved` with a run, below those `given`, unless these name another logger."""
-    _check_group("logger", given)
     options = plain(given, "logger")
-    if saved and options.get("name", saved.get("name")) == saved.get("name"):
+    if saved and isinstance(options, dict) and options.get("name", saved.get("name")) == saved.get("name"):
         options = {**saved, **options}
-    config = from_dict(lookup(options.get("name", "files"), LOGGERS, "logger"), options, "logger")
-    return replace(config, id=secrets.token_hex(4)) if isinstance(config, WandbConfig) and not config.id else config
+    config = from_dict(LoggerConfig, options, "logger")
+    return replace(config, id=secrets.token_hex(4)) if config.name == "wandb" and not config.id else config

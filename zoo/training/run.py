@@ -13,7 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,15 +25,15 @@ from lightning.pytorch.loggers import Logger
 
 from zoo.config import plain, show
 from zoo.console import say
-from zoo.files import home, to_json, write
+from zoo.files import to_json, write
 from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
 from zoo.training.callbacks import Keeper, optional, trained
-from zoo.training.data import Data
-from zoo.training.options import RunConfig, of_logger, of_run, of_trainer
-from zoo.training.run_folder import run_id, taken
-from zoo.training.trainer import begun, changes, make, placement, quiet, stored
+from zoo.training.data import Stream, streams
+from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
+from zoo.training.run_folder import taken
+from zoo.training.trainer import guarded, make, placement, quiet
 
 
 def train(
@@ -50,7 +50,7 @@ def train(
     to resume was begun with); optim: options of OptimConfig; trainer: options of lightning.Trainer; logger: as model;
     further options: those of RunConfig. Raises ValueError for options that are wrong.
     """
-    if not options.get("resume"):
+    if options.get("resume") is None:
         model, task = model or "transformer", task or "regression"
     for group, given in (("model", model), ("task", task)):
         if given:
@@ -67,13 +67,10 @@ def run(
     """Trains, tests and writes the run folder; returns what metrics.json holds.
 
     config: options of RunConfig; when it resumes, only those asked for explicitly, of trainer and logger too. trainer:
-    keyword arguments of lightning.Trainer. logger: options of one in LOGGERS, or Lightning's own objects. Raises
+    keyword arguments of lightning.Trainer. logger: options of LoggerConfig, or Lightning's own objects. Raises
     ValueError before anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint
     was written.
     """
-    own = logger if isinstance(logger, list) else None
-    if own and not all(isinstance(item, Logger) for item in own):
-        raise ValueError(f"logger must be a list of Lightning's loggers, got {show(own)}")
     options, saved = of_run(plain(config))
     before = saved.get("zoo", {})
     arguments = of_trainer(trainer, before.get("trainer"))
@@ -82,31 +79,31 @@ def run(
     L.seed_everything(options.seed, workers=True, verbose=False)
     model = _model(options, saved)
     with ExitStack() as stack:  # the folder and the logger, given back however the run ends
-        out, family = home(options.out) if options.out else None, f"{model.config.name}-{model.task.config.name}"
-        folder = stack.enter_context(taken(out, family, bool(saved)))
+        family = f"{model.config.name}-{model.task.config.name}"
+        folder = stack.enter_context(taken(options.out, family, bool(saved)))
         keeper = Keeper(folder, {**asdict(options), "resume": None, "out": None}, command())
-        loggers = log.make(folder) if own is None else own
-        engine = make(model, options, arguments, folder, loggers, [keeper])
-        here = placement(engine)
-        keeper.begun_with = {"trainer": stored(arguments, engine), "logger": asdict(log), "placement": here}
-        if own is None:
-            stack.enter_context(begun(loggers))
-        if engine.world_size > 1 and not run_id():
+        engine = make(model, options, arguments, folder, [keeper])
+        keeper.begun_with = {
+            "trainer": {**stored(arguments), "precision": engine.precision},
+            "logger": asdict(log),
+            "placement": placement(engine),
+        }
+        engine.loggers = [*map(guarded, logger if isinstance(logger, list) else log.begun(folder, stack))]
+        if engine.world_size > 1 and "ZOO_RUN_ID" not in os.environ:
             os.environ["ZOO_RUN_ID"] = folder.name  # by which the processes that are started now find the folder
             stack.callback(os.environ.pop, "ZOO_RUN_ID", None)
         if engine.is_global_zero:
             say(report.opening(model, engine, folder))
             if saved:
                 say(f"continues at step {saved['global_step']} of {model.optim.steps}")
-            if news := changes(before.get("placement"), here):
-                say(news)
-        data = Data(model, options)
+            for name, value in placement(engine).items():
+                if (was := (before.get("placement") or {}).get(name, value)) != value:
+                    say(f"this run goes on with {name} {value} (was {show(was)})")
+        training, validation, test = streams(model, options, engine, saved.get("global_step", 0))
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(model)
-        engine.fit(model, data, ckpt_path=options.resume, weights_only=True)
-        if not engine.global_step:
-            raise ValueError(f"trainer.max_time={show(arguments.get('max_time'))} was over before the first step")
-        return _test(model, data, engine, keeper)
+        engine.fit(model, training, validation, ckpt_path=options.resume, weights_only=True)
+        return _test(model, test, engine, keeper)
 
 
 def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
@@ -126,17 +123,17 @@ def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
     return model
 
 
-def _test(model: Model, data: Data, engine: L.Trainer, keeper: Keeper) -> dict[str, Any]:
+def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict[str, Any]:
     """Tests the best checkpoint and writes what came out."""
     folder = keeper.folder
     if engine.is_global_zero and engine.global_step < model.optim.steps:
-        say(f"stopped by trainer.max_time at step {engine.global_step}; continue with: python train.py resume={folder}")
+        say(f"stopped at step {engine.global_step}; continue with: python train.py resume={folder}")
     with trained(folder):
         tested = checkpoint.find(folder, "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         if engine.is_global_zero and tested.stem == "last":
             say(f"nothing was validated: {tested} is what is tested")
-        engine.test(model, data, verbose=False)
+        engine.test(model, test, verbose=False)
         metrics = _metrics(model, engine, keeper, tested)
         if engine.is_global_zero:
             write(folder / "metrics.json", to_json(metrics, 2) + "\n")
@@ -165,14 +162,9 @@ def _metrics(model: Model, engine: L.Trainer, keeper: Keeper, tested: Path) -> d
         **placement(engine),
         "checkpoint": str(tested),
         "command": keeper.command,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("zoo", "torch", "lightning")},
-            "commit": _commit(),
-        },
-        "config": keeper.config
-        | dict(model.hparams)
-        | {name: keeper.begun_with[name] for name in ("trainer", "logger")},
+        "versions": {name: version(name) for name in ("zoo", "torch", "lightning")}
+        | {"python": platform.python_version(), "commit": _commit()},
+        "config": {**keeper.config, **model.hparams, **keeper.begun_with},
         "main_metric": model.task.main_metric,
         "test": {name: float(value) for name, value in engine.callback_metrics.items()},
     }
@@ -184,10 +176,8 @@ def command() -> str:
 
 
 def _commit() -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+    """The commit of the repository that this file lies in, None outside of one."""
+    with suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL, timeout=10).strip()
+    return None
