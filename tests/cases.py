@@ -27,8 +27,6 @@ class Case(NamedTuple):
     family: str
     task: str
     options: dict[str, Any]
-    reads_query: bool = True
-    """False where the update depends on the separate context alone: without a context it is exactly zero."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,11 @@ CASES = [
     Case("transformer-regression-gqa", "transformer", "regression", {"kv_heads": 1}),
     Case("transformer-noise-tied", "transformer", "noise", {"tied": True}),
     Case("transformer-noise-gqa-tied", "transformer", "noise", {"kv_heads": 1, "tied": True}),
-    Case("hypernet-segment-low-rank", "hypernet", "regression", {}, False),
-    Case("hypernet-segment-attend", "hypernet", "regression", {"attend_context": True}, False),
-    Case("hypernet-segment-full", "hypernet", "regression", {"emission": "full"}, False),
-    Case("hypernet-segment-scale-gqa", "hypernet", "regression", {"emission": "scale", "kv_heads": 1}, False),
-    Case("hypernet-segment-down", "hypernet", "regression", {"matrices": ["down"], "rank": 2}, False),
+    Case("hypernet-segment-low-rank", "hypernet", "regression", {}),
+    Case("hypernet-segment-attend", "hypernet", "regression", {"attend_context": True}),
+    Case("hypernet-segment-full", "hypernet", "regression", {"emission": "full"}),
+    Case("hypernet-segment-scale-gqa", "hypernet", "regression", {"emission": "scale", "kv_heads": 1}),
+    Case("hypernet-segment-down", "hypernet", "regression", {"matrices": ["down"], "rank": 2}),
     Case("hypernet-chunk", "hypernet", "noise", {"chunk": 4}),
     Case("hypernet-chunk-scale-tied", "hypernet", "noise", {"chunk": 4, "emission": "scale", "tied": True}),
     Case("hypernet-running", "hypernet", "noise", {"context": "running"}),
@@ -93,8 +91,8 @@ CASES = [
     Case("moe-context-linear", "moe", "regression", {"route_on": "context", "score": "linear"}),
     Case("moe-context-chunk", "moe", "noise", {"route_on": "context", "chunk": 4}),
     Case("transformer-prompts", "transformer", "prompts", {}),
-    Case("hypernet-prompts", "hypernet", "prompts", {}, False),
-    Case("hypernet-prompts-attend", "hypernet", "prompts", {"attend_context": True}, False),
+    Case("hypernet-prompts", "hypernet", "prompts", {}),
+    Case("hypernet-prompts-attend", "hypernet", "prompts", {"attend_context": True}),
     Case("moe-prompts", "moe", "prompts", {}),
     Case("moe-prompts-context", "moe", "prompts", {"route_on": "context"}),
 ]

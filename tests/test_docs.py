@@ -248,8 +248,10 @@ def follow(recipe: str, folder: Path) -> None:
     for name, code in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", recipe, re.M | re.S):
         assert not (folder / name).exists()
         (folder / name).write_text(code)
-    (diff,) = blocks(recipe, "diff")
-    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=folder)
+    ((name, line),) = re.findall(r"<!-- among the imports: (\S+) -->\n```python\n(.*?)^```$", recipe, re.M | re.S)
+    before = (folder / name).read_text()
+    later = next(other for other in re.findall(r"^from .*\n", before, re.M) if other > line)
+    (folder / name).write_text(before.replace(later, line + later))
     places = r"<!-- in the (?:list|dict) (\w+): (\S+) -->\n```text\n(.*?)^```$"
     for table, name, lines in re.findall(places, recipe, re.M | re.S):
         before = (folder / name).read_text()
@@ -279,15 +281,15 @@ def test_the_recipes_followed_literally(tmp_path: Path) -> None:
 
     follow(TASK_RECIPE, tmp_path)
     (line,) = re.findall(r"^python (train\.py .*)$", TASK_RECIPE, re.M)
-    printed = do(*shlex.split(line), *small.split(), "out=runs/transformer-recall/ID")
+    printed = do(*shlex.split(line), *small.split(), "out=runs/transformer-lookup/ID")
     assert "\nshare of wrong answers " in printed
     assert "\n  looking the key up  " in printed
     (line,) = re.findall(r"^python (-m zoo\.analyze report .*)$", TASK_RECIPE, re.M)
     assert "error with a wrong context minus right" in do(*shlex.split(line))
-    assert {path.name for path in (tmp_path / "runs/transformer-recall/ID/report").glob("*.png")} == {
+    assert {path.name for path in (tmp_path / "runs/transformer-lookup/ID/report").glob("*.png")} == {
         f"{name}.png" for name in ("law-residuals", "norms-and-alignment", "static-error")
     }
-    of_them = "film or recall or option_tables or tables_cover or lists_every_option"
+    of_them = "film or lookup or option_tables or tables_cover or lists_every_option"
     assert " passed" in do("-m", "pytest", "-k", of_them, "-p", "no:cacheprovider")
 
 

@@ -16,7 +16,7 @@ LINES = Lines(
     "steps",
     "loss (nats)",
     (
-        Series("with ΔW", range(1, 5), [4.0, 2.0, 1.0, 0.0], [3, 1, 0.5, 0], [5, 3, 2, 1]),
+        Series("with ΔW", [*range(1, 5)], [4.0, 2.0, 1.0, 0.0], [3, 1, 0.5, 0], [5, 3, 2, 1]),
         Series("same, other path", (1, 2, 3, 4), (4.0, 2.0, 1.0, 0.5), points=True),
         Series("control: no ΔW", (1, 2, 3, 4), (5.0, 5.0, 5.0, 5.0), control=True),
     ),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cases import Case, batch_of, build
-from zoo.core.context import ContextMean, Source
+from zoo.core.context import ContextMean, RelativeNorm, Source
 from zoo.core.delta import Full, LowRank, Scale
-from zoo.models.hypernet import Hypernet, RelativeNorm
+from zoo.models.hypernet import Hypernet
 
 pytestmark = pytest.mark.numeric
 

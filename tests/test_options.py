@@ -209,7 +209,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("hypernet", "regression", {"model.chunk": 4}, ["model.chunk=4", "model.context", "segment"]),
     ("hypernet", "noise", {"model.chunk": 0}, ["model.chunk=0"]),
     ("hypernet", "noise", {"model.chunk": 40}, ["model.chunk=40", "task.tokens=40"]),
-    ("hypernet", "noise", {"model.attend_context": True}, ["model.attend_context=true", "model.context", "chunk"]),
+    ("hypernet", "noise", {"model.attend_context": True}, ["model.attend_context=true", "a separate context"]),
     ("hypernet", "text", {"model.context": "segment"}, ["model.context=segment", "without a separate context"]),
     ("hypernet", "regression", {"model.context": "chunk"}, ["model.context=chunk", "with a separate context"]),
     ("hypernet", "noise", {"model.matrices": []}, ["model.matrices=[]", "gate"]),

@@ -172,9 +172,9 @@ def test_codes_are_what_the_heads_read(case: Case) -> None:
     for code, patch in zip(read, model.decoder(tokens, n_context)[1], strict=True):
         delta = patch.weights["down"]
         if head == "v":
-            close(heads["down_v"](code).mT, delta.v)  # type: ignore[attr-defined]
+            close(heads["down_v"](code).unflatten(-1, (-1, 24)).mT, delta.v)  # type: ignore[attr-defined]
         elif head == "full" and model.config.context == "segment":
-            close(heads["down_full"](code * 8**-0.5), delta.matrix)  # type: ignore[attr-defined]
+            close(heads["down_full"](code * 8**-0.5).unflatten(-1, (16, 24)), delta.matrix)  # type: ignore[attr-defined]
         elif head == "rows" and model.config.context == "segment":
             close(1 + heads["down_rows"](code * 8**-0.5), delta.rows)  # type: ignore[attr-defined]
         assert code.shape[-1] == 8

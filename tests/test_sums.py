@@ -119,7 +119,7 @@ class Few(Prompts):
         return [5, 3]
 
     def rows(self, split: str, picks: list[Any]) -> Any:
-        numbers = torch.tensor([10 * pick.source + int(pick.order[pick.place]) for pick in picks])
+        numbers = torch.tensor([10 * source + int(order[place]) for source, order, place in picks])
         return zoo.tasks.Batch(numbers, numbers, 0)
 
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 from zoo.config import show
 from zoo.core.cache import LayerCache
 from zoo.core.delta import Delta
-from zoo.core.layers import split_chunks
+from zoo.core.layers import FeedForward, split_chunks
 from zoo.core.patch import Patch
 
 
@@ -194,3 +194,17 @@ class ContextToDelta(nn.Module):
         """Takes over what training_state() gave, or nothing; raises ValueError for what it cannot have given."""
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got {show(state)}")
+
+
+class RelativeNorm(MeanMetric):
+    """Mean of ‖ΔW‖/‖W‖ (Frobenius) of one matrix over contexts that are not empty; nan if all are."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.matrix = name
+
+    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
+        delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
+        size = delta.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+        weight = torch.ones_like(size) if patch.counted is None else patch.counted.to(size)
+        super().update(size, weight.view(*weight.shape, *[1] * (size.dim() - weight.dim())).expand_as(size))

@@ -65,7 +65,7 @@ class Delta(ABC):
         return u @ v.mT
 
     def norm(self, W: Tensor) -> Tensor:
-        """Frobenius norm of ΔW, (*)."""
+        """Frobenius norm of ΔW, (*), or (*,T) where it differs from token to token."""
         return torch.linalg.matrix_norm(self._small(W))
 
     def svdvals(self, W: Tensor) -> Tensor:
@@ -113,6 +113,12 @@ class LowRank(Delta):
     def per_token(self, tokens: Tensor, chunk: int | None = None) -> LowRank:
         u, v = (rows(factor, tokens, chunk) for factor in (self.u, self.v))
         return LowRank(u if self.gate is None else u * picked(self.gate, tokens, chunk).unsqueeze(-2), v)
+
+    def norm(self, W: Tensor) -> Tensor:
+        if self.gate is None:
+            return super().norm(W)
+        u, v, gate_TR = (t.to(torch.promote_types(W.dtype, torch.float32)) for t in (self.u, self.v, self.gate))
+        return (gate_TR @ ((u.mT @ u) * (v.mT @ v)) * gate_TR).sum(-1).clamp(min=0).sqrt()
 
     def __add__(self, other: LowRank) -> Delta:
         if self.gate is not None or other.gate is not None or self.u.shape[:-2] != other.u.shape[:-2]:

@@ -5,6 +5,10 @@ from zoo.models.hypernet import Hypernet
 from zoo.models.moe import MoE
 from zoo.models.transformer import Transformer
 
-MODELS: dict[str, type[Model]] = {"transformer": Transformer, "hypernet": Hypernet, "moe": MoE}
+MODELS: dict[str, type[Model]] = {
+    "transformer": Transformer,
+    "hypernet": Hypernet,
+    "moe": MoE,
+}
 
 __all__ = ["MODELS", "Model"]

@@ -46,19 +46,34 @@ class ModelConfig(Sizes):
             raise ValueError(f"model.tied=true needs token ids, but task.name={task.config.name} has continuous tokens")
         return replace(self, kv_heads=kv_heads)
 
+    @property
+    def attends(self) -> bool:
+        """Whether what follows a separate context attends to it."""
+        return True
+
 
 @dataclass(frozen=True)
 class ContextConfig(ModelConfig):
     """context: what a token's update is made from: segment (a separate context, once for all queries), chunk (all
     earlier chunks of `chunk` tokens), running (mean up to the token), token (its own state after attention); null:
-    segment where the task has a separate context, else chunk."""
+    segment where the task has a separate context, else chunk. attend_context: queries also attend to a separate
+    context; null: no, the update is its only way in."""
 
     context: Literal["segment", "chunk", "running", "token"] | None = None
     chunk: int | None = None
+    attend_context: bool | None = None
 
     def resolve(self, task: Task) -> Self:
         source = Source.resolve(task.n_context, task.tokens, self.context, self.chunk)
-        return replace(super().resolve(task), context=source.kind, chunk=source.chunk)  # type: ignore[arg-type]
+        attend = bool(self.attend_context) if task.n_context else None
+        if attend is None and self.attend_context is not None:
+            raise ValueError(f"model.attend_context={str(self.attend_context).lower()} needs a separate context")
+        config = super().resolve(task)
+        return replace(config, context=source.kind, chunk=source.chunk, attend_context=attend)  # type: ignore[arg-type]
+
+    @property
+    def attends(self) -> bool:
+        return self.attend_context is not False
 
     @property
     def source(self) -> Source:
@@ -129,7 +144,7 @@ class Model(L.LightningModule):
         groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
         self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed
-        self.decoder = Decoder(self.config, self.task, **self.decoder_options())
+        self.decoder = Decoder(self.config, self.task, attend_context=self.config.attends, **self.decoder_options())
         self.decoder.context_to_delta = self.make_context_to_delta()
         self.losses = {}
         self.means: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
@@ -141,7 +156,7 @@ class Model(L.LightningModule):
         )
 
     def decoder_options(self) -> dict[str, Any]:
-        """Requests of a family to the decoder: keyword arguments of Decoder beside the sizes and the task."""
+        """Requests of a family to its FFNs: the keyword arguments blocks and backend of Decoder."""
         return {}
 
     def make_context_to_delta(self) -> ContextToDelta | None:

@@ -10,15 +10,13 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
-from zoo.core.context import ContextMean, ContextToDelta
+from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
 from zoo.core.delta import Delta, Full, LowRank, Scale
-from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
-from zoo.core.patch import Patch
 from zoo.models.base import ContextConfig, Model
 from zoo.tasks import Task
 
@@ -28,26 +26,18 @@ MATRICES = ("gate", "up", "down")
 @dataclass(frozen=True)
 class HypernetConfig(ContextConfig):
     """emission: the form of ΔW; matrices: those it changes; rank: of low_rank; code_dim: size of the code;
-    attend_context: queries also attend to the separate context; code: constant replaces the context by a learned
-    constant, the null model with equal parameters."""
+    code: constant replaces the context by a learned constant, the null model with equal parameters."""
 
     name: str = "hypernet"
     emission: Literal["low_rank", "full", "scale"] = "low_rank"
     matrices: tuple[str, ...] = MATRICES
     rank: int | None = None
     code_dim: int = 64
-    attend_context: bool | None = None
     code: Literal["context", "constant"] = "context"
 
     def resolve(self, task: Task) -> Self:
         config = super().resolve(task)
         require_positive("model", code_dim=self.code_dim)
-        segment = config.context == "segment"
-        if not segment and self.attend_context is not None:
-            raise ValueError(
-                f"model.attend_context={str(self.attend_context).lower()} needs model.context=segment, "
-                f"not {config.context}"
-            )
         if self.emission != "low_rank" and self.rank is not None:
             raise ValueError(f"model.rank={self.rank} needs model.emission=low_rank, not {self.emission}")
         if not self.matrices or set(self.matrices) - set(MATRICES) or len(set(self.matrices)) < len(self.matrices):
@@ -57,7 +47,7 @@ class HypernetConfig(ContextConfig):
             raise ValueError(
                 f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
             )
-        return replace(config, rank=rank, attend_context=bool(self.attend_context) if segment else None)
+        return replace(config, rank=rank)
 
 
 class Generator(nn.Module):
@@ -137,20 +127,6 @@ class HypernetDelta(ContextToDelta):
         return {f"delta_norm_{name}": RelativeNorm(name) for name in self.config.matrices}
 
 
-class RelativeNorm(MeanMetric):
-    """Mean of ‖ΔW‖/‖W‖ (Frobenius) of one matrix over contexts that are not empty; nan if all are."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.matrix = name
-
-    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
-        delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
-        size = delta.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
-        weight = torch.ones_like(size) if patch.counted is None else patch.counted.to(size)
-        super().update(size, weight.view(*weight.shape, *[1] * (size.dim() - weight.dim())).expand_as(size))
-
-
 class Hypernet(Model):
     """A decoder whose FFN weights are W + ΔW(context), ΔW emitted by one small network for all layers.
 
@@ -158,9 +134,6 @@ class Hypernet(Model):
     """
 
     Config = HypernetConfig
-
-    def decoder_options(self) -> dict[str, Any]:
-        return {"attend_context": self.config.attend_context is not False}
 
     def make_context_to_delta(self) -> ContextToDelta:
         return HypernetDelta(self.config)

@@ -6,6 +6,11 @@ from zoo.tasks.regression import Regression
 from zoo.tasks.text.language import Text
 from zoo.tasks.text.prompts import Prompts
 
-TASKS: dict[str, type[Task]] = {"regression": Regression, "text": Text, "prompts": Prompts, "noise": Noise}
+TASKS: dict[str, type[Task]] = {
+    "regression": Regression,
+    "text": Text,
+    "prompts": Prompts,
+    "noise": Noise,
+}
 
 __all__ = ["TASKS", "Batch", "Task"]
