@@ -115,7 +115,8 @@ def test_no_smaller_update_does_what_they_do(case: Case) -> None:
             update = delta.dense(W) - (emitted[name].dense(W) if name in emitted else 0)
             projected = update @ torch.linalg.pinv(served) @ served
             torch.testing.assert_close(projected, update, rtol=1e-9, atol=1e-9)
-            assert update.any() == (name == "down" or form == "static")
+            if model.decoder.attend_context or form != "shear":  # else attention adds nothing, up to rounding
+                assert update.any() == (name == "down" or form == "static")
 
 
 MOE = [case for case in CASES if case.family == "moe"]
