@@ -184,10 +184,10 @@ def test_noise_is_uniform_and_independent_with_floor_ln_v() -> None:
 
 def test_a_new_task_of_blind_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one of the page: its answers are right, its sample queries keys, and it has no text."""
-    module = types.ModuleType("recall")
-    monkeypatch.setitem(sys.modules, "recall", module)
+    module = types.ModuleType("lookup")
+    monkeypatch.setitem(sys.modules, "lookup", module)
     exec(blocks((ROOT / "docs/add-a-task.md").read_text(), "python")[0], module.__dict__)
-    made = module.Recall({"keys": 5}, 0)
+    made = module.Lookup({"keys": 5}, 0)
     batch = made.batch("test", 0, 200)
     calls: list[Tensor] = []
 
@@ -205,5 +205,5 @@ def test_a_new_task_of_blind_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(queries[0, :6], batch.tokens[0, :6])
     assert torch.equal(queries[0, 6:], made.batch("train", 0, 2).tokens[:, 6:].flatten()[:7])
     for ask in (made.encode, made.encode_context, made.decode):
-        with pytest.raises(ValueError, match=r"^task\.name=recall has no text"):
+        with pytest.raises(ValueError, match=r"^task\.name=lookup has no text"):
             ask("a")
