@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from zoo.core.decoder import Decoder
 from zoo.core.delta import LowRank, Scale
 from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
 from zoo.core.patch import Patch
@@ -27,10 +29,8 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def scale_and_down(pair: LayerStates) -> Patch:
     """The norm's scale, element by element, so that z becomes z_ctx, and v_ctx − v through `down`."""
     columns = pair.z_ctx / pair.z
-    input_matrices = {
-        name: Scale(torch.ones_like(pair.ffn.weight(name)[:, 0]), columns) for name in pair.ffn.input_matrices
-    }
-    patch = replace(pair.emitted, weights=input_matrices)
+    rows = torch.ones(HIDDEN, dtype=columns.dtype)
+    patch = replace(pair.emitted, weights={name: Scale(rows, columns) for name in pair.ffn.input_matrices})
     column = pair.along("hidden units of", pair.ffn.hidden(pair.z, patch))
     return patch.with_delta("down", LowRank((pair.v_ctx - pair.v).unsqueeze(-1), column.unsqueeze(-1)))
 
@@ -58,28 +58,26 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {key: cast(item, dtype) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: cast(getattr(value, f.name), dtype) for f in fields(value)})
+        return replace(value, **cast(vars(value), dtype))
     return value
+
+
+def last_output(model: Decoder, tokens_BT: Tensor, patch: Patch) -> Tensor:
+    """The output of the only block at the last token, (1,1,D)."""
+    block = model.blocks[0]
+    v = block.attend(model.embed(tokens_BT), model.layout(tokens_BT.shape[1], 0))[:, -1:]
+    return v + block.ffn(block.norm2(v), patch)
 
 
 def errors(seed: int, context: int, dtype: torch.dtype) -> dict[str, float]:
     """Relative error of the block's output at the last token in `dtype`, as it is and under each patch of the query."""
     exact, tokens_BT = decoder(seed, layers=1), tokens(seed, context + 1)
-    low = copy.deepcopy(exact).to(dtype)
-    block, x_BTD = low.blocks[0], low.embed(tokens_BT)
-    v_ctx = block.attend(x_BTD, low.layout(context + 1, 0))[:, -1:]
-    v = block.attend(x_BTD[:, -1:], low.layout(1, 0))
-    outputs, found = {PLAIN: v_ctx + block.ffn(block.norm2(v_ctx))}, {}
-
-    def compare(pair: LayerStates) -> Patch:
-        for name, patch_of in MENU.items():
-            outputs[name] = v + block.ffn(block.norm2(v), cast(patch_of(pair), dtype))
-        for name, output_B1D in outputs.items():
-            found[name] = ((output_B1D.double() - pair.out_ctx).norm() / pair.out_ctx.norm()).item()
-        return pair.emitted
-
-    replace_context(exact, tokens_BT, context, compare)
-    return found
+    low, wanted = copy.deepcopy(exact).to(dtype), last_output(exact, tokens_BT, Patch())
+    outputs = {PLAIN: last_output(low, tokens_BT, Patch())}
+    for name, patch_of in MENU.items():
+        (patch,) = replace_context(exact, tokens_BT, context, patch_of)
+        outputs[name] = last_output(low, tokens_BT[:, -1:], cast(patch, dtype))
+    return {name: ((output.double() - wanted).norm() / wanted.norm()).item() for name, output in outputs.items()}
 
 
 @torch.no_grad()
