@@ -51,6 +51,13 @@ def test_experiments_are_functions_of_their_seed_and_leave_the_global_one_alone(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_training_makes_as_many_steps_as_it_is_told() -> None:
+    drawn, untrained, once = Toy("attention", 0), *(toy.trained("attention", 0, steps, 5) for steps in (0, 1))
+    assert torch.equal(untrained.inner.weight, drawn.inner.weight)
+    change = (once.inner.weight - drawn.inner.weight).abs().max().item()
+    assert change == pytest.approx(toy.LR, rel=1e-2)  # a first step of Adam
+
+
 def test_loss_through_delta_is_the_loss_with_the_context_and_falls() -> None:
     figure = toy_figures.loss_through_delta(steps=100, points=30, functions=128, every=25)
     loss, gap = by_label(figure), by_label(figure, 1)
