@@ -49,6 +49,7 @@ def test_saved_bytes_leave_parameters_out_and_count_storages_once_while_they_liv
     linear = nn.Linear(256, 256)
     x = torch.zeros(64, 256, requires_grad=True)
     assert saved_bytes(lambda: linear(x)) == x.nbytes
+    assert saved_bytes(lambda: linear.weight.square()) == 0
     assert saved_bytes(lambda: (x * x).exp()) == 2 * x.nbytes  # x once, the result of exp
     assert saved_bytes(lambda: [x.exp().sum().backward() for _ in range(3)]) == x.nbytes
     assert saved_bytes(lambda: [x.exp() for _ in range(3)]) == 3 * x.nbytes

@@ -54,6 +54,7 @@ def test_experiments_are_functions_of_their_seed_and_leave_the_global_one_alone(
 def test_training_makes_as_many_steps_as_it_is_told() -> None:
     drawn, untrained, once = Toy("attention", 0), *(toy.trained("attention", 0, steps, 5) for steps in (0, 1))
     assert torch.equal(untrained.inner.weight, drawn.inner.weight)
+    assert not torch.equal(Toy("attention", 1).inner.weight, drawn.inner.weight)
     change = (once.inner.weight - drawn.inner.weight).abs().max().item()
     assert change == pytest.approx(toy.LR, rel=1e-2)  # a first step of Adam
 

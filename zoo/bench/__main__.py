@@ -24,6 +24,7 @@ from zoo.lens.draw import save
 from zoo.training.memory import keep_freed_memory
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {f.__name__: f for f in (layers, growth, steps, loops)}
+"""A section yields rows; the line that --help has of it is its docstring."""
 PAGE = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 

@@ -39,9 +39,8 @@ def steps(setting: Setting) -> Iterator[Row]:
     variants = {}
     for name in MODELS:
         model = build(name, {}, {"name": "noise", "vocabulary": V, "tokens": 128}).to(setting.device)
-        variants[name] = partial(
-            bare_step(model), move_data_to_device(model.task.batch("train", 0, 32), setting.device)
-        )
+        batch = move_data_to_device(model.task.batch("train", 0, 32), setting.device)
+        variants[name] = partial(bare_step(model), batch)
     yield from measure(Case("families, default sizes, 128 tokens", OURS, variants), setting)
 
 
