@@ -17,7 +17,7 @@ from zoo import analyze
 from zoo.lens import draw, figures, report
 from zoo.lens.figure import Bars, Heat, Lines, Strip
 from zoo.models import MODELS
-from zoo.papers import capacity
+from zoo.papers import patches
 
 FAMILIES = ("transformer", "hypernet", "moe")
 
@@ -239,8 +239,8 @@ def test_figures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_figure_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = functools.partial(capacity.capacity_cliffs, seeds=[0], layers=2, lengths=(4, 40))
-    monkeypatch.setattr(capacity, "capacity_cliffs", quick)
+    quick = functools.partial(patches.capacity_cliffs, seeds=[0], layers=2, lengths=(4, 40))
+    monkeypatch.setattr(patches, "capacity_cliffs", quick)
     assert analyze.main(["figures", "capacity-cliffs", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "capacity-cliffs.png")
 

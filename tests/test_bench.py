@@ -1,4 +1,4 @@
-"""The benchmark's instrument: ratios by rounds, bytes that live at once, bytes kept for the backward pass."""
+"""The benchmark's instrument: ratios by rounds, bytes kept for the backward pass, kernels alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.bench import __main__ as bench
 from zoo.bench import growth, timing
-from zoo.bench.layers import mixture, products
-from zoo.bench.timing import Case, Row, backward, kernels, measure, peak_bytes, saved_bytes
+from zoo.bench.layers import DIM, HIDDEN, TOKENS, mixture
+from zoo.bench.timing import Case, Row, Setting, backward, kernels, measure, saved_bytes
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,8 @@ def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round(monkeypat
 
     monkeypatch.setattr(timing, "stopwatch", clock)
     work: dict[str, Callable[[], object]] = {name: lambda name=name: name for name in speed}
-    row, reverse = measure(Case("c", "plain", work, {("twice", "plain"): 1.5, ("plain", "twice"): 0.6}), 5, CPU)
+    case = Case("c", "plain", work, {("twice", "plain"): 1.5, ("plain", "twice"): 0.6})
+    row, reverse = measure(case, Setting(CPU, rounds=5))
     assert (row.ratio, row.low, row.high, row.bar) == (2.0, 2.0, 2.0, 1.5)
     assert (reverse.variant, reverse.baseline, reverse.ratio, reverse.bar) == ("plain", "twice", 0.5, 0.6)
     assert calls[:4] == ["plain", "twice", "twice", "plain"]  # none is always first
@@ -39,27 +41,18 @@ def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round(monkeypat
 
 def test_a_variant_may_take_its_own_time() -> None:
     work = {"slow": lambda: 3.0, "fast": lambda: 1.0}
-    (row,) = measure(Case("c", "fast", work, compiled=("slow",)), 3, CPU)
-    assert (row.ratio, row.seconds, row.megabytes) == (3.0, 3.0, None)
+    (row,) = measure(Case("c", "fast", work), Setting(CPU, rounds=3))
+    assert (row.ratio, row.seconds, row.megabytes) == (3.0, 3.0, 0.0)
 
 
-def test_peak_counts_what_lives_at_once() -> None:
-    def work() -> torch.Tensor:
-        a = torch.zeros(1 << 18)  # a megabyte
-        b = a + 1
-        del a
-        c = b * 2
-        del b
-        return c.view(2, -1).sum()  # a view needs no memory
-
-    assert peak_bytes(work, CPU) == pytest.approx(2 << 20, abs=64)
-
-
-def test_saved_bytes_leave_parameters_out_and_count_storages_once() -> None:
+def test_saved_bytes_leave_parameters_out_and_count_storages_once_while_they_live() -> None:
     linear = nn.Linear(256, 256)
     x = torch.zeros(64, 256, requires_grad=True)
     assert saved_bytes(lambda: linear(x)) == x.nbytes
+    assert saved_bytes(lambda: linear.weight.square()) == 0
     assert saved_bytes(lambda: (x * x).exp()) == 2 * x.nbytes  # x once, the result of exp
+    assert saved_bytes(lambda: [x.exp().sum().backward() for _ in range(3)]) == x.nbytes
+    assert saved_bytes(lambda: [x.exp() for _ in range(3)]) == 3 * x.nbytes
 
 
 def test_backward_gives_all_gradients() -> None:
@@ -68,34 +61,26 @@ def test_backward_gives_all_gradients() -> None:
     assert all(g.any() for g in gradients[:2])
 
 
-def test_the_matrix_products_have_the_flops_of_a_gated_network() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
+def flops(f: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
-        products(torch.randn(8, 256), 16)()
-    assert counter.get_total_flops() == 9 * 2 * 8 * 16 * 256
+        f()
+    return counter.get_total_flops()
 
 
 def test_kernels_are_the_products_and_attentions_of_a_step() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     module, x = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), torch.randn(2, 4, 8)
 
     def work() -> None:
         module(x).sum().backward()
-
-    def flops(f: Callable[[], None]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            f()
-        return counter.get_total_flops()
 
     assert flops(kernels(work)) == flops(work) > 0
     assert not any(isinstance(p.grad, Tensor) and p.grad.isnan().any() for p in module.parameters())
     assert flops(kernels(lambda: x.exp())) == 0
 
 
-def test_a_block_of_experts_gets_our_weights() -> None:
+def test_the_variants_of_a_mixture_compute_the_same() -> None:
     case = mixture(1024, 2, CPU)
+    assert flops(case.variants["matrix products"]) == 9 * 2 * TOKENS * 2 * HIDDEN * DIM
     ours, theirs = (case.variants[name]() for name in ("moe", "transformers Mixtral, grouped_mm"))
     assert ours[0].norm() > 0
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-5)  # gradients of z, which differ between the two
@@ -106,19 +91,17 @@ def growing(case: str, first: int, sizes: list[int], ratio: Callable[[float], fl
     return [Row(case, name, str(first), r, r, r, None, 1.0, 1.0) for name, r in values]
 
 
-def test_growth_is_per_token_and_its_fit_finds_the_line(tmp_path: Path) -> None:
+def test_growth_is_per_token_and_its_fit_finds_the_line() -> None:
     rows = growing(growth.EXPERTS, 8, [16, 32], lambda e: e / 8)  # total time in proportion to the tokens
     rows += growing(growth.RANK, 1, [4, 8], lambda r: (2 + r) / 3)
     for name in growth.LENGTHS.values():
         rows += growing(name, 128, [256, 512], lambda t: t**2 / 128**2)
-    found = growth.curves(rows)
-    assert found[growth.EXPERTS][1].tolist() == [1, 1, 1]
-    x, y, _ = found[growth.RANK]
-    assert growth.fit(x, y) == pytest.approx((2 / 3, 1 / 3, 1.0))
-    x, y, _ = found[growth.LENGTHS["attention"]]
-    assert growth.fit(x, y)[2] < 0.99  # a parabola is no line
-    assert growth.draw(rows, tmp_path).stat().st_size > 10_000
-    assert len(growth.lines(rows)) == 5
+    figure = growth.figure(rows)
+    experts, rank, lengths = (panel.series for panel in figure.panels)  # type: ignore[union-attr]
+    assert experts[0].y == [1, 1, 1]
+    assert rank[1].label == "fit 0.67 +0.33·x"
+    assert rank[1].y == pytest.approx(rank[0].y)
+    assert lengths[1].y != pytest.approx(lengths[0].y, rel=0.1)  # a parabola is no line
 
 
 @pytest.mark.parametrize(
@@ -126,7 +109,8 @@ def test_growth_is_per_token_and_its_fit_finds_the_line(tmp_path: Path) -> None:
     [
         (["layer"], "section 'layer' does not exist; did you mean layers?"),
         (["layers", "--figure", "x"], "--figure draws the section growth: name it too"),
-        (["--page", "absent.md"], "--page absent.md must be a file with the lines <!-- bench -->"),
+        (["--page", "absent.md"], "No such file or directory: 'absent.md'"),
+        (["--page", __file__], "must have the lines <!-- bench --> and <!-- /bench -->"),
         (["--rounds", "0"], "rounds=0 must be above 0"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
@@ -139,21 +123,16 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n" + "\nold\n".join(bench.MARKS) + "\nafter\n")
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
     bench.main(["--quick", "--rounds", "1", "--figure", str(tmp_path / "figures"), "--page", str(page)])
     printed, text = capsys.readouterr().out, page.read_text()
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     cases = {row[0] for row in table[1:]}
-    assert len(cases) == 15
-    assert cases > {
-        "kept for the backward pass",
-        growth.EXPERTS,
-        "default run, 10 steps",
-        "model.deltas of one query, moe",
-    }
+    assert len(cases) == 14
+    assert cases > {growth.EXPERTS, "default run, 10 steps", "model.deltas of one query, moe"}
     assert all(float(row[2]) > 0 and float(row[-1]) >= 0 for row in table[1:])
     assert f"torch {torch.__version__}" in printed
-    assert printed.split("\n\n")[1] in text
+    assert printed.rsplit("\n", 2)[0] in text  # what follows is the path of the figure
     assert text.startswith("before\n")
     assert "`python -m zoo.bench --quick --rounds 1 " in text
     assert text.endswith("\nafter\n")

@@ -5,11 +5,11 @@ import torch
 
 from zoo.lens.figure import Figure, Series
 from zoo.papers import toy, toy_figures
-from zoo.papers.toy import LAYERS, Toy, build, parts, task
+from zoo.papers.toy import LAYERS, Toy, data
 
 
-def data(points: int = 12, queries: int = 3, functions: int = 4) -> tuple[torch.Tensor, ...]:
-    return tuple(t.double() for t in parts(task(1, points, queries).batch("test", 0, functions)))
+def doubles(points: int = 12, queries: int = 3, functions: int = 4) -> tuple[torch.Tensor, ...]:
+    return tuple(t.double() for t in data(1, "test", 0, functions, points, queries))
 
 
 def by_label(figure: Figure, panel: int = 0) -> dict[str, Series]:
@@ -24,8 +24,8 @@ def trained() -> Toy:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_query_alone_with_dense_patched_weights_predicts_as_with_the_context(layer: str) -> None:
-    model = build(layer, 0).double()
-    context, query, _ = data()
+    model = Toy(layer, 0).double()
+    context, query, _ = doubles()
     with torch.no_grad():
         wanted = model(context, query)
         assert (model.through_delta(context, query) - wanted).abs().max() < 1e-12
@@ -35,8 +35,8 @@ def test_the_query_alone_with_dense_patched_weights_predicts_as_with_the_context
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_query_reads_the_whole_context_and_itself(layer: str) -> None:
-    model = build(layer, 0).double()
-    context, query, _ = (t.requires_grad_() for t in data())
+    model = Toy(layer, 0).double()
+    context, query, _ = (t.requires_grad_() for t in doubles())
     of_context, of_query = torch.autograd.grad(model(context, query)[:, 1].sum(), (context, query))
     assert of_context.any(-1).all()
     assert of_query.any(-1).all(0).tolist() == [False, True, False]
@@ -49,6 +49,14 @@ def test_experiments_are_functions_of_their_seed_and_leave_the_global_one_alone(
     assert first == again
     assert first["panels"][0]["series"][1]["y"] != other["panels"][0]["series"][1]["y"]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_training_makes_as_many_steps_as_it_is_told() -> None:
+    drawn, untrained, once = Toy("attention", 0), *(toy.trained("attention", 0, steps, 5) for steps in (0, 1))
+    assert torch.equal(untrained.inner.weight, drawn.inner.weight)
+    assert not torch.equal(Toy("attention", 1).inner.weight, drawn.inner.weight)
+    change = (once.inner.weight - drawn.inner.weight).abs().max().item()
+    assert change == pytest.approx(toy.LR, rel=1e-2)  # a first step of Adam
 
 
 def test_loss_through_delta_is_the_loss_with_the_context_and_falls() -> None:
@@ -67,8 +75,8 @@ def test_loss_through_delta_is_the_loss_with_the_context_and_falls() -> None:
 
 
 def test_increments_are_the_norms_of_differences_of_dense_updates() -> None:
-    model = build("attention", 0).double()
-    context, query, _ = data(points=6)
+    model = Toy("attention", 0).double()
+    context, query, _ = doubles(points=6)
     with torch.no_grad():
         sizes_BC = toy_figures.increments(model, context, query)
         W = model.inner.weight
@@ -103,7 +111,7 @@ def test_increments_decay_by_averaging_not_by_learning() -> None:
 
 
 def test_fine_tuning_takes_plain_gradient_steps_on_the_named_parameters(trained: Toy) -> None:
-    context, _, _ = parts(task(1, 2).batch("test", 0, 1))
+    context, _, _ = data(1, "test", 0, 1, 2)
     start, stages = trained.inner.weight.clone(), toy_figures.fine_tuned(trained, ["inner.weight"], context[0], 0.1)
     weights = [stage.inner.weight.detach().clone() for stage in stages]
     assert torch.equal(weights[0], start)

@@ -110,7 +110,7 @@ def figures(options: argparse.Namespace) -> None:
 
 def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
     """Figures that train or draw their own small models, and those of checkpoints."""
-    from zoo.papers import capacity, precision, toy_figures
+    from zoo.papers import patches, toy_figures
 
     def increments(models: Any) -> Any:
         return toy_figures.increments_of_delta(more_increments=increments_by_family(models))
@@ -119,8 +119,8 @@ def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[...
         "loss-through-delta": toy_figures.loss_through_delta,
         "increments-of-delta": toy_figures.increments_of_delta,
         "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
-        "capacity-cliffs": capacity.capacity_cliffs,
-        "precision-of-patches": precision.precision_of_patches,
+        "capacity-cliffs": patches.capacity_cliffs,
+        "precision-of-patches": patches.precision_of_patches,
     }
     return theory, {"increments-of-delta": increments, **pages.TRAINED}
 

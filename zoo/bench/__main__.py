@@ -7,26 +7,25 @@ import platform
 import re
 import shlex
 import sys
-from importlib.metadata import distributions, version
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from zoo.bench.growth import figure, growth
+from zoo.bench.layers import layers
+from zoo.bench.steps import loops, steps
+from zoo.bench.timing import Row, Setting
 from zoo.config import lookup, require_positive
 from zoo.console import Parser, command
+from zoo.files import write
+from zoo.lens.draw import save
+from zoo.training.memory import keep_freed_memory
 
-if TYPE_CHECKING:
-    import torch
-
-    from zoo.bench.timing import Row
-
-SECTIONS = {
-    "layers": "one FFN with its family against a dense FFN of equal active FLOPs, plain matrix products, and a peer",
-    "memory": "what an FFN keeps for its backward pass",
-    "growth": "cost against the number of experts, the rank and the length, with fits",
-    "steps": "whole training steps: a peer, the limit of the matrix products, the families",
-    "loops": "the trainer against a bare loop, the extraction of a weight update",
-}
-MARKS = ("<!-- bench -->", "<!-- /bench -->")
+SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {f.__name__: f for f in (layers, growth, steps, loops)}
+"""A section yields rows; the line that --help has of it is its docstring."""
+PAGE = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,17 +33,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m zoo.bench",
         description="Ratios of times: variants run in turn, the median over rounds with its quartiles.",
-        epilog="Sections:\n" + "\n".join(f"  {name:<8}{text}" for name, text in SECTIONS.items()),
+        epilog="Sections:\n" + "\n".join(f"  {name:<8}{section.__doc__}" for name, section in SECTIONS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    page = "also put the table between the lines <!-- bench --> and <!-- /bench --> of FILE"
     parser.add_argument("sections", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under a minute")
     parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1, CPU time is taken (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument("--device", choices=devices, default="cpu", help="default: cpu")
     parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute more)")
     parser.add_argument("--figure", type=Path, metavar="FOLDER", help="also draw growth.png in FOLDER")
-    page = f"also put the table between the lines {' and '.join(MARKS)} of FILE"
     parser.add_argument("--page", type=Path, metavar="FILE", help=page)
     options = parser.parse_args(argv)
     for name in options.sections:
@@ -54,71 +54,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     require_positive("", rounds=options.rounds, threads=options.threads)
     if options.figure and "growth" not in options.sections:
         raise ValueError("--figure draws the section growth: name it too")
-    if options.page:
-        text = options.page.read_text(encoding="utf-8") if options.page.is_file() else ""
-        if not all(mark in text for mark in MARKS):
-            raise ValueError(f"--page {options.page} must be a file with the lines {' and '.join(MARKS)}")
+    if options.page and not PAGE.search(options.page.read_text(encoding="utf-8")):
+        raise ValueError(f"--page {options.page} must have the lines <!-- bench --> and <!-- /bench -->")
     return options
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    import torch
-    from tqdm import tqdm
-
-    from zoo.bench import growth, layers, steps
-    from zoo.bench.timing import measure
-    from zoo.files import write
-    from zoo.training.memory import keep_freed_memory
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda is not there: torch sees no CUDA device")
     torch.set_num_threads(options.threads)
-    device, quick = torch.device(options.device), options.quick
-    kept = keep_freed_memory()  # as train.py does
-    about = {**machine(device), "freed memory": "kept" if kept else "given back", "rounds": options.rounds}
-    rows = list(layers.memory(device)) if "memory" in options.sections else []
-    timed = {
-        "layers": lambda: layers.cases(device, quick),
-        "growth": lambda: growth.growth(device, quick),
-        "steps": lambda: steps.steps(device, options.compile),
-        "loops": lambda: steps.loops(device, quick),
-    }
-    cases = [case for name in timed if name in options.sections for case in timed[name]()]
-    with tqdm(total=len(cases) * options.rounds, unit="round", disable=None) as bar:
-        for case in cases:
-            bar.set_description(case.name[:40])
-            rows += measure(case, options.rounds, device, bar.update)
-    head = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = "\n\n".join(filter(None, [head, table(rows), "\n".join(growth.lines(rows))]))
+    freed = "kept" if keep_freed_memory() else "given back"  # as train.py does
+    setting = Setting(torch.device(options.device), options.rounds, options.quick, options.compile)
+    about = {**machine(setting.device), "freed memory": freed, "rounds": options.rounds}
+    rows = [row for name in options.sections for row in SECTIONS[name](setting)]
+    text = ", ".join(f"{key} {value}" for key, value in about.items()) + "\n\n" + table(rows)
     print(text)
     if options.figure:
-        print(growth.draw(rows, options.figure))
+        print(save(figure(rows), options.figure))
     if options.page:
         typed = shlex.join(["python", "-m", "zoo.bench", *(sys.argv[1:] if argv is None else argv)])
-        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        write(options.page, f"{before}{MARKS[0]}\n`{typed}`\n\n{text}\n{MARKS[1]}{after}")
+        page = options.page.read_text(encoding="utf-8")
+        write(options.page, PAGE.sub(lambda marks: f"{marks[1]}`{typed}`\n\n{text}\n{marks[2]}", page))
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """The machine and the libraries that the numbers depend on; the rates are measured."""
-    import torch
-
-    from zoo.bench.timing import rates
-
-    products, copies = rates(device)
+    """The machine and the libraries that the numbers depend on."""
     cpus = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", cpus.read_text() if cpus.is_file() else "")
-    names = [name for name in ("torch", "lightning", "transformers") if any(distributions(name=name))]
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu[1] if cpu else platform.machine(),
-        "float32 products": f"{products:.0f} GFLOP/s",
-        "copies": f"{copies:.1f} GB/s",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{one.name: one.version for one in distributions() if one.name in ("torch", "lightning", "transformers")},
     }
 
 
@@ -127,11 +94,9 @@ def table(rows: list[Row]) -> str:
     lines = ["| case | variant / baseline | ratio | quartiles | wanted | ms | MB |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         wanted = f"≤ {row.bar:.2f}{'' if row.ratio <= row.bar else ' ✗'}" if row.bar else ""
-        spread = f"{row.low:.2f}–{row.high:.2f}"
-        ms = "" if row.seconds is None else f"{1e3 * row.seconds:.1f}"
-        mb = "" if row.megabytes is None else f"{row.megabytes:.0f}"
-        names = f"{row.case} | {row.variant} / {row.baseline}"
-        lines.append(f"| {names} | {row.ratio:.2f} | {spread} | {wanted} | {ms} | {mb} |")
+        names, spread = f"{row.case} | {row.variant} / {row.baseline}", f"{row.low:.2f}–{row.high:.2f}"
+        measured = f"{1e3 * row.seconds:.1f} | {row.megabytes:.0f}"
+        lines.append(f"| {names} | {row.ratio:.2f} | {spread} | {wanted} | {measured} |")
     return "\n".join(lines)
 
 

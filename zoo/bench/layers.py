@@ -5,17 +5,16 @@ Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo.bench import peers
-from zoo.bench.timing import Case, Row, backward, kernels, saved_bytes
-from zoo.core.layers import Attention, FeedForward, Layout
+from zoo.bench.timing import Case, Row, Setting, backward, kernels, measure
+from zoo.core.layers import FeedForward
 from zoo.models.hypernet import HypernetConfig, HypernetDelta
 from zoo.models.moe import ExpertRouting, MoEConfig
 
@@ -24,24 +23,20 @@ DIM, HIDDEN, TOKENS = 256, 512, 2048
 ONCE, CHUNKS = "one code per sequence of 128", "lagged chunks of 64"
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """The mixture by tokens per expert, and the hypernetwork by how often it emits."""
-    for n in (256, 32) if quick else (512, 256, 128, 64, 32):
-        yield mixture(n, 1, device)
-    if not quick:
-        yield mixture(256, 2, device)
-    yield hypernetwork(device)
+def layers(setting: Setting) -> Iterator[Row]:
+    """One FFN with its family against a dense FFN of equal active FLOPs, matrix products alone, and a peer."""
+    sizes = [(256, 1), (32, 1)] if setting.quick else [(512, 1), (256, 1), (128, 1), (64, 1), (32, 1), (256, 2)]
+    for n, top_k in sizes:
+        yield from measure(mixture(n, top_k, setting.device), setting)
+    yield from measure(hypernetwork(setting.device), setting)
 
 
 def mixture(n: int, top_k: int, device: torch.device) -> Case:
+    """The mixture at n tokens per expert."""
     z, experts = torch.randn(1, TOKENS, DIM, device=device), TOKENS * top_k // n
     module = routing(experts, top_k)
-    variants: dict[str, Callable[[], Any]] = {
-        "dense": backward(feed_forward(top_k * HIDDEN), z),
-        "matrix products": products(z, top_k * HIDDEN),
-        "moe": backward(module, z),
-    }
-    variants["moe, kernels alone"] = kernels(variants["moe"])
+    variants = {"dense": backward(feed_forward(top_k * HIDDEN), z), "moe": backward(module, z)}
+    variants |= {"matrix products": kernels(variants["dense"]), "moe, kernels alone": kernels(variants["moe"])}
     wanted = {512: 1.15, 256: 1.15, 128: 1.30, 32: 1.75}
     bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
     if peers.installed():
@@ -52,41 +47,14 @@ def mixture(n: int, top_k: int, device: torch.device) -> Case:
 
 
 def hypernetwork(device: torch.device) -> Case:
+    """The hypernetwork by how often it emits."""
     z = torch.randn(8, 128, DIM, device=device)
-    variants = {
-        "dense": backward(feed_forward(HIDDEN), z),
-        "matrix products": products(z, HIDDEN),
-        ONCE: backward(emitting(8, None), z),
-        CHUNKS: backward(emitting(8, 64), z),
-    }
+    modules = {"dense": feed_forward(HIDDEN), ONCE: emitting(8, None), CHUNKS: emitting(8, 64)}
+    variants = {name: backward(module, z) for name, module in modules.items()}
+    variants["matrix products"] = kernels(variants["dense"])
     variants |= {f"{name}, kernels alone": kernels(variants[name]) for name in (ONCE, CHUNKS)}
     bars = {(ONCE, "dense"): 1.35, (CHUNKS, "dense"): 1.5}
     return Case("hypernet, rank 8, three matrices", "dense", variants, bars)
-
-
-def memory(device: torch.device) -> Iterator[Row]:
-    """The memory that one FFN keeps for its backward pass."""
-    z = torch.randn(8, 128, DIM, device=device, requires_grad=True)
-    modules = {ONCE: emitting(8, None), CHUNKS: emitting(8, 64), "moe, K=1": routing(8, 1)}
-    dense = saved_bytes(partial(feed_forward(HIDDEN).to(device), z))
-    for name, module in modules.items():
-        kept = saved_bytes(partial(module.to(device), z))
-        ratio, bar = kept / dense, 1.5 if name == ONCE else None
-        yield Row("kept for the backward pass", name, "dense", ratio, ratio, ratio, bar, None, kept / 2**20)
-
-
-def products(z: Tensor, hidden: int) -> Callable[[], Any]:
-    """The nine matrix products that a gated FFN and its backward pass cannot do without."""
-    x = z.flatten(0, -2)
-    h, W = torch.randn(len(x), hidden, device=z.device), torch.randn(hidden, x.shape[1], device=z.device)
-
-    def work() -> None:
-        for _ in range(3):
-            torch.mm(x, W.mT)
-            torch.mm(h, W)
-            torch.mm(h.mT, x)
-
-    return work
 
 
 @torch.no_grad()
@@ -124,8 +92,3 @@ def emitting(rank: int, chunk: int | None) -> PatchedFeedForward:
     for weight in family.generator.heads.parameters():  # as after some training: at the start ΔW is zero
         nn.init.normal_(weight, std=config.code_dim**-0.5)
     return PatchedFeedForward(family, feed_forward(HIDDEN))
-
-
-def attention(z: Tensor) -> Callable[[], Any]:
-    layout = Layout(torch.arange(z.shape[1], device=z.device), None)
-    return backward(Attention(z.shape[2], 8, 8), z, layout)

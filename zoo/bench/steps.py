@@ -5,24 +5,25 @@ Axes: B sequences, T tokens, D model, L layers.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from zoo.bench import peers
-from zoo.bench.timing import Case, clock, kernels
+from zoo.bench.timing import Case, Row, Setting, clock, kernels, measure
 from zoo.models import MODELS, Model
-from zoo.tasks import Batch
 from zoo.training.data import Stream
+from zoo.training.run import train
 
 SIZE = {"dim": 256, "layers": 4, "heads": 8, "hidden": 704}
 B, T, V = 8, 256, 257
@@ -32,37 +33,39 @@ FRACTIONS = {OURS: 0.70, COMPILED: 0.80}
 """Wanted share of the rate of plain matrix products."""
 
 
-def steps(device: torch.device, compiled: bool) -> Iterator[Case]:
-    """The transformer against a peer and against its own matrix products; the families against the transformer."""
+def steps(setting: Setting) -> Iterator[Row]:
+    """Whole training steps: the transformer against a peer and its matrix products, the families against it."""
+    yield from measure(step_of_transformer(setting.device, setting.compiled), setting)
+    variants = {}
+    for name in MODELS:
+        model = build(name, {}, {"name": "noise", "vocabulary": V, "tokens": 128}).to(setting.device)
+        batch = move_data_to_device(model.task.batch("train", 0, 32), setting.device)
+        variants[name] = partial(bare_step(model), batch)
+    yield from measure(Case("families, default sizes, 128 tokens", OURS, variants), setting)
+
+
+def loops(setting: Setting) -> Iterator[Row]:
+    """The trainer with all its logging against a bare loop, the extraction of an update against a forward pass."""
+    yield from measure(trainer(setting.device, 10 if setting.quick else 60), setting)
+    for name in MODELS:
+        yield from measure(extraction(name, setting.device), setting)
+
+
+def step_of_transformer(device: torch.device, compiled: bool) -> Case:
     ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     ours = build("transformer", SIZE, {"name": "noise", "vocabulary": V, "tokens": T}).to(device)
-    variants: dict[str, Callable[[], Any]] = {OURS: step(ours.decoder, lambda x: ours(x), ids)}
+    variants = {OURS: step(ours, ids)}
     if compiled:
         fast = copy.deepcopy(ours)
         torch.compiler.reset()
         fast.decoder.compile(fullgraph=True)
-        variants[COMPILED] = step(fast.decoder, lambda x: fast(x), ids)
+        variants[COMPILED] = step(fast, ids)
     bars = {(name, LIMIT): 1 / FRACTIONS[name] for name in variants}
     if peers.installed():
-        llama = peers.llama(ours).to(device)
-        variants["transformers Llama"] = step(llama, lambda x: llama(x).logits, ids)
+        variants["transformers Llama"] = step(peers.llama(ours).to(device), ids)
         bars[OURS, "transformers Llama"] = 1.0
-    variants[f"{OURS}, kernels alone"] = kernels(variants[OURS])
-    variants[LIMIT] = limit(ours)
-    yield Case(f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", LIMIT, variants, bars, (COMPILED,))
-
-    def default_step(family: str) -> Callable[[], Any]:
-        model = build(family, {}, {"name": "noise", "vocabulary": V, "tokens": 128}).to(device)
-        return partial(bare_step(model), moved(model.task.batch("train", 0, 32), device))
-
-    yield Case("families, default sizes, 128 tokens", OURS, {name: default_step(name) for name in MODELS})
-
-
-def loops(device: torch.device, quick: bool) -> Iterator[Case]:
-    """The surroundings of the steps: Lightning's loop with our logging, the extraction of a patch."""
-    yield trainer(device, 10 if quick else 60)
-    for name in MODELS:
-        yield extraction(name, device)
+    variants |= {f"{OURS}, kernels alone": kernels(variants[OURS]), LIMIT: limit(ours)}
+    return Case(f"d={SIZE['dim']}, {SIZE['layers']} layers, B={B}, T={T}", LIMIT, variants, bars)
 
 
 def build(family: str, size: dict[str, Any], task: dict[str, Any]) -> Model:
@@ -72,12 +75,14 @@ def build(family: str, size: dict[str, Any], task: dict[str, Any]) -> Model:
     return model
 
 
-def step(module: nn.Module, logits_of: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[], Any]:
-    """Forward, cross-entropy, backward, AdamW."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+def step(model: nn.Module, ids: Tensor) -> Callable[[], Any]:
+    """Forward, cross-entropy, backward, AdamW, of a model of ours or of `transformers`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def work() -> None:
-        loss = F.cross_entropy(logits_of(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        out = model(ids[:, :-1])
+        logits = out if torch.is_tensor(out) else out.logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -119,22 +124,15 @@ def bare_step(model: Model) -> Callable[[Any], Any]:
     return work
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
-    return batch._replace(tokens=batch.tokens.to(device), targets=batch.targets.to(device))
-
-
 def trainer(device: torch.device, count: int) -> Case:
     """The steps of the default run: by the trainer with all its logging, and by a bare loop."""
-    from zoo.training.run import train
-
     now = clock(device)
 
     def by_trainer() -> float:
-        silence = io.StringIO()
         with (
             tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stdout(silence),
-            contextlib.redirect_stderr(silence),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
             mock.patch("zoo.training.callbacks.monotonic", now),
         ):
             few: Any = {"validate_every": count, "validation_batches": 1, "test_batches": 1, "out": f"{folder}/run"}
@@ -147,16 +145,16 @@ def trainer(device: torch.device, count: int) -> Case:
         work = bare_step(model)
         start = now()
         for batch in Stream(model.task, "train", model.optim.batch_size, count):
-            work(moved(batch, device))
+            work(move_data_to_device(batch, device))
         return now() - start
 
-    bars = {("trainer", "bare loop"): 1.05}
-    return Case(f"default run, {count} steps", "bare loop", {"bare loop": bare, "trainer": by_trainer}, bars)
+    variants = {"bare loop": bare, "trainer": by_trainer}
+    return Case(f"default run, {count} steps", "bare loop", variants, {("trainer", "bare loop"): 1.05})
 
 
 def extraction(family: str, device: torch.device) -> Case:
     model = build(family, {}, {"name": "regression", "queries": 1}).to(device).eval().requires_grad_(False)
-    batch = moved(model.task.batch("test", 0, 32), device)
+    batch = move_data_to_device(model.task.batch("test", 0, 32), device)
     variants: dict[str, Callable[[], Any]] = {
         "contextual forward": lambda: model(batch.tokens, batch.n_context),
         "deltas": lambda: model.deltas(batch.tokens, batch.n_context),

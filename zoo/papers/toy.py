@@ -9,7 +9,6 @@ Axes: B functions, C context pairs, Q queries, T = C + Q, P numbers of a token, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -18,19 +17,18 @@ from tqdm import trange
 
 from zoo.core.delta import InputShift
 from zoo.core.layers import Attention, Layout
-from zoo.tasks.base import Batch
 from zoo.tasks.regression import Regression
 
-DIM, HEADS, HIDDEN = 32, 8, 128
+WIDTH, DIM, HEADS, HIDDEN = 3, 32, 8, 128
 LR, BATCH_SIZE = 2e-3, 128
 
 
 class SoftmaxAttention(nn.Module):
     """Every query attends to the context and to itself, without positions."""
 
-    def __init__(self, width: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.attention = nn.Linear(width, DIM), Attention(DIM, HEADS, HEADS, theta=1.0)
+        self.embedding, self.attention = nn.Linear(WIDTH, DIM), Attention(DIM, HEADS, HEADS, theta=1.0)
 
     def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
         C, T = context_BCP.shape[1], context_BCP.shape[1] + query_BQP.shape[1]
@@ -42,9 +40,9 @@ class SoftmaxAttention(nn.Module):
 class MeanPooling(nn.Module):
     """The mean of the embedded context and query: averaging without anything to learn about which token matters."""
 
-    def __init__(self, width: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Linear(width, DIM)
+        self.embedding = nn.Linear(WIDTH, DIM)
 
     def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
         total_BD = self.embedding(context_BCP).sum(1)
@@ -54,15 +52,13 @@ class MeanPooling(nn.Module):
 class Recurrent(nn.Module):
     """A gated recurrent unit that reads the context, then the query (Cho et al. 2014, arXiv 1406.1078)."""
 
-    def __init__(self, width: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.gru = nn.GRU(width, DIM, batch_first=True)
+        self.gru = nn.GRU(WIDTH, DIM, batch_first=True)
 
     def forward(self, context_BCP: Tensor, query_BQP: Tensor) -> Tensor:
         B, Q, P = query_BQP.shape
-        state_1BD = query_BQP.new_zeros(1, B, DIM)
-        if context_BCP.shape[1]:
-            state_1BD = self.gru(context_BCP)[1]
+        state_1BD = self.gru(context_BCP)[1] if context_BCP.shape[1] else query_BQP.new_zeros(1, B, DIM)
         return self.gru(query_BQP.reshape(B * Q, 1, P), state_1BD.repeat_interleave(Q, 1))[0].view(B, Q, DIM)
 
 
@@ -70,12 +66,14 @@ LAYERS: dict[str, type[nn.Module]] = {"attention": SoftmaxAttention, "mean": Mea
 
 
 class Toy(nn.Module):
-    """One block over a contextual layer of LAYERS; without skip and norm, W is the only reader of a."""
+    """One block over a contextual layer of LAYERS, weights drawn; without skip and norm, W is the only reader of a."""
 
-    def __init__(self, layer: str, width: int = 3):
+    def __init__(self, layer: str, seed: int):
         super().__init__()
-        self.contextual = LAYERS[layer](width)
-        self.inner, self.readout = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.contextual = LAYERS[layer]()
+            self.inner, self.readout = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, 1)
 
     def read(self, a_BQD: Tensor, dW_BQFD: Tensor | None = None) -> Tensor:
         """The prediction from the state, (B,Q); dW: a dense update of W for each query."""
@@ -98,21 +96,12 @@ class Toy(nn.Module):
         return self.read(delta.a, delta.dense(self.inner.weight))
 
 
-def parts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Context (B,C,P), queries (B,Q,P) and targets (B,Q) of a batch."""
-    return batch.tokens[:, : batch.n_context], batch.tokens[:, batch.n_context :], batch.targets
-
-
-def task(seed: int, points: int, queries: int = 1) -> Regression:
-    """Linear functions of two numbers: w, x ~ N(0, I), y = w·x; tokens (x, y), queries (x, 0)."""
-    return Regression({"dimension": 2, "points": points, "queries": queries}, seed)
-
-
-def build(layer: str, seed: int) -> Toy:
-    """A block with drawn weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Toy(layer)
+def data(seed: int, split: str, k: int, functions: int, points: int, queries: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch k of linear functions of two numbers, w, x ~ N(0, I), y = w·x: context (B,C,P), queries (B,Q,P), targets
+    (B,Q); tokens (x, y), queries (x, 0)."""
+    task = Regression({"dimension": WIDTH - 1, "points": points, "queries": queries}, seed)
+    batch = task.batch(split, k, functions)
+    return batch.tokens[:, :points], batch.tokens[:, points:], batch.targets
 
 
 def loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -121,20 +110,22 @@ def loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def training(model: Toy, seed: int, steps: int, points: int, lr: float = LR) -> Iterator[tuple[int, float]]:
-    """Adam, each step on new functions: gives the number and the training loss of each step before it is made."""
-    data, optimizer = task(seed, points), torch.optim.Adam(model.parameters(), lr)
-    for step in trange(steps, desc="training", leave=False, disable=None):
-        context, query, target = parts(data.batch("train", step, BATCH_SIZE))
+def training(model: Toy, seed: int, steps: int, points: int, lr: float = LR) -> Iterator[float]:
+    """Adam, each step on new functions: gives the training loss before each step, and after the last one."""
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    for step in trange(steps + 1, desc="training", leave=False, disable=None):
+        context, query, target = data(seed, "train", step, BATCH_SIZE, points)
         value = loss(model(context, query), target).mean()
-        yield step, value.item()
+        yield value.item()
         optimizer.zero_grad()
         value.backward()
-        optimizer.step()
+        if step < steps:
+            optimizer.step()
 
 
 def trained(layer: str, seed: int, steps: int, points: int, lr: float = LR) -> Toy:
     """A block after `steps` steps of training."""
-    model = build(layer, seed)
-    deque(training(model, seed, steps, points, lr), maxlen=0)
+    model = Toy(layer, seed)
+    for _ in training(model, seed, steps, points, lr):
+        pass
     return model

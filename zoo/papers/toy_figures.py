@@ -7,11 +7,10 @@ Axes: B functions, C context pairs, Q queries, P numbers of a token.
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from zoo.core.delta import InputShift
 from zoo.lens.figure import Figure, Lines, Series
-from zoo.papers.toy import BATCH_SIZE, LR, Toy, build, loss, parts, task, trained, training
+from zoo.papers.toy import BATCH_SIZE, LR, Toy, data, loss, trained, training
 
 LOSS = "loss ½(ŷ − y)²"
 LENGTHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40)
@@ -40,32 +39,27 @@ def loss_through_delta(
     seed: int = 0, steps: int = 500, points: int = 50, functions: int = 512, every: int = 10
 ) -> Figure:
     """Validation loss with the context and through ΔW while the block learns, and the gap between the predictions."""
-    context, query, target = parts(task(seed, points).batch("validation", 0, functions))
+    context, query, target = data(seed, "validation", 0, functions, points)
     x: list[int] = []
     recent: list[float] = []
     losses: dict[str, list[float]] = defaultdict(list)
     gaps: dict[str, list[float]] = defaultdict(list)
-    model = build("attention", seed)
-    for step, value in chain(training(model, seed, steps, points), [(steps, math.nan)]):
+    model = Toy("attention", seed)
+    for step, value in enumerate(training(model, seed, steps, points)):
         recent.append(value)
         if step % every:
             continue
         x.append(step)
         losses[f"training (mean of {every} steps)"].append(float(np.mean(recent[:-1] or recent)))
         recent.clear()
-        with_context, through = model(context, query), model.through_delta(context, query)
-        without = model(context[:, :0], query)
-        exact, inputs = copy.deepcopy(model).double(), (context.double(), query.double())
-        predictions = {"with the context": with_context, "query alone, W + ΔW": through}
-        for name, prediction in predictions.items():
-            losses[f"validation, {name}"].append(loss(prediction, target).mean().item())
+        wanted, exact, inputs = model(context, query), copy.deepcopy(model).double(), (context.double(), query.double())
+        through, without = model.through_delta(context, query), model(context[:, :0], query)
+        losses["validation, with the context"].append(loss(wanted, target).mean().item())
+        losses["validation, query alone, W + ΔW"].append(loss(through, target).mean().item())
         losses["control: query alone, W"].append(loss(without, target).mean().item())
-        for name, gap in (
-            ("float32", through - with_context),
-            ("float64", exact.through_delta(*inputs) - exact(*inputs)),
-            ("control: without ΔW, float32", without - with_context),
-        ):
-            gaps[name].append(gap.abs().max().item())
+        gaps["float32"].append((through - wanted).abs().max().item())
+        gaps["float64"].append((exact.through_delta(*inputs) - exact(*inputs)).abs().max().item())
+        gaps["control: without ΔW, float32"].append((without - wanted).abs().max().item())
 
     def panel(title: str, y_label: str, curves: dict[str, list[float]]) -> Lines:
         series = (Series(name, x, y, control="control" in name, points="W + ΔW" in name) for name, y in curves.items())
@@ -116,11 +110,11 @@ def increments_of_delta(
 
     more_increments: series of other models, for the left panel.
     """
-    context, query, target = parts(task(seed, points).batch("test", 0, functions))
+    context, query, target = data(seed, "test", 0, functions, points)
     models = {
         "attention, trained": trained("attention", seed, steps, trained_points),
-        "attention, untrained": build("attention", seed),
-        "mean pooling, untrained": build("mean", seed),
+        "attention, untrained": Toy("attention", seed),
+        "mean pooling, untrained": Toy("mean", seed),
         "recurrent (GRU), trained": trained("recurrent", seed, steps, trained_points, RECURRENT_LR),
     }
     sizes, losses = [], []
@@ -163,13 +157,14 @@ def increments_of_delta(
     )
 
 
+@torch.enable_grad()
 def fine_tuned(model: Toy, names: Sequence[str], context_CP: Tensor, lr: float) -> Iterator[Toy]:
     """A copy of the model after 0, 1, … C steps of SGD on the parameters `names`, one pair per step, no context.
 
     It is the same object at every step. A pair (x, y) becomes the query (x, 0) with target y.
     """
     model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([parameter for name, parameter in model.named_parameters() if name in names], lr)
+    optimizer = torch.optim.SGD([model.get_parameter(name) for name in names], lr)
     yield model
     for pair_P in context_CP:
         query_11P = torch.cat([pair_P[:-1], pair_P.new_zeros(1)])[None, None]
@@ -179,33 +174,27 @@ def fine_tuned(model: Toy, names: Sequence[str], context_CP: Tensor, lr: float) 
         yield model
 
 
+@torch.no_grad()
 def delta_and_fine_tuning(
-    seed: int = 0,
-    steps: int = 500,
-    points: int = 50,
-    functions: int = 64,
-    queries: int = 100,
-    lr: float = 0.01,
+    seed: int = 0, steps: int = 500, points: int = 50, functions: int = 64, queries: int = 100, lr: float = 0.01
 ) -> Figure:
     """Test loss against the number of examples: as a context turned into ΔW, and as steps of fine-tuning."""
     model = trained("attention", seed, steps, points)
-    context, query, target = parts(task(seed, points, queries).batch("test", 0, functions))
+    context, query, target = data(seed, "test", 0, functions, points, queries)
     lengths = [i for i in sorted({*LENGTHS, points}) if i <= points]
-    with torch.no_grad():
-        implicit = [loss(model.through_delta(context[:, :i], query), target).mean(1) for i in lengths]
-    tuned: dict[str, list[Tensor]] = {}
+    implicit = [loss(model.through_delta(context[:, :i], query), target).mean(1) for i in lengths]
+    series = [mean_series("the examples as ΔW of W", lengths, torch.stack(implicit, 1))]
     everything = [name for name, _ in model.named_parameters()]
     for label, names in {"all parameters": everything, "W alone": ["inner.weight"]}.items():
-        tuned[label] = []
-        for b in tqdm(range(functions), desc=f"fine-tuning {label}", leave=False, disable=None):
-            row = []
-            for i, stage in enumerate(fine_tuned(model, names, context[b], lr)):
-                if i in lengths:
-                    with torch.no_grad():
-                        row.append(loss(stage(context[:1, :0], query[b : b + 1]), target[b]).mean())
-            tuned[label].append(torch.stack(row))
-    series = [mean_series("the examples as ΔW of W", lengths, torch.stack(implicit, 1))]
-    series += [mean_series(f"SGD on {label}", lengths, torch.stack(rows)) for label, rows in tuned.items()]
+        rows = [
+            [
+                loss(stage(context[:1, :0], query[b : b + 1]), target[b]).mean()
+                for i, stage in enumerate(fine_tuned(model, names, context[b], lr))
+                if i in lengths
+            ]
+            for b in tqdm(range(functions), desc=f"fine-tuning {label}", leave=False, disable=None)
+        ]
+        series.append(mean_series(f"SGD on {label}", lengths, torch.tensor(rows)))
     nothing = implicit[0].mean().item()
     series.append(Series("control: no example used", tuple(lengths), (nothing,) * len(lengths), control=True))
     return Figure(
