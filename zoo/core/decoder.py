@@ -139,9 +139,9 @@ class Decoder(nn.Module):
         """Output (B,T,V) for tokens (B,T) or (B,T,token_dim), and the patch that each layer used.
 
         n_context: how many leading tokens are a separate context. patches: one per layer, total: nothing else is
-        emitted. added: one per layer, weights and biases on top of what the family emits. positions (T,): where the
-        tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in place: the
-        first call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
+        emitted. added: one per layer, weights and biases on top of what the family emits for all tokens. positions
+        (T,): where the tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in
+        place: the first call passes all tokens there are, each further one the next token (B,1), and gets its output.
         """
         check_tokens(tokens, n_context)
         for given in (patches, added):

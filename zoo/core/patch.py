@@ -63,16 +63,16 @@ class Patch:
 
     def with_delta(self, name: str, delta: LowRank) -> Patch:
         """This patch, which serves all tokens, with `delta` added to the update of the matrix `name`."""
-        total = self.weights[name] + delta if name in self.weights else delta
-        return replace(self, weights={**self.weights, name: total})
+        return self.merged_with(Patch(weights={name: delta}))
 
     def merged_with(self, other: Patch) -> Patch:
         """This patch and `other`, which holds low-rank updates and biases alone; leading dims broadcast. Raises
         ValueError unless this one serves all tokens."""
         if self.served is not None:
             raise ValueError("this patch does not serve the tokens of the context: pass the queries alone to add to it")
-        total = self
+        weights, biases = dict(self.weights), dict(self.biases)
         for name, delta in other.weights.items():
-            total = total.with_delta(name, delta)  # type: ignore[arg-type]
-        biases = {name: total.biases[name] + b if name in total.biases else b for name, b in other.biases.items()}
-        return replace(total, biases={**total.biases, **biases})
+            weights[name] = weights[name] + delta if name in weights else delta  # type: ignore[operator]
+        for name, bias in other.biases.items():
+            biases[name] = biases[name] + bias if name in biases else bias
+        return replace(self, weights=weights, biases=biases)

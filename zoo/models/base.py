@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric
 
 from zoo.config import from_dict, lookup, plain, require_positive
 from zoo.core import sampling
@@ -37,9 +37,7 @@ class ModelConfig(Sizes):
         require_positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if self.dim % (2 * self.heads):
-            raise ValueError(
-                f"model.dim={self.dim} must be a multiple of 2·model.heads={2 * self.heads} (rotary pairs)"
-            )
+            raise ValueError(f"model.dim={self.dim} must be a multiple of 2·model.heads={2 * self.heads}")
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={kv_heads}")
         if self.tied and not task.vocabulary:
@@ -47,9 +45,9 @@ class ModelConfig(Sizes):
         return replace(self, kv_heads=kv_heads)
 
     @property
-    def attends(self) -> bool:
-        """Whether what follows a separate context attends to it."""
-        return True
+    def decoder_options(self) -> dict[str, Any]:
+        """Keyword arguments of Decoder, once resolved."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class ContextConfig(ModelConfig):
         return replace(config, context=source.kind, chunk=source.chunk, attend_context=attend)  # type: ignore[arg-type]
 
     @property
-    def attends(self) -> bool:
-        return self.attend_context is not False
+    def decoder_options(self) -> dict[str, Any]:
+        return {"attend_context": self.attend_context is not False}
 
     @property
     def source(self) -> Source:
@@ -100,17 +98,18 @@ class OptimConfig:
     def resolve(self) -> Self:
         """This with the warm-up written down; raises ValueError for values that do not fit each other."""
         require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
         warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup
-        if not 0 <= warmup < self.steps:
-            raise ValueError(f"optim.warmup={warmup} must be at least 0 and below optim.steps={self.steps}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
-        if self.clip < 0 or self.weight_decay < 0:
-            raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
+        parts, largest, decay, betas = self.accumulate, self.clip, self.weight_decay, self.betas
+        required = {
+            f"batch_size={self.batch_size} must be a multiple of optim.accumulate={parts}": not self.batch_size % parts,
+            f"warmup={warmup} must be at least 0 and below optim.steps={self.steps}": 0 <= warmup < self.steps,
+            f"min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}": 0 <= self.min_lr <= self.lr,
+            f"betas={list(betas)} must be two numbers in [0, 1)": [0 <= beta < 1 for beta in betas] == [True, True],
+            f"clip={largest} and optim.weight_decay={decay} must not be negative": min(largest, decay) >= 0,
+        }
+        for message, holds in required.items():
+            if not holds:
+                raise ValueError(f"optim.{message}")
         return replace(self, warmup=warmup)
 
     def lr_at(self, step: int) -> float:
@@ -144,20 +143,14 @@ class Model(L.LightningModule):
         groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
         self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed
-        self.decoder = Decoder(self.config, self.task, attend_context=self.config.attends, **self.decoder_options())
+        self.decoder = Decoder(self.config, self.task, **self.config.decoder_options)
         self.decoder.context_to_delta = self.make_context_to_delta()
         self.losses = {}
         self.means: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
         family = self.decoder.context_to_delta
-        self.layer_metrics: Sequence[MetricCollection] = nn.ModuleList(  # type: ignore[assignment]
-            # each for itself: torchmetrics takes metrics for one that are equal at first, as zero updates are
-            MetricCollection({**(family.metrics() if family else {})}, prefix=f"layer{layer}/", compute_groups=False)
-            for layer in range(self.config.layers)
+        self.layer_metrics: Sequence[dict[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
+            nn.ModuleDict(family.metrics() if family else {}) for _ in self.decoder.blocks
         )
-
-    def decoder_options(self) -> dict[str, Any]:
-        """Requests of a family to its FFNs: the keyword arguments blocks and backend of Decoder."""
-        return {}
 
     def make_context_to_delta(self) -> ContextToDelta | None:
         """The family itself: None for a plain transformer."""
@@ -189,7 +182,6 @@ class Model(L.LightningModule):
         task = self.task
         if not task.vocabulary or task.output_dim != task.vocabulary or task.independent_queries:
             raise ValueError(f"task.name={task.config.name} has no next token: generate needs a task of token ids")
-        sampling.check(task.vocabulary, tokens, count, n_context, temperature, top_k)
         return sampling.generate(self.decoder, tokens, count, n_context, temperature, top_k, generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -208,13 +200,10 @@ class Model(L.LightningModule):
         # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
         losses = self.task.token_losses(output, batch)[self.task.scored(batch)]
         self._log_mean("validation_loss", losses, prog_bar=True)
-        for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
-            metrics.update(patch, block.ffn)
-
-    def on_validation_epoch_end(self) -> None:
-        for metrics in self.layer_metrics:
-            self.log_dict(metrics.compute(), sync_dist=True)
-            metrics.reset()
+        for layer, (patch, metrics) in enumerate(zip(patches, self.layer_metrics, strict=True)):
+            for name, metric in metrics.items():
+                metric.update(patch, self.decoder.blocks[layer].ffn)
+                self.log(f"layer{layer}/{name}", metric)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         for name, values in self.task.evaluate(self, batch).items():

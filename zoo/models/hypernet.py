@@ -44,9 +44,7 @@ class HypernetConfig(ContextConfig):
             raise ValueError(f"model.matrices={list(self.matrices)} must be different names out of {list(MATRICES)}")
         rank = (4 if self.rank is None else self.rank) if self.emission == "low_rank" else None
         if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
-            raise ValueError(
-                f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
-            )
+            raise ValueError(f"model.rank={rank} must be 1 to model.dim={self.dim} and model.hidden={self.hidden}")
         return replace(config, rank=rank)
 
 
@@ -69,12 +67,8 @@ class Generator(nn.Module):
         self.heads = nn.ModuleDict()
         for name in config.matrices:
             o, i = self.shapes[name]
-            numbers = {
-                "low_rank": {"u": R * o, "v": R * i},
-                "full": {"full": o * i},
-                "scale": {"rows": o, "columns": i},
-            }
-            for factor, count in numbers[config.emission].items():
+            counts = {"low_rank": {"u": R * o, "v": R * i}, "full": {"full": o * i}, "scale": {"rows": o, "columns": i}}
+            for factor, count in counts[config.emission].items():
                 head = self.heads[f"{name}_{factor}"] = nn.Linear(C, count, bias=False)
                 nn.init.normal_(head.weight, std=(C * i) ** -0.5 if factor == "v" else 0.0)
 

@@ -62,12 +62,8 @@ class MoEConfig(ModelConfig):
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.renormalise and self.top_k == 1:
-            raise ValueError(
-                "model.renormalise=true with model.top_k=1 makes all weights 1: no gradient for the router"
-            )
-        if self.renormalise and self.score == "linear":
-            raise ValueError("model.renormalise=true with model.score=linear divides by a sum that may be zero")
+        if self.renormalise and (self.top_k == 1 or self.score == "linear"):  # weights are all 1, or a sum may be 0
+            raise ValueError(f"model.renormalise=true does not fit model.top_k={self.top_k}, model.score={self.score}")
         chunk, on_token = self.chunk, self.route_on == "token"
         if chunk is not None and (on_token or task.n_context):
             raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
@@ -75,6 +71,10 @@ class MoEConfig(ModelConfig):
             chunk = Source.resolve(task.n_context, task.tokens, None, chunk).chunk
         sums = self.top_k > 1 and self.score != "linear" if self.renormalise is None else self.renormalise
         return replace(super().resolve(task), renormalise=sums, chunk=chunk)
+
+    @property
+    def decoder_options(self) -> dict[str, Any]:
+        return {"blocks": self.experts + self.shared, "backend": self.backend}
 
     @property
     def source(self) -> Source:
@@ -122,6 +122,7 @@ class ExpertRouting(ContextToDelta):
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
         self.config = config
+        self.active_share = (config.top_k + config.shared) / (config.experts + config.shared)
         self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
             Router(config) for _ in range(config.layers)
         )
@@ -195,13 +196,12 @@ class ExpertRouting(ContextToDelta):
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
 
-    @property
-    def active_share(self) -> float:
-        config = self.config
-        return (config.top_k + config.shared) / (config.experts + config.shared)
-
     def metrics(self) -> dict[str, Metric]:
-        return {"load": ExpertLoad(self.config.experts), "entropy": RouterEntropy()}
+        return {
+            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
+            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
+            "entropy": RouterEntropy(),
+        }
 
 
 def routing_of(patch: Patch) -> Routing:
@@ -238,22 +238,20 @@ def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
 
 
 class ExpertLoad(Metric):
-    """Load of the busiest expert over the mean, and the share of experts that no token chose."""
+    """The number `of` how many real tokens chose each expert, (E)."""
 
     counts: Tensor
 
-    def __init__(self, experts: int):
+    def __init__(self, experts: int, of: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.of = of
         self.add_state("counts", torch.zeros(experts), dist_reduce_fx="sum")
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:
         self.counts += expert_counts(patch, len(self.counts))
 
-    def compute(self) -> dict[str, Tensor]:
-        return {
-            "load_max_over_mean": self.counts.max() / self.counts.mean(),
-            "dead_fraction": (self.counts == 0).float().mean(),
-        }
+    def compute(self) -> Tensor:
+        return self.of(self.counts)
 
 
 class RouterEntropy(MeanMetric):
@@ -268,10 +266,6 @@ class MoE(Model):
     """A decoder whose FFN is E blocks of a wide one, K of them used per token (Jiang et al. 2024, arXiv 2401.04088)."""
 
     Config = MoEConfig
-
-    def decoder_options(self) -> dict[str, Any]:
-        config = self.config
-        return {"blocks": config.experts + config.shared, "backend": config.backend}
 
     def make_context_to_delta(self) -> ContextToDelta:
         return ExpertRouting(self.config)
