@@ -31,9 +31,9 @@ class ContextMean(NamedTuple):
 class Source:
     """Where the context of a token's update comes from; no state later than the token ever enters.
 
-    segment: the first n_context tokens, for all that follow them: one update (B). chunk: for the tokens of chunk s, all
-    chunks before it: (B,S). running: the tokens up to and including t: (B,T). token: the state of t alone, after
-    attention: (B,T). chunk: tokens of a chunk, None for the other kinds.
+    segment: the first n_context tokens, for all that follow them: one update (B). chunk: for the tokens of a chunk of
+    `chunk` tokens, all chunks before it: (B,S). running: the tokens up to and including t: (B,T). token: the state of t
+    alone, after attention: (B,T).
     """
 
     kind: str
@@ -132,10 +132,6 @@ class ContextToDelta(nn.Module):
         """The updates, by matrix, of layer `layer` from its context; zero where `nonempty` is."""
         raise NotImplementedError
 
-    def context(self, z_BTD: Tensor, n_context: int, cache: LayerCache | None, real: Tensor | None) -> ContextMean:
-        """The input of `update`; arguments as of forward."""
-        return self.source.mean(z_BTD, n_context, cache, real)
-
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
@@ -145,9 +141,9 @@ class ContextToDelta(nn.Module):
         n_context = 0. real (B,T): False for places that hold no token and must change nothing; None where all do.
         """
         shared_by = self.source.shared_by
-        context = self.context(z_BTD, n_context, cache, real)
-        if cache is not None and cache.patch is not None and cache.within(shared_by):
-            return cache.patch
+        context = self.source.mean(z_BTD, n_context, cache, real)
+        if cache and cache.patch and (shared_by is None or cache.tokens % shared_by):
+            return cache.patch  # the next token shares the update of the one before it
         patch = Patch(
             weights=self.update(context, layer),
             chunk=shared_by,

@@ -1,10 +1,5 @@
 """The law: the total weight update that stands for a context, layer by layer, in every form that is exact.
 
-    form     what it changes, for each token         no patch where
-    shear    gate, up (one input shift), down        a state or the hidden units are zero
-    output   down                                    the hidden units are zero
-    bias     a bias of down: a steering vector       never
-
 Patches are total: relative to the stored weights, with the family switched off. Routing is no weight update but a
 choice: made by the router that saw the context where gate and up are patched, else by the router that saw the query
 alone. After Dherin et al. 2025 (arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv 2511.17864, gated blocks
@@ -39,7 +34,7 @@ def exact(
     """The total patch of each layer that stands for the tokens marked in `removed` (T,), or the first so many.
 
     The law: forward(tokens[:, ~removed], patches=exact) equals forward(tokens) at the kept tokens, at the positions
-    they had. form: see the table above; n_context: as in forward, default the number of removed tokens; formed: as
+    they had. form: one of EXACT_FORMS; n_context: as in forward, default the number of removed tokens; formed: as
     whole matrices W + ΔW, whose rounding the layers above then make up for. Raises ValueError where no patch exists.
     """
     patch_of = lookup(form, EXACT_FORMS, "form")
@@ -152,7 +147,7 @@ class LayerStates:
 
 
 def shear_and_down(states: LayerStates) -> Patch:
-    """The emitted patch, its input shifted from z to z_ctx, and v_ctx − v, which is then missing, through `down`."""
+    """All matrices: the emitted patch, its input shifted from z to z_ctx, and v_ctx − v, then missing, by `down`."""
     states.along("state before", states.z)
     patch = replace(states.emitted, input=InputShift(states.z, states.z_ctx - states.z))
     return _with_down(states, patch, states.v_ctx - states.v)
@@ -164,7 +159,7 @@ def output(states: LayerStates) -> Patch:
 
 
 def bias(states: LayerStates) -> Patch:
-    """A bias of `down` alone, out_ctx − v − FFN(z): what the context adds to the stream at this token."""
+    """A bias of `down` alone, out_ctx − v − FFN(z), a steering vector: what the context adds at this token."""
     patch = Patch(routing=states.alone, chunk=1)
     return replace(patch, biases={"down": states.missing(states.ffn.hidden(states.z, patch))})
 

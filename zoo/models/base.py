@@ -52,10 +52,8 @@ class ModelConfig(Sizes):
 
 @dataclass(frozen=True)
 class ContextConfig(ModelConfig):
-    """context: what a token's update is made from: segment (a separate context, once for all queries), chunk (all
-    earlier chunks of `chunk` tokens), running (mean up to the token), token (its own state after attention); null:
-    segment where the task has a separate context, else chunk. attend_context: queries also attend to a separate
-    context; null: no, the update is its only way in."""
+    """context, chunk: what a token's update is made from, see Source; null: segment where the task has a separate
+    context, else chunk. attend_context: queries also attend to it; null: no, the update is its only way in."""
 
     context: Literal["segment", "chunk", "running", "token"] | None = None
     chunk: int | None = None
@@ -173,11 +171,10 @@ class Model(L.LightningModule):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time, each from the newest token alone.
+        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; see zoo.core.sampling.
 
-        n_context: how many leading tokens are a separate context. temperature 0 takes the likeliest id, above it draws
-        from softmax(logits / temperature) of the top_k likeliest (None: all) with `generator`: same seed, same ids.
-        Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
+        n_context: how many leading tokens are a separate context. top_k: None for all. Same seed of `generator`, same
+        ids. Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
         """
         task = self.task
         if not task.vocabulary or task.output_dim != task.vocabulary or task.independent_queries:

@@ -33,13 +33,9 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class MoEConfig(ModelConfig):
-    """hidden: units of one expert; experts, top_k: routed ones and how many a token uses; shared: experts used always.
-
-    score: what turns logits into weights; renormalise: chosen weights sum to 1 (null: yes, except at top_k=1).
-    route_on: the token's state, or the context's mean (a separate context; on text all earlier chunks of `chunk`
-    tokens). balance: auxiliary loss on load, 1 at perfect balance, times balance_weight; z_weight: on the size of
-    logits; bias_rate: step of the selection bias that balances without a loss. backend: how experts are computed.
-    """
+    """hidden: units of one expert; top_k: routed experts that a token uses; shared: experts used always; renormalise:
+    chosen weights sum to 1 (null: yes, except at top_k=1); route_on: the token's state, or the context's mean (on text
+    all earlier chunks of `chunk` tokens); bias_rate: step of the selection bias that balances without a loss."""
 
     name: str = "moe"
     hidden: int = 64
@@ -83,10 +79,8 @@ class MoEConfig(ModelConfig):
 
 
 class Router(nn.Module):
-    """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters.
-
-    bias moves the choice but not the weights (Wang et al. 2024, arXiv 2408.15664).
-    """
+    """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters; `bias` moves
+    the choice but not the weights (Wang et al. 2024, arXiv 2408.15664)."""
 
     bias: Tensor
 
@@ -157,7 +151,7 @@ class ExpertRouting(ContextToDelta):
         return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, cache, real)), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
-        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
+        """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""
         config = self.config
         counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
         self.counts = self.counts + counts_LE if part else counts_LE
