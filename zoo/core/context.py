@@ -45,8 +45,8 @@ class Source:
         or half of a short sequence. Raises ValueError, in terms of model.context and model.chunk, for a bad fit."""
         kind = kind or ("segment" if n_context else "chunk")
         if (kind == "segment") != bool(n_context):
-            fits = "with a separate context: take segment" if n_context else "without a separate context: take another"
-            raise ValueError(f"model.context={kind} does not fit a task {fits}")
+            which, choice = ("with", "segment") if n_context else ("without", "chunk, running or token")
+            raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
         if kind == "chunk":
             chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
             if not 0 < chunk < tokens:

@@ -96,18 +96,17 @@ class OptimConfig:
     def resolve(self) -> Self:
         """This with the warm-up written down; raises ValueError for values that do not fit each other."""
         require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
         warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup
-        parts, largest, decay, betas = self.accumulate, self.clip, self.weight_decay, self.betas
-        required = {
-            f"batch_size={self.batch_size} must be a multiple of optim.accumulate={parts}": not self.batch_size % parts,
-            f"warmup={warmup} must be at least 0 and below optim.steps={self.steps}": 0 <= warmup < self.steps,
-            f"min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}": 0 <= self.min_lr <= self.lr,
-            f"betas={list(betas)} must be two numbers in [0, 1)": [0 <= beta < 1 for beta in betas] == [True, True],
-            f"clip={largest} and optim.weight_decay={decay} must not be negative": min(largest, decay) >= 0,
-        }
-        for message, holds in required.items():
-            if not holds:
-                raise ValueError(f"optim.{message}")
+        if not 0 <= warmup < self.steps:
+            raise ValueError(f"optim.warmup={warmup} must be at least 0 and below optim.steps={self.steps}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if self.clip < 0 or self.weight_decay < 0:
+            raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
         return replace(self, warmup=warmup)
 
     def lr_at(self, step: int) -> float:
@@ -124,14 +123,13 @@ class Model(L.LightningModule):
     """A decoder and its training; families differ in Config and context_to_delta() alone.
 
     All options come as plain dicts and are written back with every default, so a checkpoint rebuilds the model.
+    losses: sums over the parts of the last training step: loss, the task's, and aux_loss, where a family adds one.
     """
 
     Config: ClassVar[type[ModelConfig]]
     config: Any
     decoder: Decoder
     losses: dict[str, Tensor]
-    """Sums over the parts of the last training step, without gradients: loss, the task's, and aux_loss, where a family
-    adds one."""
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
@@ -197,10 +195,15 @@ class Model(L.LightningModule):
         # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
         losses = self.task.token_losses(output, batch)[self.task.scored(batch)]
         self._log_mean("validation_loss", losses, prog_bar=True)
-        for layer, (patch, metrics) in enumerate(zip(patches, self.layer_metrics, strict=True)):
+        for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
+            for metric in metrics.values():
+                metric.update(patch, block.ffn)
+
+    def on_validation_epoch_end(self) -> None:
+        for layer, metrics in enumerate(self.layer_metrics):
             for name, metric in metrics.items():
-                metric.update(patch, self.decoder.blocks[layer].ffn)
-                self.log(f"layer{layer}/{name}", metric)
+                self.log(f"layer{layer}/{name}", metric.compute(), sync_dist=True)
+                metric.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         for name, values in self.task.evaluate(self, batch).items():

@@ -180,9 +180,7 @@ class ExpertRouting(ContextToDelta):
         return {"shares": self.shares.tolist()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        if not (rows := state.get("shares")):  # runs that counted none, or not yet
-            return
-        shares_LE = torch.tensor(rows, dtype=torch.float64)
+        shares_LE = torch.tensor(state.get("shares") or self.shares.tolist(), dtype=torch.float64)
         if shares_LE.shape != self.shares.shape or not ((shares_LE >= 0) & (shares_LE <= 1)).all():
             raise ValueError(f"the shares of experts must be numbers from 0 to 1, {tuple(self.shares.shape)} of them")
         self.shares = shares_LE
