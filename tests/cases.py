@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
@@ -177,13 +177,10 @@ def plain_forward(model: Model, query: Tensor, patches: list[Patch], layout: Lay
     """The decoder written out once more, with a dense matrix per token or sequence and no notion of a patch."""
     x = model.decoder.embed(query)
     for block, patch in zip(model.decoder.blocks, patches, strict=True):
-        v, ffn, scale = block.attend(x, layout), block.ffn, torch.ones(())
-        if patch.routing and patch.chunk is None:  # weights shared by all tokens, a choice of blocks for each
-            scale = patch.routing.scales(ffn.blocks).repeat_interleave(ffn.hidden_per_block, -1)
-            patch = replace(patch, routing=None)
+        v, ffn = block.attend(x, layout), block.ffn
         formed = {name: delta.matrix for name, delta in patch.weights.items() if isinstance(delta, Replaced)}
         W, z = formed or ffn.dense(patch), block.norm2(v)
-        h = F.silu(_times(W["gate"], z)) * _times(W["up"], z) * scale
+        h = F.silu(_times(W["gate"], z)) * _times(W["up"], z)
         x = v + (_times(W["down"], h) + patch.biases.get("down", torch.zeros(())))
     return model.decoder.unembed(x)
 

@@ -17,7 +17,9 @@ from torch import Tensor
 import cases
 from cases import AUTOREGRESSIVE, Case, build, taking_turns
 from zoo.core.cache import LayerCache
+from zoo.core.context import ContextToDelta
 from zoo.core.layers import FeedForward
+from zoo.core.patch import Patch
 from zoo.core.sampling import choose
 from zoo.models import Model
 from zoo.models.hypernet import Generator
@@ -166,7 +168,12 @@ def test_tokens_are_those_of_a_loop_over_full_forwards(case: Case, dtype: torch.
 
 @pytest.mark.parametrize("name", ["hypernet-chunk", "hypernet-chunk-scale-tied", "chunk-full"])
 def test_a_patch_that_stays_past_its_chunk_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerCache, "within", lambda self, chunk: self.tokens > 0)
+    original = ContextToDelta.forward
+
+    def stale(self: Any, z: Tensor, layer: int, n_context: int, cache: LayerCache | None, *_: Any) -> Patch:
+        return (cache and cache.patch) or original(self, z, layer, n_context, cache)
+
+    monkeypatch.setattr(ContextToDelta, "forward", stale)
     assert error(build(BY_NAME[name]), 6, 0) > MISS
 
 

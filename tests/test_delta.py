@@ -112,28 +112,18 @@ def test_a_mask_keeps_an_update_off_tokens(name: str, dims: tuple[int, ...], chu
     close(each.dense(W)[:, ~off], whole.dense(W)[:, ~off])
 
 
-@pytest.mark.parametrize("served", [None, (torch.arange(T) > 2).double()[None, :, None].expand(B, T, 1)])
-def test_what_is_added_to_a_patch_serves_all_tokens(served: Tensor | None) -> None:
-    """Its own update keeps to those it served; leading dims broadcast."""
+def test_what_is_added_to_a_patch_serves_all_tokens() -> None:
+    """Leading dims broadcast; a patch that does not serve all tokens is not added to."""
     own, more, bias, W, x = low_rank((B,)), low_rank((1,)), draw(1, OUT), draw(OUT, IN), draw(B, T, IN)
-    patch = Patch(weights={"gate": own}, served=served)
-    total = patch.merged_with(Patch(weights={"gate": more, "up": more}, biases={"gate": bias}))
-    assert total.served is None
-    close(total.weights["gate"].linear(W, x), own.linear(W, x, served) + more.extra(x))
-    each = total.per_token(torch.arange(T)).weights["gate"]
-    expected = patch.per_token(torch.arange(T)).weights["gate"].dense(W) + more.dense(W).unsqueeze(1)
-    close(each.dense(W), expected)
+    total = Patch(weights={"gate": own}).merged_with(Patch(weights={"gate": more, "up": more}, biases={"gate": bias}))
+    close(total.weights["gate"].linear(W, x), own.linear(W, x) + more.extra(x))
     assert total.weights["up"] is more
     assert torch.equal(total.merged_with(Patch(biases={"gate": bias})).biases["gate"], 2 * bias)
-
-
-def test_a_mask_of_more_than_low_rank_updates_is_not_added_to() -> None:
     served = (torch.arange(T) > 2).double()[None, :, None].expand(B, T, 1)
-    biased = Patch(biases={"gate": draw(B, OUT)}, served=served)
-    for patch in (biased, Patch(weights={"gate": KINDS["scale"]((B,))}, served=served)):
-        with pytest.raises(ValueError, match="is added to where it is low-rank alone"):
-            patch.merged_with(Patch())
-    close(biased.per_token(torch.arange(T)).biases["gate"], biased.biases["gate"][:, None] * served)
+    masked = Patch(biases={"gate": draw(B, OUT)}, served=served)
+    close(masked.per_token(torch.arange(T)).biases["gate"], masked.biases["gate"][:, None] * served)
+    with pytest.raises(ValueError, match="pass the queries alone"):
+        masked.merged_with(Patch())
 
 
 @pytest.mark.parametrize("name", ["low-rank", "scale", "full"])

@@ -58,14 +58,14 @@ def joined(x_TD: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_rows_are_sorted_by_block_and_find_their_way_back(top_k: int) -> None:
     index, weight, x = chosen(top_k)
-    order = sort_by_block(index)
+    order = choice, row = sort_by_block(index)
     blocks = [(int(index[t, k]), t) for t in range(6) for k in range(top_k)]
-    rows = [(int(index.flatten()[n]), int(n) // top_k) for n in order.choice]
+    rows = [(int(index.flatten()[n]), int(n) // top_k) for n in choice]
     assert rows == sorted(blocks)
-    assert torch.equal(order.choice[order.row].flatten(), torch.arange(6 * top_k))
+    assert torch.equal(choice[row].flatten(), torch.arange(6 * top_k))
     assert torch.equal(Dispatch.apply(x, *order), torch.stack([x[t] for _, t in rows]))
     y = torch.randn(6 * top_k, 3).double()
-    expected = [sum(weight[t, k] * y[order.row[t, k]] for k in range(top_k)) for t in range(6)]
+    expected = [sum(weight[t, k] * y[row[t, k]] for k in range(top_k)) for t in range(6)]
     torch.testing.assert_close(Combine.apply(y, weight, *order), torch.stack(expected), rtol=0, atol=1e-14)  # type: ignore
 
 

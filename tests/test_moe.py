@@ -12,7 +12,7 @@ from torch import Tensor
 from cases import Case, batch_of, build
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
-from zoo.models.moe import ExpertLoad, ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts
+from zoo.models.moe import ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts
 
 pytestmark = pytest.mark.numeric
 
@@ -227,12 +227,11 @@ def test_every_backend_runs_in_every_dtype(backend: str, dtype: torch.dtype) -> 
 
 
 def test_expert_load_by_hand() -> None:
-    metric = ExpertLoad(E)
-    metric.update(Patch(routing=routing_of([[0, 1], [0, 1], [0, 4]])), FFN)  # 4 is a shared expert
-    metric.update(Patch(routing=routing_of([[0, 2]])), FFN)
-    values = metric.compute()
-    assert values["load_max_over_mean"].item() == pytest.approx(4 / (7 / 4))
-    assert values["dead_fraction"].item() == 0.25
+    metrics = ExpertRouting(config()).metrics()
+    for name, value in (("load_max_over_mean", 4 / (7 / 4)), ("dead_fraction", 0.25)):
+        metrics[name].update(Patch(routing=routing_of([[0, 1], [0, 1], [0, 4]])), FFN)  # 4 is a shared expert
+        metrics[name].update(Patch(routing=routing_of([[0, 2]])), FFN)
+        assert metrics[name].compute().item() == pytest.approx(value)
 
 
 def test_router_entropy_by_hand() -> None:

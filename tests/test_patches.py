@@ -20,7 +20,6 @@ pytestmark = pytest.mark.numeric
 
 MISS = 1e-2
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
-STATIC = ("static", "static_output")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", EXACT, ids=str)
 
@@ -36,13 +35,8 @@ def scattered(model: Model) -> Tensor:
 
 def tokens_of(model: Model) -> Tensor:
     """Tokens in the model's precision: a context, separate where the task says so, and a query."""
-    tokens, n = batch_of(model).tokens, length_of_context(model)
-    if tokens.is_floating_point():
-        return tokens.to(model.decoder.head.weight.dtype)
-    # tokens that see themselves alone have no static patch where they are equal
-    tokens[:, 2] = (tokens[:, 0] + 1) % (model.task.vocabulary or 1)
-    tokens[:, n:] = (tokens[:, :1] + 2 + torch.arange(tokens.shape[1] - n)) % (model.task.vocabulary or 1)
-    return tokens
+    tokens = batch_of(model).tokens
+    return tokens.to(model.decoder.head.weight.dtype) if tokens.is_floating_point() else tokens
 
 
 def distances(model: Model, tokens: Tensor, removed: Tensor, patches: list[Patch], n_context: int) -> dict[str, float]:
@@ -105,18 +99,18 @@ def test_no_smaller_update_does_what_they_do(case: Case) -> None:
     """Whatever is orthogonal to the states that an update serves, it maps to zero."""
     model = shared(case.name)
     states = states_of(model, length_of_context(model))
-    for form in ("shear", "output", *STATIC):
+    for form in ("shear", "output"):
         patch, ffn = EXACT_FORMS[form](states), states.ffn
         assert patch.biases == {}
         emitted = states.emitted.weights if form == "shear" else {}
         reads = {"gate": states.z, "up": states.z, "down": ffn.hidden(states.z, patch)}
         for name, delta in patch.weights.items():
-            W, served = ffn.weight(name), reads[name].unsqueeze(2) if patch.chunk else reads[name]
+            W, served = ffn.weight(name), reads[name].unsqueeze(2)
             update = delta.dense(W) - (emitted[name].dense(W) if name in emitted else 0)
             projected = update @ torch.linalg.pinv(served) @ served
             torch.testing.assert_close(projected, update, rtol=1e-9, atol=1e-9)
             if model.decoder.attend_context or form != "shear":  # else attention adds nothing, up to rounding
-                assert update.any() == (name == "down" or form == "static")
+                assert update.any() == (name == "down")
 
 
 MOE = [case for case in CASES if case.family == "moe"]
@@ -132,7 +126,7 @@ def test_the_router_sees_the_context_where_its_input_is_patched(case: Case) -> N
     assert (contextual - reduced).abs().max() > MISS
     for form, patch_of in EXACT_FORMS.items():
         found = patch_of(states).routing.weight.flatten(2)  # type: ignore[union-attr]
-        expected = contextual if form in ("shear", "static") else reduced
+        expected = contextual if form == "shear" else reduced
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -172,7 +166,6 @@ def different_tokens(rows: int, count: int) -> Tensor:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {"transformer": {}, "hypernet": {"chunk": 4}, "moe": {}}
-every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @functools.cache
@@ -221,50 +214,6 @@ def test_bfloat16_gives_the_same_tokens(family: str) -> None:
     assert (model(query, positions=positions).argmax(-1) == best).sum() <= 2
 
 
-@every_family
-@torch.no_grad()
-def test_one_static_patch_serves_as_many_tokens_as_its_input_has_dimensions(family: str) -> None:
-    options = {"top_k": 4} if family == "moe" else FAMILIES[family]  # all experts run: all hidden units are there
-    model = build_deep(family, 2, **options).double()
-    for form, what, capacity in (("static", "states before", 32), ("static_output", "hidden units of", 80)):
-        removed, tokens = torch.arange(10 + capacity + 1) < 10, different_tokens(2, 10 + capacity + 1)
-        patches = exact(model.decoder, tokens[:, :-1], removed[:-1], form)
-        errors = distances(model, tokens[:, :-1], removed[:-1], patches, 10)
-        assert max(errors["dense"], errors["patched"]) <= EXACT[torch.float64]
-        for patch in patches:
-            assert patch.chunk is None
-            assert {delta.u.shape for delta in patch.weights.values()} <= {(2, 32, capacity), (2, 80, capacity)}  # type: ignore
-        with pytest.raises(ValueError, match=rf"layer 0: the {what} the FFN of {capacity + 1} tokens .* ridge"):
-            exact(model.decoder, tokens, removed, form)
-
-
-@taking_turns("form, dtype", STATIC, [*EXACT])
-@torch.no_grad()
-def test_equal_first_tokens_need_one_token_of_the_context(form: str, dtype: torch.dtype) -> None:
-    model = build_deep("transformer", 2).to(dtype)
-    tokens, removed = different_tokens(3, 15), torch.arange(15) < 10
-    tokens[1, 11] = tokens[1, 10]
-    with pytest.raises(ValueError, match=r"layer 0: .* of 5 tokens have rank 4 in torch.* \(row 1\).*keep a token"):
-        exact(model.decoder, tokens, removed, form)
-    errors = distances(model, tokens, removed, exact(model.decoder, tokens, removed), 10)
-    removed[0] = False
-    kept = distances(model, tokens, removed, exact(model.decoder, tokens, removed, form, 10), 10)
-    assert max(errors["dense"], kept["dense"]) <= EXACT[dtype]
-
-
-@torch.no_grad()
-def test_a_token_with_small_hidden_units_would_spoil_the_others() -> None:
-    """Its update is large, and what rounding leaves of that in the directions of other tokens is too."""
-    states = states_of(build(CASES[0]), 7)
-    z_BTD = states.z.clone()
-    z_BTD[1, 2] *= 1e-5  # hidden units 1e-10 as large as those of others
-    states = replace(states, z=z_BTD)
-    with pytest.raises(ValueError, match=r"hidden units of the FFN of 5 tokens have rank 4 in torch.float64 \(row 1\)"):
-        EXACT_FORMS["static_output"](states)
-    output = states.v + states.ffn(z_BTD, EXACT_FORMS["output"](states))
-    torch.testing.assert_close(output, states.out_ctx, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("size", [0.0, 1e-30], ids=["zero", "whose square is zero"])
 @torch.no_grad()
 def test_without_hidden_units_a_bias_is_left(size: float) -> None:
@@ -296,8 +245,8 @@ def test_no_matrix_per_token_is_formed(name: str) -> None:
     tokens, removed = different_tokens(2, 64), torch.arange(64) < 4
     limit = max(2 * 64 * 320 * (rank + 1), 320 * 320)
     assert 50 * limit <= 2 * 60 * 320 * 320  # B·T·o·i
-    # what a family emits enters these two forms alone; the others see its routing
-    forms = ("shear", "static") if family == "hypernet" else EXACT_FORMS
+    # what a family emits enters this form alone; the others see its routing
+    forms = ("shear",) if family == "hypernet" else EXACT_FORMS
     for form in forms:
         with at_most(limit):
             patches = model.deltas(tokens, removed) if form == "shear" else exact(model.decoder, tokens, removed, form)

@@ -11,7 +11,6 @@ from torch import Tensor
 import cases
 from cases import build
 from test_cache import BY_NAME, ids, recall
-from zoo.core import sampling
 from zoo.core.sampling import choose
 
 pytestmark = pytest.mark.numeric
@@ -56,27 +55,13 @@ def test_same_seed_same_ids() -> None:
     assert {len(row) for row in drawn(0)} == {3}
 
 
-def test_modes_and_gradients_are_left_alone() -> None:
-    model, seen = build(BY_NAME["hypernet-chunk"]).train(), []
-    model.decoder.blocks[0].eval()
-    before = [part.training for part in model.modules()]
-    model.decoder.blocks[1].ffn.register_forward_hook(
-        lambda ffn, *_: seen.append((ffn.training, torch.is_grad_enabled()))
-    )
-    stream = model.generate(ids(model, 4), 3)
-    for token in stream:
-        assert [part.training for part in model.modules()] == before
+def test_gradients_are_off_within_a_step_alone() -> None:
+    model, seen = build(BY_NAME["hypernet-chunk"]), []
+    model.decoder.blocks[1].ffn.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    for token in model.generate(ids(model, 4), 3):
         assert torch.is_grad_enabled()
         assert not token.requires_grad
-    assert seen == [(False, False)] * 3
-
-
-def test_modes_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(BY_NAME["hypernet-chunk"]).train()
-    monkeypatch.setattr(sampling, "choose", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(model.generate(ids(model, 4), 3))
-    assert all(part.training for part in model.modules())
+    assert seen == [False] * 3
 
 
 def test_inference_mode() -> None:

@@ -177,7 +177,7 @@ def test_statistics_of_experts_leave_filling_out(name: str, tmp_path: Path) -> N
         batch = task.batch("test", 0, 6)
         patches = model.decoder(batch.tokens, context)[1]
         context_to_delta: Any = model.decoder.context_to_delta
-        load, entropy = ExpertLoad(4), RouterEntropy()
+        load, entropy = ExpertLoad(4, torch.sum), RouterEntropy()
         load.update(patches[0], model.decoder.blocks[0].ffn)
         entropy.update(patches[0], model.decoder.blocks[0].ffn)
         assert int(load.counts.sum()) == int((batch.tokens != FILLING).sum()) * 2

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cases import BY_NAME, CASES, Case, batch_of, build
-from zoo.core.transforms import transformed
+from zoo.core.low_rank import transformed
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric

@@ -28,10 +28,6 @@ class LayerCache:
     patch: Patch | None = None
     memory: Any = None
 
-    def within(self, chunk: int | None) -> bool:
-        """Whether the next token shares an update with the one before it; chunk: as in Patch."""
-        return self.tokens > 0 and (chunk is None or self.tokens % chunk > 0)
-
     def extend(self, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values with the new ones in the end; keeps those that the last token sees by its mask (T,T)."""
         if self.keys is not None and self.values is not None:

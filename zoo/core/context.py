@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from zoo.config import show
 from zoo.core.cache import LayerCache
 from zoo.core.delta import Delta
 from zoo.core.layers import FeedForward, split_chunks
@@ -32,9 +31,9 @@ class ContextMean(NamedTuple):
 class Source:
     """Where the context of a token's update comes from; no state later than the token ever enters.
 
-    segment: the first n_context tokens, for all that follow them: one update (B). chunk: for the tokens of chunk s, all
-    chunks before it: (B,S). running: the tokens up to and including t: (B,T). token: the state of t alone, after
-    attention: (B,T). chunk: tokens of a chunk, None for the other kinds.
+    segment: the first n_context tokens, for all that follow them: one update (B). chunk: for the tokens of a chunk of
+    `chunk` tokens, all chunks before it: (B,S). running: the tokens up to and including t: (B,T). token: the state of t
+    alone, after attention: (B,T).
     """
 
     kind: str
@@ -46,16 +45,12 @@ class Source:
         or half of a short sequence. Raises ValueError, in terms of model.context and model.chunk, for a bad fit."""
         kind = kind or ("segment" if n_context else "chunk")
         if (kind == "segment") != bool(n_context):
-            raise ValueError(
-                f"model.context={kind} does not fit a task {'with' if n_context else 'without'} a separate context: "
-                f"segment is for those with one (regression, prompts), chunk, running and token for running text"
-            )
+            which, choice = ("with", "segment") if n_context else ("without", "chunk, running or token")
+            raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
         if kind == "chunk":
             chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
             if not 0 < chunk < tokens:
-                raise ValueError(
-                    f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1: no token is patched"
-                )
+                raise ValueError(f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1")
         elif chunk is not None:
             raise ValueError(f"model.chunk={chunk} needs model.context=chunk, not {kind}")
         return cls(kind, chunk)
@@ -114,8 +109,10 @@ class ContextToDelta(nn.Module):
     """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
     A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
-    something else defines `forward`.
+    something else defines `forward`. active_share: the share of the FFN's parameters that one token uses.
     """
+
+    active_share = 1.0
 
     def __init__(self, source: Source, layers: int):
         super().__init__()
@@ -135,10 +132,6 @@ class ContextToDelta(nn.Module):
         """The updates, by matrix, of layer `layer` from its context; zero where `nonempty` is."""
         raise NotImplementedError
 
-    def context(self, z_BTD: Tensor, n_context: int, cache: LayerCache | None, real: Tensor | None) -> ContextMean:
-        """The input of `update`; arguments as of forward."""
-        return self.source.mean(z_BTD, n_context, cache, real)
-
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
@@ -148,9 +141,9 @@ class ContextToDelta(nn.Module):
         n_context = 0. real (B,T): False for places that hold no token and must change nothing; None where all do.
         """
         shared_by = self.source.shared_by
-        context = self.context(z_BTD, n_context, cache, real)
-        if cache is not None and cache.patch is not None and cache.within(shared_by):
-            return cache.patch
+        context = self.source.mean(z_BTD, n_context, cache, real)
+        if cache and cache.patch and (shared_by is None or cache.tokens % shared_by):
+            return cache.patch  # the next token shares the update of the one before it
         patch = Patch(
             weights=self.update(context, layer),
             chunk=shared_by,
@@ -170,17 +163,12 @@ class ContextToDelta(nn.Module):
         made, applied = self.flops()
         return self.layers * (made / (self.source.shared_by or tokens) + applied)
 
-    @property
-    def active_share(self) -> float:
-        """The share of the FFN's parameters that one token uses."""
-        return 1.0
-
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """The auxiliary loss of training, a mean over the real tokens of a part of the step's batch, counted from 0."""
         return 0.0
 
     def metrics(self) -> dict[str, Metric]:
-        """Fresh metrics of one layer; each has update(patch, ffn), and compute() gives a number or a dict of them."""
+        """Fresh metrics of one layer, each of which has update(patch, ffn)."""
         return {}
 
     def after_step(self) -> None:
@@ -192,8 +180,6 @@ class ContextToDelta(nn.Module):
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Takes over what training_state() gave, or nothing; raises ValueError for what it cannot have given."""
-        if state:
-            raise ValueError(f"{type(self).__name__} has no state, got {show(state)}")
 
 
 class RelativeNorm(MeanMetric):

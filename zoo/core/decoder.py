@@ -72,17 +72,13 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, tokens.output_dim, bias=False)
         if sizes.tied:
             self.head.weight = self.embedding.weight
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Normal weights of std 1/√fan_in; matrices that write to the residual stream a further 1/√(2L) smaller."""
+        # normal weights of std 1/√fan_in; matrices that write to the residual stream a further 1/√(2L) smaller
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 continue
             fan_in = self.blocks[0].ffn.hidden_per_block if name.endswith("ffn.down") else parameter.shape[1]
             writes = name.endswith(("ffn.down", "attention.o.weight"))
-            parameter.normal_(std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)
+            nn.init.normal_(parameter, std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)
 
     def real(self, tokens: Tensor) -> Tensor | None:
         """(B,T) which places hold a token, None where all do."""
@@ -139,9 +135,9 @@ class Decoder(nn.Module):
         """Output (B,T,V) for tokens (B,T) or (B,T,token_dim), and the patch that each layer used.
 
         n_context: how many leading tokens are a separate context. patches: one per layer, total: nothing else is
-        emitted. added: one per layer, weights and biases on top of what the family emits. positions (T,): where the
-        tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in place: the
-        first call passes all tokens there are, each further one the next token (B,1), and gets its output alone.
+        emitted. added: one per layer, weights and biases on top of what the family emits for all tokens. positions
+        (T,): where the tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in
+        place: the first call passes all tokens there are, each further one the next token (B,1), and gets its output.
         """
         check_tokens(tokens, n_context)
         for given in (patches, added):

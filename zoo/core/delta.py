@@ -9,14 +9,14 @@ ever repeated or formed in a forward pass. served (*,T,1), where given, is 0 at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.low_rank import low_rank_linear
-from zoo.core.transforms import transformed
+from zoo.core.low_rank import low_rank_linear, transformed
 
 
 def rows(t: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
@@ -30,7 +30,12 @@ def picked(t: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
 
 
 class Delta(ABC):
-    """An update ΔW (o×i) of one linear map; the fields of its kinds have the leading dims *."""
+    """An update ΔW (o×i) of one linear map; the fields of its kinds have the leading dims *.
+
+    nothing: the fields whose value, where they hold it everywhere, makes ΔW = 0.
+    """
+
+    nothing: ClassVar[dict[str, float]]
 
     @abstractmethod
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
@@ -42,14 +47,15 @@ class Delta(ABC):
         assert factors is not None, "a kind without factors says what its matrix is"
         return factors[0] @ factors[1].mT
 
-    def masked(self, served: Tensor) -> Delta:
-        """This update times 1 or 0, served (*)."""
-        raise ValueError(f"{type(self).__name__} serves all tokens or none")
-
-    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Delta:
-        """The same update with one matrix for each of `tokens` (T,), leading dims (B,T)."""
-        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        return type(self)(*(rows(t, tokens, chunk) for t in values if t is not None))
+    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Delta:
+        """The same update with one matrix for each of `tokens` (T,), leading dims (B,T): ΔW = 0 where not served."""
+        values = {name: rows(t, tokens, chunk) for name, t in vars(self).items()}
+        if served is not None:
+            served_BT1 = picked(served, tokens, chunk)
+            for name, nothing in self.nothing.items():
+                t = values[name]
+                values[name] = torch.where(served_BT1.view(*t.shape[:2], *[1] * (t.dim() - 2)) > 0, t, nothing)
+        return type(self)(**values)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """u (*,o,R) and v (*,i,R) with ΔW = u vᵀ, or None where no factors smaller than ΔW exist."""
@@ -107,12 +113,10 @@ class LowRank(Delta):
             raise ValueError("this LowRank differs from token to token: take delta.per_token(tokens) first")
         return self.u, self.v
 
-    def masked(self, served: Tensor) -> LowRank:
-        return LowRank(self.u * served[..., None, None], self.v)
-
-    def per_token(self, tokens: Tensor, chunk: int | None = None) -> LowRank:
+    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> LowRank:
         u, v = (rows(factor, tokens, chunk) for factor in (self.u, self.v))
-        return LowRank(u if self.gate is None else u * picked(self.gate, tokens, chunk).unsqueeze(-2), v)
+        gate = self.gated(served).gate
+        return LowRank(u if gate is None else u * picked(gate, tokens, chunk).unsqueeze(-2), v)
 
     def norm(self, W: Tensor) -> Tensor:
         if self.gate is None:
@@ -132,6 +136,7 @@ class Scale(Delta):
 
     rows: Tensor
     columns: Tensor
+    nothing: ClassVar = {"rows": 1.0, "columns": 1.0}
 
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
         rows, columns = (t.unsqueeze(-2) for t in (self.rows, self.columns))
@@ -141,10 +146,6 @@ class Scale(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         return W * (self.rows.unsqueeze(-1) * self.columns.unsqueeze(-2)) - W
-
-    def masked(self, served: Tensor) -> Scale:
-        served = served.unsqueeze(-1)
-        return Scale(1 + served * (self.rows - 1), 1 + served * (self.columns - 1))
 
     def norm(self, W: Tensor) -> Tensor:
         # Σ W²(rc−1)² with rc−1 = b + ac: exactly 0 for no scaling, and nothing of size (*,o,i) is formed
@@ -159,6 +160,7 @@ class Full(Delta):
     """ΔW = matrix (*,o,i)."""
 
     matrix: Tensor
+    nothing: ClassVar = {"matrix": 0.0}
 
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
         extra = x @ self.matrix.mT
@@ -166,9 +168,6 @@ class Full(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         return self.matrix
-
-    def masked(self, served: Tensor) -> Full:
-        return Full(self.matrix * served[..., None, None])
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,7 @@ class InputShift(Delta):
 
     a: Tensor
     shift: Tensor
+    nothing: ClassVar = {"shift": 0.0}
 
     def apply(self, x: Tensor, served: Tensor | None = None) -> Tensor:
         """x + shift·(a·x)/|a|² for x (*,T,i): what the patched matrices read."""
@@ -206,9 +206,6 @@ class InputShift(Delta):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         v = self.a / self.a.square().sum(-1, keepdim=True)
         return W @ self.shift.unsqueeze(-1), v.unsqueeze(-1)
-
-    def masked(self, served: Tensor) -> InputShift:
-        return InputShift(self.a, self.shift * served.unsqueeze(-1))
 
 
 @dataclass(frozen=True)
@@ -224,8 +221,5 @@ class Sum(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return self.first.dense(W) + self.second.dense(W)
 
-    def masked(self, served: Tensor) -> Sum:
-        return Sum(self.first.masked(served), self.second.masked(served))
-
-    def per_token(self, tokens: Tensor, chunk: int | None = None) -> Sum:
-        return Sum(self.first.per_token(tokens, chunk), self.second.per_token(tokens, chunk))
+    def per_token(self, tokens: Tensor, chunk: int | None = None, served: Tensor | None = None) -> Sum:
+        return Sum(self.first.per_token(tokens, chunk, served), self.second.per_token(tokens, chunk, served))

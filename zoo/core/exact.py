@@ -1,17 +1,10 @@
 """The law: the total weight update that stands for a context, layer by layer, in every form that is exact.
 
-    form            what it changes                                 one for      no patch where
-    shear           gate, up (one input shift), down                each token   a state or the hidden units are zero
-    output          down                                            each token   the hidden units are zero
-    bias            a bias of down: a steering vector               each token   never
-    static          gate, up, down                                  all tokens   states or hidden units are dependent
-    static_output   down                                            all tokens   hidden units are dependent
-
 Patches are total: relative to the stored weights, with the family switched off. Routing is no weight update but a
-choice, made per token in every form: by the router that saw the context where gate and up are patched, else by the
-router that saw the query alone. After Dherin et al. 2025 (arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv
-2511.17864, gated blocks and experts).
-Axes: B batch, T kept tokens, D model, F hidden units of all blocks; o outputs of one matrix, n inputs, R rank.
+choice: made by the router that saw the context where gate and up are patched, else by the router that saw the query
+alone. After Dherin et al. 2025 (arXiv 2507.16003, one layer) and Goldwaser et al. 2025 (arXiv 2511.17864, gated blocks
+and experts). One update for all tokens is fitted in zoo.lens.static.
+Axes: B batch, T kept tokens, D model, F hidden units of all blocks; n inputs of one matrix.
 """
 
 from __future__ import annotations
@@ -41,17 +34,15 @@ def exact(
     """The total patch of each layer that stands for the tokens marked in `removed` (T,), or the first so many.
 
     The law: forward(tokens[:, ~removed], patches=exact) equals forward(tokens) at the kept tokens, at the positions
-    they had. form: see the table above; n_context: as in forward, default the number of removed tokens; formed: as
+    they had. form: one of EXACT_FORMS; n_context: as in forward, default the number of removed tokens; formed: as
     whole matrices W + ΔW, whose rounding the layers above then make up for. Raises ValueError where no patch exists.
     """
     patch_of = lookup(form, EXACT_FORMS, "form")
 
     def matrices_of(states: LayerStates) -> Patch:
         patch = patch_of(states)
-        shared = patch.routing if patch.chunk is None else None  # many tokens, a choice of blocks for each
-        W = states.ffn.dense(replace(patch, routing=None) if shared else patch)
-        weights = {name: Replaced(matrix) for name, matrix in W.items()}
-        return Patch(weights=weights, biases=patch.biases, routing=shared, chunk=patch.chunk)
+        weights = {name: Replaced(matrix) for name, matrix in states.ffn.dense(patch).items()}
+        return Patch(weights=weights, biases=patch.biases, chunk=patch.chunk)
 
     return replace_context(decoder, tokens, removed, matrices_of if formed else patch_of, n_context)
 
@@ -62,10 +53,9 @@ def replace_context(
     removed: Tensor | int,
     patch_of: Callable[[LayerStates], Patch],
     n_context: int | None = None,
-    layers: int | None = None,
 ) -> list[Patch]:
-    """The patches that `patch_of` makes of the first `layers` layers, None for all, from the states with and without
-    the removed tokens, where the stream without them runs through the patches of the layers below. See exact."""
+    """The patches that `patch_of` makes of each layer's states with and without the removed tokens, where the stream
+    without them runs through the patches of the layers below. See exact."""
     check_tokens(tokens, n_context or 0)
     if isinstance(removed, int):
         removed = torch.arange(tokens.shape[1], device=tokens.device) < removed
@@ -111,7 +101,7 @@ def replace_context(
 
     x_ctx_BTD = decoder.embed(tokens)
     x_BTD, patches = x_ctx_BTD[:, kept], []
-    for layer in range(len(decoder.blocks) if layers is None else layers):
+    for layer in range(len(decoder.blocks)):
         x_ctx_BTD, x_BTD, patch = run(layer, x_ctx_BTD, x_BTD)
         patches.append(patch)
     return patches
@@ -155,28 +145,9 @@ class LayerStates:
             raise ValueError(f"layer {self.layer}: the {what} the FFN are zero for a token, no rank-1 patch exists")
         return state / square
 
-    def inverse(self, what: str, state_BTn: Tensor) -> Tensor:
-        """X⁺ (B,n,T) for states as rows of X: R ↦ RᵀX⁺ᵀ is the smallest matrix that maps each row of X to that of R.
-
-        Raises ValueError, naming `what`, where no matrix maps them independently: more than n tokens, or dependent
-        ones, below a ratio √ε of their singular values, where less than half of the digits would be exact.
-        """
-        tokens, dtype = state_BTn.shape[1], state_BTn.dtype
-        states = state_BTn.to(torch.promote_types(dtype, torch.float32))
-        u_BTR, s_BR, vh_BRn = torch.linalg.svd(states, full_matrices=False)
-        rank_B = (s_BR > torch.finfo(dtype).eps ** 0.5 * s_BR[:, :1]).sum(-1)
-        if (rank_B < tokens).any():
-            raise ValueError(
-                f"layer {self.layer}: the {what} the FFN of {tokens} tokens have rank {int(rank_B.min())} in {dtype} "
-                f"(row {int(rank_B.argmin())}): one static patch serves no more tokens than that, and equal first "
-                "tokens of a query are one; keep a token of the context, or use a form with one patch per token "
-                "(shear, output, bias), or a fit by ridge regression (zoo.lens.static)"
-            )
-        return ((u_BTR / s_BR.unsqueeze(1)) @ vh_BRn).mT.to(dtype)
-
 
 def shear_and_down(states: LayerStates) -> Patch:
-    """The emitted patch, its input shifted from z to z_ctx, and v_ctx − v, which is then missing, through `down`."""
+    """All matrices: the emitted patch, its input shifted from z to z_ctx, and v_ctx − v, then missing, by `down`."""
     states.along("state before", states.z)
     patch = replace(states.emitted, input=InputShift(states.z, states.z_ctx - states.z))
     return _with_down(states, patch, states.v_ctx - states.v)
@@ -188,44 +159,17 @@ def output(states: LayerStates) -> Patch:
 
 
 def bias(states: LayerStates) -> Patch:
-    """A bias of `down` alone, out_ctx − v − FFN(z): what the context adds to the stream at this token."""
+    """A bias of `down` alone, out_ctx − v − FFN(z), a steering vector: what the context adds at this token."""
     patch = Patch(routing=states.alone, chunk=1)
     return replace(patch, biases={"down": states.missing(states.ffn.hidden(states.z, patch))})
 
 
-def static(states: LayerStates) -> Patch:
-    """The smallest updates of gate, up and down that serve all T tokens of a sequence: at most D of them."""
-    patch, ffn = Patch(routing=_shared(states.emitted.routing)), states.ffn
-    inverse_BDT = states.inverse("states before", states.z)
-    for name in ffn.input_matrices:
-        read_BTo = ffn.linear(name, states.z_ctx.unsqueeze(2), states.emitted).squeeze(2)
-        patch = patch.with_delta(name, LowRank((read_BTo - ffn.linear(name, states.z, Patch())).mT, inverse_BDT))
-    return _with_down(states, patch)
-
-
-def static_output(states: LayerStates) -> Patch:
-    """The smallest update of `down` alone that serves all T tokens: at most F, fewer where few experts run."""
-    return _with_down(states, Patch(routing=_shared(states.alone)))
-
-
 def _with_down(states: LayerStates, patch: Patch, missing_BTD: Tensor | None = None) -> Patch:
-    """`patch` and the smallest update of `down` that adds what is missing: one per token, or one for all of them."""
-    h_BTF, what = states.ffn.hidden(states.z, patch), "hidden units of"
+    """`patch` and the rank-1 update of `down`, the smallest, that adds what is missing from the block's output."""
+    h_BTF = states.ffn.hidden(states.z, patch)
     missing_BTD = states.missing(h_BTF) if missing_BTD is None else missing_BTD
-    if patch.chunk is None:
-        return patch.with_delta("down", LowRank(missing_BTD.mT, states.inverse(what, h_BTF)))
-    return patch.with_delta("down", LowRank(missing_BTD.unsqueeze(-1), states.along(what, h_BTF).unsqueeze(-1)))
+    column_BTF = states.along("hidden units of", h_BTF)
+    return patch.with_delta("down", LowRank(missing_BTD.unsqueeze(-1), column_BTF.unsqueeze(-1)))
 
 
-def _shared(routing: Routing | None) -> Routing | None:
-    """A routing (B,T,1,K) of single tokens as that of a sequence, (B,T,K)."""
-    return routing and Routing(*(t.squeeze(2) for t in (routing.index, routing.weight, routing.logits)))
-
-
-EXACT_FORMS: dict[str, Callable[[LayerStates], Patch]] = {
-    "shear": shear_and_down,
-    "output": output,
-    "bias": bias,
-    "static": static,
-    "static_output": static_output,
-}
+EXACT_FORMS: dict[str, Callable[[LayerStates], Patch]] = {"shear": shear_and_down, "output": output, "bias": bias}

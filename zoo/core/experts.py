@@ -6,7 +6,7 @@ outputs of one block.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,18 +68,12 @@ GROUPED_MATMULS = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
 """From rows x (N,i), matrices (E,i,o) and the number of rows of each block (E) to (N,o)."""
 
 
-class Permutation(NamedTuple):
-    """Where choice k of token t stands among the rows: choice (N), t·K + k of each row; row (T,K), its inverse."""
-
-    choice: Tensor
-    row: Tensor
-
-
-def sort_by_block(index_TK: Tensor) -> Permutation:
-    """Rows by the block that they chose, those of one block as the tokens stand."""
+def sort_by_block(index_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by the block that they chose, those of one block as the tokens stand: the choice t·K + k of each row, (N),
+    and its inverse, the row of each choice, (T,K)."""
     choice_N = index_TK.flatten().argsort(stable=True)
     row_N = torch.empty_like(choice_N).scatter_(0, choice_N, torch.arange(len(choice_N), device=choice_N.device))
-    return Permutation(choice_N, row_N.view(index_TK.shape))
+    return choice_N, row_N.view(index_TK.shape)
 
 
 # The gradients of the next two gather too. Autograd would scatter: slower, and on a GPU in any order.

@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.core.cache import LayerCache
 from zoo.core.experts import GROUPED_MATMULS, Combine, Dispatch, backend_for, sort_by_block
+from zoo.core.low_rank import transformed
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch, Routing
-from zoo.core.transforms import transformed
 
 FILLING = -1
 """The id of a place that holds no token: nobody sees it, and it counts for nothing."""
@@ -143,8 +143,8 @@ class FeedForward(nn.Module):
         return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
 
     def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
-        routing = routing.expand_to(x.shape[:-1])
-        index_TK, weight_TK = (t.reshape(-1, t.shape[-1]) for t in (routing.index, routing.weight))
+        # one choice may be that of many tokens
+        index_TK, weight_TK = (t.expand(*x.shape[:-1], -1).flatten(0, -2) for t in (routing.index, routing.weight))
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
         counts_E = counts_E.scatter_add(0, index_TK.flatten(), torch.ones_like(index_TK.flatten()))
         order = sort_by_block(index_TK)

@@ -1,4 +1,4 @@
-"""The product of a linear map under low-rank updates, with a gradient of its own.
+"""The product of a linear map under low-rank updates, with a gradient of its own; when such gradients step aside.
 
 Axes: `*` one or more leading dims, N = all of them as one, an update for each; T tokens that share an update, R rank;
 o outputs and i inputs of the map.
@@ -11,14 +11,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from zoo.core.experts import product_dtype
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward mode, is at work, in which gradients of our own cannot take part;
+    asked in every layer, so it takes 0.3 µs."""
+    if torch.compiler.is_compiling():  # what is compiled inside a transform is not looked into
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def low_rank_linear(W: Tensor, x: Tensor, u: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """W x + u (gate ∘ vᵀx) for W (o,i), x (*,T,i), u (*,o,R), v (*,i,R), gate (*,T,R): (*,T,o).
 
-    Differentiable in reverse mode, any number of times; for torch.func and forward mode see zoo.core.transforms.
+    Differentiable in reverse mode, any number of times; not where `transformed`.
     """
     if x.dim() > 3:
         x_NTi, u, v = (t.flatten(0, -3) for t in (x, u, v))

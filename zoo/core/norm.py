@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.core.transforms import transformed
+from zoo.core.low_rank import transformed
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from zoo.core.delta import Delta, InputShift, LowRank, picked, rows
@@ -27,10 +26,6 @@ class Routing:
         """s by block, (*,T,E): the weight of each chosen block, zero elsewhere."""
         zeros = self.weight.new_zeros(*self.index.shape[:-1], blocks)
         return zeros.scatter_add(-1, self.index, self.weight)
-
-    def expand_to(self, dims: torch.Size) -> Routing:
-        """One choice for many tokens as one for each, (*,T) = dims."""
-        return Routing(*(t.expand(*dims, -1) for t in (self.index, self.weight, self.logits)))
 
     def per_token(self, tokens: Tensor, chunk: int | None = None) -> Routing:
         return Routing(*(picked(t, tokens, chunk).unsqueeze(2) for t in (self.index, self.weight, self.logits)))
@@ -56,36 +51,28 @@ class Patch:
 
     def per_token(self, tokens: Tensor) -> Patch:
         """One patch for each of `tokens` (T,), all of them served: leading dims (B,T), chunk 1."""
-        served_BT1 = None if self.served is None else picked(self.served, tokens, self.chunk)
-
-        def each(delta: Delta) -> Delta:
-            delta = delta.per_token(tokens, self.chunk)
-            return delta if served_BT1 is None else delta.masked(served_BT1[..., 0])
-
-        biases = {name: rows(bias, tokens, self.chunk) for name, bias in self.biases.items()}
+        where = tokens, self.chunk, self.served
+        served_BT1 = 1 if self.served is None else picked(self.served, tokens, self.chunk)
         return Patch(
-            input=self.input and each(self.input),  # type: ignore[arg-type]
-            weights={name: each(delta) for name, delta in self.weights.items()},
-            biases=biases if served_BT1 is None else {name: bias * served_BT1 for name, bias in biases.items()},
+            input=self.input and self.input.per_token(*where),  # type: ignore[arg-type]
+            weights={name: delta.per_token(*where) for name, delta in self.weights.items()},
+            biases={name: rows(bias, tokens, self.chunk) * served_BT1 for name, bias in self.biases.items()},
             routing=self.routing and self.routing.per_token(tokens, self.chunk),
             chunk=1,
         )
 
     def with_delta(self, name: str, delta: LowRank) -> Patch:
         """This patch, which serves all tokens, with `delta` added to the update of the matrix `name`."""
-        total = self.weights[name] + delta if name in self.weights else delta
-        return replace(self, weights={**self.weights, name: total})
+        return self.merged_with(Patch(weights={name: delta}))
 
     def merged_with(self, other: Patch) -> Patch:
-        """This patch and `other`, which holds low-rank updates and biases alone, for all tokens; leading dims
-        broadcast. Raises ValueError if this one does not serve all tokens by more than low-rank updates."""
-        total = self
+        """This patch and `other`, which holds low-rank updates and biases alone; leading dims broadcast. Raises
+        ValueError unless this one serves all tokens."""
         if self.served is not None:
-            gated = {name: d.gated(self.served) for name, d in self.weights.items() if isinstance(d, LowRank)}
-            if self.biases or self.input or len(gated) < len(self.weights):
-                raise ValueError("a patch that does not serve all tokens is added to where it is low-rank alone")
-            total = replace(self, weights=gated, served=None)
+            raise ValueError("this patch does not serve the tokens of the context: pass the queries alone to add to it")
+        weights, biases = dict(self.weights), dict(self.biases)
         for name, delta in other.weights.items():
-            total = total.with_delta(name, delta)  # type: ignore[arg-type]
-        biases = {name: total.biases[name] + b if name in total.biases else b for name, b in other.biases.items()}
-        return replace(total, biases={**total.biases, **biases})
+            weights[name] = weights[name] + delta if name in weights else delta  # type: ignore[operator]
+        for name, bias in other.biases.items():
+            biases[name] = biases[name] + bias if name in biases else bias
+        return replace(self, weights=weights, biases=biases)

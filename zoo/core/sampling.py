@@ -36,30 +36,15 @@ def generate(
     top_k: int | None,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """The next `count` ids of each row, (B) at a time, in eval mode and without gradients, which the code between two
-    of them does not see; arguments as checked by `check`."""
-    cache = decoder.new_cache()
-    for _ in range(count):
-        training = [part for part in decoder.modules() if part.training]
-        decoder.eval()
-        try:
-            with torch.no_grad():
-                logits_BV = decoder(tokens_BT, n_context, cache=cache)[0][:, -1]
-                ids_B = choose(logits_BV, temperature, top_k, generator)
-        finally:
-            for part in training:
-                part.training = True
-        yield ids_B
-        tokens_BT, n_context = ids_B[:, None], 0
+    """The next `count` ids of each row, (B) at a time, without gradients.
 
-
-def check(vocabulary: int, tokens: Tensor, count: int, n_context: int, temperature: float, top_k: int | None) -> None:
-    """Raises ValueError for arguments that nothing can be generated from."""
-    if tokens.dim() != 2 or tokens.is_floating_point():
-        raise ValueError(f"the prompt must be token ids (B,T), got {tokens.dtype} of shape {tuple(tokens.shape)}")
-    check_tokens(tokens, n_context)
-    LayerCache().check(tokens.shape[1], n_context)
-    low, high = int(tokens.min()), int(tokens.max())
+    Raises ValueError, at once, for arguments that nothing can be generated from.
+    """
+    if tokens_BT.dim() != 2 or tokens_BT.is_floating_point():
+        raise ValueError(f"the prompt must be token ids (B,T), got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}")
+    check_tokens(tokens_BT, n_context)
+    LayerCache().check(tokens_BT.shape[1], n_context)
+    vocabulary, low, high = decoder.head.out_features, int(tokens_BT.min()), int(tokens_BT.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(f"token ids from {low} to {high} do not fit the vocabulary, 0 to {vocabulary - 1}")
     if count < 1:
@@ -68,3 +53,13 @@ def check(vocabulary: int, tokens: Tensor, count: int, n_context: int, temperatu
         raise ValueError(f"temperature={temperature} must be a finite number, 0 (the likeliest token) or above")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k={top_k} must lie between 1 and the vocabulary of {vocabulary}")
+
+    def steps() -> Iterator[Tensor]:
+        new_BT, n_new, cache = tokens_BT, n_context, decoder.new_cache()
+        for _ in range(count):
+            with torch.no_grad():  # which the code between two of them does not see
+                ids_B = choose(decoder(new_BT, n_new, cache=cache)[0][:, -1], temperature, top_k, generator)
+            yield ids_B
+            new_BT, n_new = ids_B[:, None], 0
+
+    return steps()

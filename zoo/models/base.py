@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric
 
 from zoo.config import from_dict, lookup, plain, require_positive
 from zoo.core import sampling
@@ -37,9 +37,7 @@ class ModelConfig(Sizes):
         require_positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if self.dim % (2 * self.heads):
-            raise ValueError(
-                f"model.dim={self.dim} must be a multiple of 2·model.heads={2 * self.heads} (rotary pairs)"
-            )
+            raise ValueError(f"model.dim={self.dim} must be a multiple of 2·model.heads={2 * self.heads}")
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={kv_heads}")
         if self.tied and not task.vocabulary:
@@ -47,17 +45,15 @@ class ModelConfig(Sizes):
         return replace(self, kv_heads=kv_heads)
 
     @property
-    def attends(self) -> bool:
-        """Whether what follows a separate context attends to it."""
-        return True
+    def decoder_options(self) -> dict[str, Any]:
+        """Keyword arguments of Decoder, once resolved."""
+        return {}
 
 
 @dataclass(frozen=True)
 class ContextConfig(ModelConfig):
-    """context: what a token's update is made from: segment (a separate context, once for all queries), chunk (all
-    earlier chunks of `chunk` tokens), running (mean up to the token), token (its own state after attention); null:
-    segment where the task has a separate context, else chunk. attend_context: queries also attend to a separate
-    context; null: no, the update is its only way in."""
+    """context, chunk: what a token's update is made from, see Source; null: segment where the task has a separate
+    context, else chunk. attend_context: queries also attend to it; null: no, the update is its only way in."""
 
     context: Literal["segment", "chunk", "running", "token"] | None = None
     chunk: int | None = None
@@ -72,8 +68,8 @@ class ContextConfig(ModelConfig):
         return replace(config, context=source.kind, chunk=source.chunk, attend_context=attend)  # type: ignore[arg-type]
 
     @property
-    def attends(self) -> bool:
-        return self.attend_context is not False
+    def decoder_options(self) -> dict[str, Any]:
+        return {"attend_context": self.attend_context is not False}
 
     @property
     def source(self) -> Source:
@@ -127,14 +123,13 @@ class Model(L.LightningModule):
     """A decoder and its training; families differ in Config and context_to_delta() alone.
 
     All options come as plain dicts and are written back with every default, so a checkpoint rebuilds the model.
+    losses: sums over the parts of the last training step: loss, the task's, and aux_loss, where a family adds one.
     """
 
     Config: ClassVar[type[ModelConfig]]
     config: Any
     decoder: Decoder
     losses: dict[str, Tensor]
-    """Sums over the parts of the last training step, without gradients: loss, the task's, and aux_loss, where a family
-    adds one."""
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
@@ -144,20 +139,14 @@ class Model(L.LightningModule):
         groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
         self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed
-        self.decoder = Decoder(self.config, self.task, attend_context=self.config.attends, **self.decoder_options())
+        self.decoder = Decoder(self.config, self.task, **self.config.decoder_options)
         self.decoder.context_to_delta = self.make_context_to_delta()
         self.losses = {}
         self.means: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
         family = self.decoder.context_to_delta
-        self.layer_metrics: Sequence[MetricCollection] = nn.ModuleList(  # type: ignore[assignment]
-            # each for itself: torchmetrics takes metrics for one that are equal at first, as zero updates are
-            MetricCollection({**(family.metrics() if family else {})}, prefix=f"layer{layer}/", compute_groups=False)
-            for layer in range(self.config.layers)
+        self.layer_metrics: Sequence[dict[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
+            nn.ModuleDict(family.metrics() if family else {}) for _ in self.decoder.blocks
         )
-
-    def decoder_options(self) -> dict[str, Any]:
-        """Requests of a family to its FFNs: the keyword arguments blocks and backend of Decoder."""
-        return {}
 
     def make_context_to_delta(self) -> ContextToDelta | None:
         """The family itself: None for a plain transformer."""
@@ -180,16 +169,14 @@ class Model(L.LightningModule):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time, each from the newest token alone.
+        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; see zoo.core.sampling.
 
-        n_context: how many leading tokens are a separate context. temperature 0 takes the likeliest id, above it draws
-        from softmax(logits / temperature) of the top_k likeliest (None: all) with `generator`: same seed, same ids.
-        Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
+        n_context: how many leading tokens are a separate context. top_k: None for all. Same seed of `generator`, same
+        ids. Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
         """
         task = self.task
         if not task.vocabulary or task.output_dim != task.vocabulary or task.independent_queries:
             raise ValueError(f"task.name={task.config.name} has no next token: generate needs a task of token ids")
-        sampling.check(task.vocabulary, tokens, count, n_context, temperature, top_k)
         return sampling.generate(self.decoder, tokens, count, n_context, temperature, top_k, generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -209,12 +196,14 @@ class Model(L.LightningModule):
         losses = self.task.token_losses(output, batch)[self.task.scored(batch)]
         self._log_mean("validation_loss", losses, prog_bar=True)
         for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
-            metrics.update(patch, block.ffn)
+            for metric in metrics.values():
+                metric.update(patch, block.ffn)
 
     def on_validation_epoch_end(self) -> None:
-        for metrics in self.layer_metrics:
-            self.log_dict(metrics.compute(), sync_dist=True)
-            metrics.reset()
+        for layer, metrics in enumerate(self.layer_metrics):
+            for name, metric in metrics.items():
+                self.log(f"layer{layer}/{name}", metric.compute(), sync_dist=True)
+                metric.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         for name, values in self.task.evaluate(self, batch).items():

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from zoo.config import require_positive
-from zoo.core.cache import LayerCache
 from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
 from zoo.core.delta import Delta, Full, LowRank, Scale
 from zoo.core.norm import RMSNorm
@@ -44,9 +43,7 @@ class HypernetConfig(ContextConfig):
             raise ValueError(f"model.matrices={list(self.matrices)} must be different names out of {list(MATRICES)}")
         rank = (4 if self.rank is None else self.rank) if self.emission == "low_rank" else None
         if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
-            raise ValueError(
-                f"model.rank={rank} must lie between 1 and model.dim={self.dim}, model.hidden={self.hidden}"
-            )
+            raise ValueError(f"model.rank={rank} must be 1 to model.dim={self.dim} and model.hidden={self.hidden}")
         return replace(config, rank=rank)
 
 
@@ -69,12 +66,8 @@ class Generator(nn.Module):
         self.heads = nn.ModuleDict()
         for name in config.matrices:
             o, i = self.shapes[name]
-            numbers = {
-                "low_rank": {"u": R * o, "v": R * i},
-                "full": {"full": o * i},
-                "scale": {"rows": o, "columns": i},
-            }
-            for factor, count in numbers[config.emission].items():
+            counts = {"low_rank": {"u": R * o, "v": R * i}, "full": {"full": o * i}, "scale": {"rows": o, "columns": i}}
+            for factor, count in counts[config.emission].items():
                 head = self.heads[f"{name}_{factor}"] = nn.Linear(C, count, bias=False)
                 nn.init.normal_(head.weight, std=(C * i) ** -0.5 if factor == "v" else 0.0)
 
@@ -107,21 +100,16 @@ class HypernetDelta(ContextToDelta):
     def code(self) -> nn.Module:
         return self.generator.code_norm
 
-    def context(self, z_BTD: Tensor, n_context: int, cache: LayerCache | None, real: Tensor | None) -> ContextMean:
-        context = super().context(z_BTD, n_context, cache, real)
-        if self.constant is None:
-            return context
-        return ContextMean(self.constant.expand_as(context.mean), torch.ones_like(context.nonempty))
-
     def update(self, context: ContextMean, layer: int) -> dict[str, Delta]:
+        if self.constant is not None:
+            context = ContextMean(self.constant.expand_as(context.mean), torch.ones_like(context.nonempty))
         return self.generator(context, layer)
 
     def flops(self) -> tuple[float, float]:
         made = sum(m.weight.numel() for m in self.generator.modules() if isinstance(m, nn.Linear))
         # one product for each number of a factor; scaling is elementwise, as what zoo.models.flops leaves out
-        factors: Any = self.generator.heads.values()
-        applied = 0 if self.config.emission == "scale" else sum(head.out_features for head in factors)
-        return 2 * made, 2 * applied
+        heads: Any = [] if self.config.emission == "scale" else self.generator.heads.values()
+        return 2 * made, 2 * sum(head.out_features for head in heads)
 
     def metrics(self) -> dict[str, Metric]:
         return {f"delta_norm_{name}": RelativeNorm(name) for name in self.config.matrices}

@@ -33,13 +33,9 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class MoEConfig(ModelConfig):
-    """hidden: units of one expert; experts, top_k: routed ones and how many a token uses; shared: experts used always.
-
-    score: what turns logits into weights; renormalise: chosen weights sum to 1 (null: yes, except at top_k=1).
-    route_on: the token's state, or the context's mean (a separate context; on text all earlier chunks of `chunk`
-    tokens). balance: auxiliary loss on load, 1 at perfect balance, times balance_weight; z_weight: on the size of
-    logits; bias_rate: step of the selection bias that balances without a loss. backend: how experts are computed.
-    """
+    """hidden: units of one expert; top_k: routed experts that a token uses; shared: experts used always; renormalise:
+    chosen weights sum to 1 (null: yes, except at top_k=1); route_on: the token's state, or the context's mean (on text
+    all earlier chunks of `chunk` tokens); bias_rate: step of the selection bias that balances without a loss."""
 
     name: str = "moe"
     hidden: int = 64
@@ -62,12 +58,8 @@ class MoEConfig(ModelConfig):
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.renormalise and self.top_k == 1:
-            raise ValueError(
-                "model.renormalise=true with model.top_k=1 makes all weights 1: no gradient for the router"
-            )
-        if self.renormalise and self.score == "linear":
-            raise ValueError("model.renormalise=true with model.score=linear divides by a sum that may be zero")
+        if self.renormalise and (self.top_k == 1 or self.score == "linear"):  # weights are all 1, or a sum may be 0
+            raise ValueError(f"model.renormalise=true does not fit model.top_k={self.top_k}, model.score={self.score}")
         chunk, on_token = self.chunk, self.route_on == "token"
         if chunk is not None and (on_token or task.n_context):
             raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
@@ -77,16 +69,18 @@ class MoEConfig(ModelConfig):
         return replace(super().resolve(task), renormalise=sums, chunk=chunk)
 
     @property
+    def decoder_options(self) -> dict[str, Any]:
+        return {"blocks": self.experts + self.shared, "backend": self.backend}
+
+    @property
     def source(self) -> Source:
         """Where the state that routes a token comes from, once resolved."""
         return Source("token" if self.route_on == "token" else "chunk" if self.chunk else "segment", self.chunk)
 
 
 class Router(nn.Module):
-    """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters.
-
-    bias moves the choice but not the weights (Wang et al. 2024, arXiv 2408.15664).
-    """
+    """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters; `bias` moves
+    the choice but not the weights (Wang et al. 2024, arXiv 2408.15664)."""
 
     bias: Tensor
 
@@ -122,6 +116,7 @@ class ExpertRouting(ContextToDelta):
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
         self.config = config
+        self.active_share = (config.top_k + config.shared) / (config.experts + config.shared)
         self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
             Router(config) for _ in range(config.layers)
         )
@@ -156,7 +151,7 @@ class ExpertRouting(ContextToDelta):
         return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, cache, real)), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
-        """The losses on balance and size of logits; the choices are counted here, as forward may run twice a batch."""
+        """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""
         config = self.config
         counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
         self.counts = self.counts + counts_LE if part else counts_LE
@@ -185,9 +180,7 @@ class ExpertRouting(ContextToDelta):
         return {"shares": self.shares.tolist()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        if not (rows := state.get("shares")):  # runs that counted none, or not yet
-            return
-        shares_LE = torch.tensor(rows, dtype=torch.float64)
+        shares_LE = torch.tensor(state.get("shares") or self.shares.tolist(), dtype=torch.float64)
         if shares_LE.shape != self.shares.shape or not ((shares_LE >= 0) & (shares_LE <= 1)).all():
             raise ValueError(f"the shares of experts must be numbers from 0 to 1, {tuple(self.shares.shape)} of them")
         self.shares = shares_LE
@@ -195,13 +188,12 @@ class ExpertRouting(ContextToDelta):
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
 
-    @property
-    def active_share(self) -> float:
-        config = self.config
-        return (config.top_k + config.shared) / (config.experts + config.shared)
-
     def metrics(self) -> dict[str, Metric]:
-        return {"load": ExpertLoad(self.config.experts), "entropy": RouterEntropy()}
+        return {
+            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
+            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
+            "entropy": RouterEntropy(),
+        }
 
 
 def routing_of(patch: Patch) -> Routing:
@@ -238,22 +230,20 @@ def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
 
 
 class ExpertLoad(Metric):
-    """Load of the busiest expert over the mean, and the share of experts that no token chose."""
+    """The number `of` how many real tokens chose each expert, (E)."""
 
     counts: Tensor
 
-    def __init__(self, experts: int):
+    def __init__(self, experts: int, of: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.of = of
         self.add_state("counts", torch.zeros(experts), dist_reduce_fx="sum")
 
     def update(self, patch: Patch, ffn: FeedForward) -> None:
         self.counts += expert_counts(patch, len(self.counts))
 
-    def compute(self) -> dict[str, Tensor]:
-        return {
-            "load_max_over_mean": self.counts.max() / self.counts.mean(),
-            "dead_fraction": (self.counts == 0).float().mean(),
-        }
+    def compute(self) -> Tensor:
+        return self.of(self.counts)
 
 
 class RouterEntropy(MeanMetric):
@@ -268,10 +258,6 @@ class MoE(Model):
     """A decoder whose FFN is E blocks of a wide one, K of them used per token (Jiang et al. 2024, arXiv 2401.04088)."""
 
     Config = MoEConfig
-
-    def decoder_options(self) -> dict[str, Any]:
-        config = self.config
-        return {"blocks": config.experts + config.shared, "backend": config.backend}
 
     def make_context_to_delta(self) -> ContextToDelta:
         return ExpertRouting(self.config)
