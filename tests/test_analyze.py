@@ -15,7 +15,7 @@ import zoo
 from runs import SIZES, small
 from zoo import analyze
 from zoo.lens import draw, figures, report
-from zoo.lens.figure import Bars, Heat, Lines, Strip
+from zoo.lens.figure import Heat, Lines, Strip
 from zoo.models import MODELS
 from zoo.papers import capacity
 
@@ -57,7 +57,7 @@ def models_of(runs: dict[str, Path]) -> figures.Models:
     return {name: zoo.load(path).requires_grad_(False) for name, path in runs.items()}
 
 
-def series_of(panel: Bars | Lines) -> dict[str, list[float]]:
+def series_of(panel: Lines) -> dict[str, list[float]]:
     return {series.label: list(series.y) for series in panel.series}
 
 
@@ -65,7 +65,7 @@ def series_of(panel: Bars | Lines) -> dict[str, list[float]]:
 def test_residuals_of_the_law_and_their_controls(task: str, request: pytest.FixtureRequest) -> None:
     models = models_of(request.getfixturevalue(task))
     (panel,) = figures.law_residuals(models, size=4).panels
-    assert isinstance(panel, Bars)
+    assert isinstance(panel, Lines)
     y = series_of(panel)
     assert max(y["float64"]) <= 1e-10
     assert 1e-10 < max(y["float32"]) <= 1e-5
@@ -78,7 +78,7 @@ def test_the_law_figure_sees_a_wrong_patch(regression: dict[str, Path], monkeypa
     exact = figures.exact
     monkeypatch.setattr(figures, "exact", lambda *args, **kw: [*exact(*args, **kw)[:-1], exact(*args, **kw)[0]])
     (panel,) = figures.law_residuals({"transformer": model}, size=4).panels
-    assert isinstance(panel, Bars)
+    assert isinstance(panel, Lines)
     assert series_of(panel)["float64"][0] > 1e-3
 
 
@@ -116,7 +116,7 @@ def test_norms_and_alignment(regression: dict[str, Path]) -> None:
 def test_changed_experts_need_a_mixture(regression: dict[str, Path]) -> None:
     models = models_of(regression)
     (panel,) = figures.changed_experts(models, size=32).panels
-    assert isinstance(panel, Bars)
+    assert isinstance(panel, Lines)
     y = series_of(panel)
     assert max(y["router reads the query alone"]) > 0
     assert max(y["control: router patched too"]) == 0
@@ -132,7 +132,7 @@ def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
     assert isinstance(use, Heat)
     assert list(use.y_names) == [f"layer {layer}, {domain}" for layer in (0, 1) for domain in ("law", "medicine")]
     assert torch.tensor(use.values).sum(-1).tolist() == pytest.approx([1] * 4)
-    assert isinstance(information, Bars)
+    assert isinstance(information, Lines)
     controls = ["router redrawn", "untrained model", "domains shuffled"]
     assert [series.label for series in information.series] == ["as trained", *(f"control: {c}" for c in controls)]
     assert [series.control for series in information.series] == [False, True, True, True]
@@ -141,7 +141,7 @@ def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
     both = torch.tensor(together.values).unflatten(0, (2, 4))
     assert both.diagonal(dim1=1, dim2=2).isnan().all()
     assert both.nan_to_num().sum((1, 2)).tolist() == pytest.approx([2, 2])  # two of four experts, in either order
-    assert isinstance(load, Bars)
+    assert isinstance(load, Lines)
     assert [sum(series.y) for series in load.series] == pytest.approx([4, 4])
     numbers = report.summary(model, size=4)
     assert sum("control: router redrawn" in name for name in numbers) == 1

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from zoo.files import to_json, whole, write
-from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.figure import Figure, Heat, Lines, Panel, Strip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
 MARKERS, DASHES = "os^Dvph", ("--", ":", "-.")
-HATCHES = {"+": "////", "1": "...."}  # of the second and the third control, by marker
 DPI = 140
 LETTERS = 14  # of a caption, to the inch
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
@@ -60,80 +57,53 @@ def _height(panel: Panel) -> float:
     if isinstance(panel, Strip):
         tokens = len(next(iter(panel.rows.values())))
         return 0.9 + 0.3 * (len(panel.rows) + 0.5) * math.ceil(tokens / _cells(panel)[1])
-    if isinstance(panel, Bars) and panel.horizontal:
-        return 1.3 + 0.3 * len(panel.series[0].x)
     return 4.3
 
 
-def _floor(panel: Lines | Bars) -> float:
-    """Where a zero stands on a log axis: a decade below all other values."""
-    if not panel.log_y:
-        return -math.inf
-    return min((v for one in panel.series for v in (*one.y, *one.low) if v > 0), default=1.0) / 10
-
-
-def _styled(panel: Lines | Bars) -> Iterator[tuple[Series, dict[str, Any]]]:
-    """Each series as it is drawn, with its colour, dashes and marker; results and controls are counted apart."""
-    count, floor = {False: 0, True: 0}, _floor(panel)
+def _styles(panel: Lines) -> list[dict[str, Any]]:
+    """Colour, dashes and marker of each series; results and controls are counted apart."""
+    styles, count = [], {False: 0, True: 0}
     for one in panel.series:
         k = count[one.control]
         count[one.control] += 1
-        style = {"color": COLOURS[k % 7], "linestyle": "-", "marker": MARKERS[k % 7]}
         if one.control:
-            style = {"color": "0.45", "linestyle": DASHES[k % 3], "marker": "x+1"[k % 3]}
-        lifted: dict[str, Any] = {name: np.maximum(getattr(one, name), floor) for name in ("y", "low", "high")}
-        yield replace(one, **lifted), style
-
-
-def _legend(ax: Any, panel: Lines | Bars, line: Any) -> None:
-    floor = _floor(panel)
-    if any(v < floor for one in panel.series for v in one.y):
-        line(floor, color="0.6", linewidth=0.8, label="exactly 0 is drawn here")
-    handles, labels = ax.get_legend_handles_labels()
-    if len(labels) > 1:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
-        ax.legend(handles, labels, ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False, **below)
+            styles.append({"color": "0.45", "linestyle": DASHES[k % 3], "marker": "x+1"[k % 3]})
+        else:
+            styles.append({"color": COLOURS[k % 7], "linestyle": "-", "marker": MARKERS[k % 7]})
+    return styles
 
 
 def _draw_lines(ax: Any, panel: Lines) -> None:
-    for one, style in _styled(panel):
-        if one.points:
+    named = any(isinstance(x, str) for one in panel.series for x in one.x)
+    for k, (one, style) in enumerate(zip(panel.series, _styles(panel), strict=True)):
+        x: Any = one.x
+        if named:  # side by side
+            x = np.arange(len(one.x)) + 0.1 * (k - (len(panel.series) - 1) / 2)
+        if one.points or named:
             style |= {"linestyle": "none", "markerfacecolor": "none"}
-        elif len(one.x) > 15 or one.control:
+        elif len(x) > 15 or one.control:
             style["marker"] = ""
-        ax.plot(one.x, one.y, label=one.label, linewidth=1.8, markersize=5.5, **style)
-        if len(one.low):
-            ax.fill_between(one.x, one.low, one.high, color=style["color"], alpha=0.18, linewidth=0)
-    ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    ax.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
-    for k, x in enumerate(dict.fromkeys(panel.marks.values())):
-        label = ", ".join(name for name, place in panel.marks.items() if place == x)
-        ax.axvline(x, color="0.2", linewidth=1, linestyle=(":", "-.")[k % 2], label=label)
-    _legend(ax, panel, ax.axhline)
-
-
-def _draw_bars(ax: Any, panel: Bars) -> None:
-    names, thickness, across = panel.series[0].x, 0.8 / len(panel.series), panel.horizontal
-    for k, (one, style) in enumerate(_styled(panel)):
-        place = np.arange(len(names)) + (k - (len(panel.series) - 1) / 2) * thickness
-        look = {"fmt": style["marker"], "color": style["color"], "label": one.label}
-        if not panel.log_y:
-            bars = {"color": style["color"], "edgecolor": "white", "hatch": HATCHES.get(style["marker"])}
-            (ax.barh if across else ax.bar)(place, one.y, thickness, **bars, linewidth=0, label=one.label)
-            for at, size in zip(place, one.y, strict=True):
-                if not size:  # nothing would be seen
-                    ax.annotate("0", (size, at) if across else (at, size), ha="center", va="bottom", fontsize=9)
-            look = {"fmt": "none", "ecolor": "0.1"}
-        reach = np.abs([np.subtract(one.y, one.low), np.subtract(one.high, one.y)]) if len(one.low) else None
-        points = (one.y, place) if across else (place, one.y)
-        ax.errorbar(*points, **{"xerr" if across else "yerr": reach}, **look, capsize=3, markersize=6)
-    value, name = ("x", "y") if across else ("y", "x")
-    ax.set(**{f"{value}scale": "log" if panel.log_y else "linear", f"{value}label": panel.y_label})
-    ax.set(**{f"{name}ticks": range(len(names)), f"{name}ticklabels": names, f"{name}label": panel.x_label})
-    ax.grid(False, axis=name)
-    if across:
-        ax.invert_yaxis()
-    _legend(ax, panel, ax.axvline if across else ax.axhline)
+        ax.plot(x, one.y, label=one.label, linewidth=1.8, markersize=5.5, **style)
+        if len(one.low) and named:
+            ax.vlines(x, one.low, one.high, color=style["color"], linewidth=1)
+        elif len(one.low):
+            ax.fill_between(x, one.low, one.high, color=style["color"], alpha=0.18, linewidth=0)
+    for k, (name, place) in enumerate(panel.marks.items()):
+        ax.axvline(place, color="0.2", linewidth=1, linestyle=(":", "-.")[k % 2], label=name)
+    ax.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if panel.log_x else "linear")
+    above = [y for one in panel.series for y in one.y if y > 0]
+    if panel.log_y and len(above) < sum(len(one.y) for one in panel.series):
+        ax.set_yscale("symlog", linthresh=min(above, default=1))
+    elif panel.log_y:
+        ax.set_yscale("log")
+    names = [textwrap.fill(name, 15) for name in panel.series[0].x] if named else []
+    if names:
+        ax.set_xticks(range(len(names)), names)
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        rows = max((name.count("\n") for name in names), default=0)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2 + 1.3 * rows}
+        ax.legend(handles, labels, ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False, **below)
 
 
 def _draw_heat(ax: Any, panel: Heat) -> None:
@@ -185,4 +155,4 @@ def _shown(token: str) -> str:
     return "".join(marks.get(c, c if c.isprintable() else "\N{REPLACEMENT CHARACTER}") for c in token)
 
 
-_DRAW: dict[type, Any] = {Lines: _draw_lines, Bars: _draw_bars, Heat: _draw_heat, Strip: _draw_strip}
+_DRAW: dict[type, Any] = {Lines: _draw_lines, Heat: _draw_heat, Strip: _draw_strip}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.core.exact import exact
 from zoo.lens import static, structure
-from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.figure import Figure, Heat, Lines, Panel, Series, Strip
 from zoo.lens.routing import information, routes, switched, usage
 from zoo.lens.updates import MATRICES, updates
 from zoo.models import MODELS, Model
@@ -39,7 +39,7 @@ def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     series = tuple(
         Series(label, names, [row[label] for row in errors], control="control" in label) for label in errors[0]
     )
-    panel = Bars("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
+    panel = Lines("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
     return Figure(
         "law-residuals",
         "A context equals a weight update, in " + ("every family" if families == set(MODELS) else ", ".join(names)),
@@ -138,7 +138,7 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
             Series("router reads the query alone", layers, reduced.tolist()),
             Series("control: router patched too", layers, sheared.tolist(), control=True),
         )
-        panels.append(Bars(name, "layer", "share of tokens with other experts", series))
+        panels.append(Lines(name, "layer", "share of tokens with other experts", series))
     return Figure(
         "changed-experts",
         "Without its context, a token goes to other experts",
@@ -180,22 +180,22 @@ def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
                 low, high = (x.amin(0).tolist(), x.amax(0).tolist()) if len(x) > 1 else ((), ())
                 series.append(Series(label, layers, x.mean(0).tolist(), low, high, "control" in label))
             title = f"{name}: what experts tell of the domain"
-            panels.append(Bars(title, "layer", "normalised mutual information", tuple(series)))
+            panels.append(Lines(title, "layer", "normalised mutual information", tuple(series)))
         both_LEE = own.together.masked_fill(torch.eye(len(experts), dtype=torch.bool), torch.nan)
         if both_LEE.nan_to_num().any():  # a token uses more than one
             shares = both_LEE.flatten(0, 1).tolist()
             rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
             panels.append(Heat(f"{name}: chosen together", "expert", "", "share of tokens", shares, experts, rows))
         load = [Series(f"layer {k}", experts, row) for k, row in enumerate(own.load().tolist())]
-        panels.append(Bars(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
+        panels.append(Lines(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
     return Figure(
         "expert-use",
         "What experts are used for",
         tuple(panels),
         f"{size} test sequences. Information of the chosen expert and the domain of the text: 0 if it tells nothing, 1 "
         f"if it tells the domain. Redrawn: the trained model with new random routers, mean and range of {redraws}.",
-        "that experts specialise, unless a bar stands above that of redrawn routers: the states of domains differ, so "
-        "any router tells them apart to some degree, one with random weights too.",
+        "that experts specialise, unless it stands above that of redrawn routers: the states of domains differ, so any "
+        "router tells them apart to some degree, one with random weights too.",
         {"sequences": size, "redraws": redraws, "seed": 0},
     )
 

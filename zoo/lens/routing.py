@@ -130,15 +130,15 @@ def switched(model: Model, tokens: Tensor, n_context: int) -> tuple[Tensor, Tens
     """
     shares: list[Tensor] = []
 
-    def patch_of(pair: LayerStates) -> Patch:
-        contextual = expert_sets(_routing(model, pair.emitted)).squeeze(2)
-        shear = InputShift(pair.z, pair.z_ctx - pair.z)
+    def patch_of(states: LayerStates) -> Patch:
+        contextual = expert_sets(_routing(model, states.emitted)).squeeze(2)
+        shear = InputShift(states.z, states.z_ctx - states.z)
         changed = []
-        for z in (pair.z, shear.apply(pair.z.unsqueeze(2)).squeeze(2)):
-            alone = expert_sets(_routing(model, model.decoder.emit(z, pair.layer, 0)))
+        for z in (states.z, shear.apply(states.z.unsqueeze(2)).squeeze(2)):
+            alone = expert_sets(_routing(model, model.decoder.emit(z, states.layer, 0)))
             changed.append((alone != contextual).any(-1).double().mean())
         shares.append(torch.stack(changed))
-        return shear_and_down(pair)
+        return shear_and_down(states)
 
     replace_context(model.decoder, tokens, n_context, patch_of, n_context)
     reduced, sheared = torch.stack(shares, 1)

@@ -164,8 +164,8 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
     """
     layers: list[Layer] = []
 
-    def patch_of(pair: LayerStates) -> Patch:
-        layers.append(Layer(pair.ffn, pair.z, shear_and_down(pair), pair.emitted))
+    def patch_of(states: LayerStates) -> Patch:
+        layers.append(Layer(states.ffn, states.z, shear_and_down(states), states.emitted))
         return layers[-1].total
 
     replace_context(model.decoder, tokens, n_context, patch_of, n_context)

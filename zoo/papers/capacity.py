@@ -48,20 +48,20 @@ def over_trials(label: str, x: Sequence[Any], trials: Any, quantiles: tuple[floa
     return Series(label, x, middle, low, high, control="control" in label)
 
 
-def input_side(pair: LayerStates) -> Patch:
+def input_side(states: LayerStates) -> Patch:
     """One for all: gate and up read z + Mz with M z = z_ctx − z fitted, `down` adds v_ctx − v; exact to m = D."""
-    move_BDD = (torch.linalg.pinv(pair.z) @ (pair.z_ctx - pair.z)).mT
-    patch = Patch(weights={name: Full(pair.ffn.weight(name) @ move_BDD) for name in pair.ffn.input_matrices})
-    return _down(pair, patch, pair.v_ctx - pair.v)
+    move_BDD = (torch.linalg.pinv(states.z) @ (states.z_ctx - states.z)).mT
+    patch = Patch(weights={name: Full(states.ffn.weight(name) @ move_BDD) for name in states.ffn.input_matrices})
+    return _down(states, patch, states.v_ctx - states.v)
 
 
-def output_side(pair: LayerStates) -> Patch:
+def output_side(states: LayerStates) -> Patch:
     """One patch for all tokens: `down` adds all that is missing from the block's output; exact to m = F."""
-    return _down(pair, Patch(), pair.out_ctx - pair.v - pair.ffn(pair.z))
+    return _down(states, Patch(), states.out_ctx - states.v - states.ffn(states.z))
 
 
-def _down(pair: LayerStates, patch: Patch, missing_BmD: Tensor) -> Patch:
-    update_BDF = (torch.linalg.pinv(pair.ffn.hidden(pair.z, patch)) @ missing_BmD).mT
+def _down(states: LayerStates, patch: Patch, missing_BmD: Tensor) -> Patch:
+    update_BDF = (torch.linalg.pinv(states.ffn.hidden(states.z, patch)) @ missing_BmD).mT
     return replace(patch, weights={**patch.weights, "down": Full(update_BDF)})
 
 

@@ -17,28 +17,28 @@ from tqdm import tqdm
 from zoo.core.delta import LowRank, Scale
 from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
 from zoo.core.patch import Patch
-from zoo.lens.figure import Bars, Figure
+from zoo.lens.figure import Figure, Lines
 from zoo.papers.capacity import DIM, HIDDEN, decoder, over_trials, tokens
 
 PLAIN, CONTROL = "the block itself, with its context", "control: no patch"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def scale_and_down(pair: LayerStates) -> Patch:
+def scale_and_down(states: LayerStates) -> Patch:
     """The norm's scale, element by element, so that z becomes z_ctx, and v_ctx − v through `down`."""
-    columns = pair.z_ctx / pair.z
+    columns = states.z_ctx / states.z
     input_matrices = {
-        name: Scale(torch.ones_like(pair.ffn.weight(name)[:, 0]), columns) for name in pair.ffn.input_matrices
+        name: Scale(torch.ones_like(states.ffn.weight(name)[:, 0]), columns) for name in states.ffn.input_matrices
     }
-    patch = replace(pair.emitted, weights=input_matrices)
-    column = pair.along("hidden units of", pair.ffn.hidden(pair.z, patch))
-    return patch.with_delta("down", LowRank((pair.v_ctx - pair.v).unsqueeze(-1), column.unsqueeze(-1)))
+    patch = replace(states.emitted, weights=input_matrices)
+    column = states.along("hidden units of", states.ffn.hidden(states.z, patch))
+    return patch.with_delta("down", LowRank((states.v_ctx - states.v).unsqueeze(-1), column.unsqueeze(-1)))
 
 
-def three_biases(pair: LayerStates) -> Patch:
+def three_biases(states: LayerStates) -> Patch:
     """Biases of gate, up and down; no matrix changes."""
-    biases = {name: (pair.z_ctx - pair.z) @ pair.ffn.weight(name).mT for name in pair.ffn.input_matrices}
-    return replace(pair.emitted, biases={**biases, "down": pair.v_ctx - pair.v})
+    biases = {name: (states.z_ctx - states.z) @ states.ffn.weight(name).mT for name in states.ffn.input_matrices}
+    return replace(states.emitted, biases={**biases, "down": states.v_ctx - states.v})
 
 
 MENU: dict[str, Callable[[LayerStates], Patch]] = {
@@ -47,7 +47,7 @@ MENU: dict[str, Callable[[LayerStates], Patch]] = {
     "norm scale, rank 1 of down": scale_and_down,
     "biases of gate, up and down": three_biases,
     "bias of down alone": bias,
-    CONTROL: lambda pair: pair.emitted,
+    CONTROL: lambda states: states.emitted,
 }
 
 
@@ -71,12 +71,12 @@ def errors(seed: int, context: int, dtype: torch.dtype) -> dict[str, float]:
     v = block.attend(x_BTD[:, -1:], low.layout(1, 0))
     outputs, found = {PLAIN: v_ctx + block.ffn(block.norm2(v_ctx))}, {}
 
-    def compare(pair: LayerStates) -> Patch:
+    def compare(states: LayerStates) -> Patch:
         for name, patch_of in MENU.items():
-            outputs[name] = v + block.ffn(block.norm2(v), cast(patch_of(pair), dtype))
+            outputs[name] = v + block.ffn(block.norm2(v), cast(patch_of(states), dtype))
         for name, output_B1D in outputs.items():
-            found[name] = ((output_B1D.double() - pair.out_ctx).norm() / pair.out_ctx.norm()).item()
-        return pair.emitted
+            found[name] = ((output_B1D.double() - states.out_ctx).norm() / states.out_ctx.norm()).item()
+        return states.emitted
 
     replace_context(exact, tokens_BT, context, compare)
     return found
@@ -94,7 +94,7 @@ def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -
     return Figure(
         "precision-of-patches",
         "Scaling states element by element magnifies rounding, other patches hardly do",
-        (Bars("", "", error, tuple(series), log_y=True, horizontal=True),),
+        (Lines("", "", error, tuple(series), log_y=True),),
         f"One query token of a random block (D = {DIM}, F = {HIDDEN}, {context} context tokens). Patches are made in "
         "float64; the whole block, its patch too, is then stored and run in low precision. Error against float64, "
         f"median and 5 to 95 % of {len(seeds)} seeds. Where a state is near zero, its relative error is large, and a "
