@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import zoo
+from cases import shared
 from runs import SIZES, small
 from zoo import analyze
 from zoo.lens import draw, figures, report
@@ -115,14 +116,14 @@ def test_norms_and_alignment(regression: dict[str, Path]) -> None:
 
 def test_changed_experts_need_a_mixture(regression: dict[str, Path]) -> None:
     models = models_of(regression)
-    (panel,) = figures.changed_experts(models, size=32).panels
+    (panel,) = report.make("changed-experts", models).panels
     assert isinstance(panel, Lines)
     y = series_of(panel)
     assert max(y["router reads the query alone"]) > 0
     assert max(y["control: router patched too"]) == 0
-    for figure, name in ((figures.changed_experts, "changed-experts"), (figures.expert_use, "expert-use")):
-        with pytest.raises(ValueError, match=f"{name} needs a mixture of experts"):
-            figure({"transformer": models["transformer"]})
+    for name in ("changed-experts", "expert-use"):
+        with pytest.raises(ValueError, match=f"{name} needs a mixture of experts among the checkpoints"):
+            report.make(name, {"transformer": models["transformer"]})
 
 
 def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
@@ -159,6 +160,17 @@ def test_numbers_of_a_context_that_is_separate(regression: dict[str, Path]) -> N
     assert shuffled < 0.0 < min(read, before), (read, before, shuffled)
 
 
+@pytest.mark.parametrize(
+    ("case", "matrix"),
+    [("hypernet-segment-down", "down"), ("moe-token", "down"), ("transformer-regression", "gate")],
+)
+def test_ranks_are_those_of_the_matrix_that_the_family_changes_most(case: str, matrix: str) -> None:
+    rows = report.summary(shared(case), size=4)
+    assert [row for row in rows if "last layer" in row] == [
+        f"{what} last layer, {matrix}" for what in ("effective rank of ΔW,", "variance of ΔW between contexts,")
+    ]
+
+
 def test_increments_of_families_fall(regression: dict[str, Path]) -> None:
     for series in figures.increments_by_family(models_of(regression), size=4, queries=2):
         assert list(series.x) == list(range(1, 5))
@@ -187,14 +199,13 @@ def test_report(
         assert row.replace("|", "\\|") in printed
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(FAMILIES) + 2}
-    assert content["figures"]["law-residuals"]["title"].endswith("in every family")
     for figure in content["figures"].values():
         assert figure["caveat"] in page
 
 
 def test_a_report_lies_in_the_run_folder(quick: None, text: dict[str, Path]) -> None:
     assert analyze.main(["report", str(text["transformer"])]) == 0
-    assert "weight update, in transformer\n" in (text["transformer"] / "report/report.md").read_text()
+    assert "## A context equals a weight update\n" in (text["transformer"] / "report/report.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["regression", "text"])

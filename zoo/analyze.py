@@ -7,8 +7,8 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,14 @@ from zoo.console import Parser, command
 from zoo.files import read
 from zoo.lens import draw
 from zoo.lens import report as pages
+from zoo.lens.figure import Figure
 from zoo.lens.figures import increments_by_family
 from zoo.lens.patch_file import describe, load_patch, save_patch
 from zoo.lens.static import answer, fit, relative_error
 from zoo.models import Model
 from zoo.training import checkpoint
+
+Figures = dict[str, Callable[..., Figure]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -108,21 +111,22 @@ def figures(options: argparse.Namespace) -> None:
         print(draw.save(make(*models), options.out), flush=True)
 
 
-def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+def all_figures() -> tuple[Figures, Figures]:
     """Figures that train or draw their own small models, and those of checkpoints."""
     from zoo.papers import capacity, precision, toy_figures
 
-    def increments(models: Any) -> Any:
-        return toy_figures.increments_of_delta(more_increments=increments_by_family(models))
-
-    theory: dict[str, Callable[..., Any]] = {
+    theory: Figures = {
         "loss-through-delta": toy_figures.loss_through_delta,
         "increments-of-delta": toy_figures.increments_of_delta,
         "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
         "capacity-cliffs": capacity.capacity_cliffs,
         "precision-of-patches": precision.precision_of_patches,
     }
-    return theory, {"increments-of-delta": increments, **pages.TRAINED}
+    trained: Figures = {name: partial(pages.make, name) for name in pages.TRAINED}
+    trained["increments-of-delta"] = lambda models: toy_figures.increments_of_delta(
+        more_increments=increments_by_family(models)
+    )
+    return theory, trained
 
 
 def patch(options: argparse.Namespace) -> None:

@@ -122,12 +122,6 @@ def relative_error(decoder: Decoder, tokens: Tensor, n_context: int, patches: Se
     return float((patched - contextual).square().sum() / (contextual - contextual.mean(0)).square().sum())
 
 
-def first(decoder: Decoder, tokens: Tensor, n_context: int, count: int) -> Tensor:
-    """The first `count` samples: query tokens where they are blind to each other, else rows."""
-    one_row = decoder.independent_queries and len(tokens) == 1
-    return tokens[:, : n_context + count] if one_row else tokens[:count]
-
-
 def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
     """The patches before any fit: those that the family emits for the context alone, empty where it reads the query."""
     if reads_query(decoder):
