@@ -104,7 +104,7 @@ def test_a_patched_matrix_is_that_of_the_network(case: Case, part: Part) -> None
     for layer, total, own in zip(record(model, tokens, n_context), totals, emitted, strict=True):
         patch = total if part == "total" else own.per_token(torch.arange(n_context, tokens.shape[1]))
         for name, dense in layer.ffn.dense(patch).items():
-            matrix = layer.matrix(name, part)
+            matrix = layer.matrices(part)[name]
             close(matrix.dense(), dense.expand_as(matrix.dense()))
             x = torch.randn(*layer.z.shape[:2], 1, dense.shape[-1]).double()
             close(matrix.apply(x), x @ dense.mT)

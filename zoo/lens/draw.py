@@ -116,12 +116,6 @@ def _draw_heat(ax: Any, panel: Heat) -> None:
     for axis, names in ((ax.xaxis, panel.x_names), (ax.yaxis, panel.y_names)):
         if names:
             axis.set_ticks(range(len(names)), names)
-    if max(values.shape) <= 12:
-        for (i, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                red, green, blue, _ = image.cmap(image.norm(value))
-                ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-                ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=9, color=ink)
     ax.grid(False)
 
 

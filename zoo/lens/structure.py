@@ -11,22 +11,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from zoo.lens.updates import MATRICES, FactoredMatrix, Part, record, updates
+from zoo.lens.updates import MATRICES, FactoredMatrix, Part, differences, norms, record, updates
 from zoo.models import Model
 
 
 @torch.no_grad()
 def relative_norms(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> Tensor:
     """|ΔW(context, query) − ΔW(no context, query)| / |W| by layer, matrix (gate, up, down) and query, (L,M,B,Q)."""
-    changes = updates(model, tokens, n_context, part)
-    norms = torch.stack([torch.stack([change[name].norm() for name in MATRICES]) for change in changes])
-    return norms / stored_norms(model)[..., None, None]
+    return norms(updates(model, tokens, n_context, part)) / stored_norms(model)[..., None, None]
 
 
 def stored_norms(model: Model) -> Tensor:
     """|W| of every FFN matrix, (L,M)."""
     ffns = [block.ffn for block in model.decoder.blocks]
-    return torch.stack([torch.stack([torch.linalg.matrix_norm(ffn.weight(name)) for name in MATRICES]) for ffn in ffns])
+    return torch.stack([torch.stack([ffn.weight(name).norm() for name in MATRICES]) for ffn in ffns])
 
 
 @torch.no_grad()
@@ -38,13 +36,9 @@ def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     """
     prefixes = [torch.cat([tokens[:, :length], tokens[:, n_context:]], 1) for length in range(n_context + 1)]
     recorded = (record(model, prefix, length) for length, prefix in enumerate(prefixes))
-    W = ([[layer.matrix(name) for name in MATRICES] for layer in layers] for layers in recorded)
-    steps = [torch.stack([_distance(*pair) for pair in zip(new, old, strict=True)]) for old, new in pairwise(W)]
+    W = ([layer.matrices() for layer in layers] for layers in recorded)
+    steps = [norms(differences(new, old)).norm(dim=1) for old, new in pairwise(W)]
     return torch.stack(steps) / stored_norms(model).norm(dim=1)[:, None, None]
-
-
-def _distance(one: list[FactoredMatrix], other: list[FactoredMatrix]) -> Tensor:
-    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm(dim=0)
 
 
 def participation_ratio(singular: Tensor) -> Tensor:

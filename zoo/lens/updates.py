@@ -7,7 +7,7 @@ full, a matrix per token from the start: that is a product of rank i.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -92,6 +92,10 @@ class FactoredMatrix:
         return y
 
 
+Matrices = dict[str, FactoredMatrix]
+"""By name, those of one layer."""
+
+
 def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """a bᵀ − c dᵀ as (a − c) bᵀ + c (b − d)ᵀ: small where both are close, and empty where they are equal."""
     width = max(a.shape[-1], c.shape[-1])
@@ -149,9 +153,10 @@ class Layer(NamedTuple):
     total: Patch
     emitted: Patch
 
-    def matrix(self, name: str, part: Part = "total") -> FactoredMatrix:
-        """The patched matrix `name` of each query, W + ΔW (B,Q,o,i) as factors."""
-        return patched(self.ffn, self.total if part == "total" else self.emitted, name, self.z.shape[:-1])
+    def matrices(self, part: Part = "total") -> Matrices:
+        """The patched matrices of each query, W + ΔW (B,Q,o,i) as factors."""
+        patch = self.total if part == "total" else self.emitted
+        return {name: patched(self.ffn, patch, name, self.z.shape[:-1]) for name in MATRICES}
 
 
 @torch.no_grad()
@@ -173,13 +178,20 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
 
 
 @torch.no_grad()
-def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, FactoredMatrix]]:
+def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[Matrices]:
     """By layer and matrix, ΔW(context, query) − ΔW(no context, query) with leading dims (B,Q): what the context does.
 
     For a transformer and a hypernetwork that reads the context alone, the second term is zero.
     """
     layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
-    return [
-        {name: layer.matrix(name, part) - null.matrix(name, "emitted") for name in MATRICES}
-        for layer, null in zip(layers, alone, strict=True)
-    ]
+    return differences([layer.matrices(part) for layer in layers], [layer.matrices("emitted") for layer in alone])
+
+
+def differences(new: Sequence[Matrices], old: Sequence[Matrices]) -> list[Matrices]:
+    """new − old, layer by layer and matrix by matrix."""
+    return [{name: a[name] - b[name] for name in MATRICES} for a, b in zip(new, old, strict=True)]
+
+
+def norms(layers: Sequence[Matrices]) -> Tensor:
+    """Frobenius norms by layer and matrix, (L,M,*)."""
+    return torch.stack([torch.stack([matrices[name].norm() for name in MATRICES]) for matrices in layers])
