@@ -266,13 +266,16 @@ def test_a_figure_of_its_own(
         (["figures", "capacity-cliffs", "--runs", "{transformer}"], "figure of trained models 'capacity-cliffs' does"),
         (["figures", "generation-strip", "--runs", "{transformer}"], "needs running text"),
         (["patch", "{transformer}", "--context", "none", "--out", "p"], "No such file or directory: 'none'"),
-        (["patch", "{transformer}", "--context", "{wrong}", "--out", "p"], "line 2: 4 numbers separated by commas"),
+        (
+            ["patch", "{transformer}", "--context", "{wrong}", "--out", "p"],
+            "wrong: 4 numbers separated by commas are wanted in each line; could not convert",
+        ),
         (["patch", "{transformer}", "--context", "{empty}", "--out", "p"], "empty is empty"),
         (["patch", "{transformer}", "--context", "{good}", "--out", "p", "--samples", "0"], "--samples 0 must be"),
         (["apply", "{transformer}", "--patch", "none", "--query", "{good}"], "no patch file at none"),
         (["apply", "{transformer}", "--patch", "{good}", "--query", "{good}"], "is damaged or no patch file"),
         (["apply", "{moe}", "--patch", "{patch}", "--query", "{good}"], "was made for another model"),
-        (["apply", "{transformer}", "--patch", "{patch}", "--query", "{good}"], "line 1: 3 numbers separated"),
+        (["apply", "{transformer}", "--patch", "{patch}", "--query", "{good}"], "good: 3 numbers separated by commas"),
     ],
 )
 def test_mistakes(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -167,7 +168,7 @@ def read_context(model: Model, path: Path) -> Tensor:
     """The context in FILE as tokens (n) or (n,token_dim)."""
     task = model.task
     if task.token_dim:
-        return torch.tensor(_numbers(path, task.token_dim))
+        return _numbers(path, task.token_dim)
     return torch.tensor(task.encode_context(read(path)) if task.n_context else task.encode(read(path)))
 
 
@@ -175,22 +176,17 @@ def read_query(model: Model, path: Path) -> Tensor:
     """The query in FILE as tokens (1,T) or (1,T,token_dim)."""
     task = model.task
     if task.token_dim:
-        return F.pad(torch.tensor(_numbers(path, task.token_dim - 1)), (0, 1))[None]
+        return F.pad(_numbers(path, task.token_dim - 1), (0, 1))[None]
     return torch.tensor([task.encode(read(path))])
 
 
-def _numbers(path: Path, width: int) -> list[list[float]]:
+def _numbers(path: Path, width: int) -> Tensor:
     """The rows of a file of numbers, `width` in each."""
-    rows = []
-    for number, line in enumerate(read(path).rstrip().splitlines(), 1):
-        try:
-            rows.append([float(cell) for cell in line.split(",")])
-        except ValueError:
-            rows.append([])
-        if len(rows[-1]) != width:
-            wanted = f"{width} numbers separated by commas are wanted"
-            raise ValueError(f"{path}, line {number}: {wanted}, got {line!r:.60}")
-    return rows
+    lines = read(path).rstrip().splitlines()
+    try:
+        return torch.from_numpy(np.loadtxt(lines, np.float32, delimiter=",", ndmin=2).reshape(len(lines), width))
+    except ValueError as error:
+        raise ValueError(f"{path}: {width} numbers separated by commas are wanted in each line; {error}") from None
 
 
 if __name__ == "__main__":
