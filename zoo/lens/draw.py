@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from zoo.files import to_json, whole, write
 from zoo.lens.figure import Figure, Heat, Lines, Panel, Strip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
+RESULTS = [{"color": COLOURS[k], "linestyle": "-", "marker": "os^Dvph"[k]} for k in range(7)]
+CONTROLS = [{"color": "0.45", "linestyle": ("--", ":", "-.")[k], "marker": "x+1"[k]} for k in range(3)]
 TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
-MARKERS, DASHES = "os^Dvph", ("--", ":", "-.")
 DPI = 140
 LETTERS = 14  # of a caption, to the inch
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
@@ -62,15 +63,8 @@ def _height(panel: Panel) -> float:
 
 def _styles(panel: Lines) -> list[dict[str, Any]]:
     """Colour, dashes and marker of each series; results and controls are counted apart."""
-    styles, count = [], {False: 0, True: 0}
-    for one in panel.series:
-        k = count[one.control]
-        count[one.control] += 1
-        if one.control:
-            styles.append({"color": "0.45", "linestyle": DASHES[k % 3], "marker": "x+1"[k % 3]})
-        else:
-            styles.append({"color": COLOURS[k % 7], "linestyle": "-", "marker": MARKERS[k % 7]})
-    return styles
+    results, controls = cycle(RESULTS), cycle(CONTROLS)
+    return [dict(next(controls if one.control else results)) for one in panel.series]
 
 
 def _draw_lines(ax: Any, panel: Lines) -> None:

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import InputShift
-from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.core.patch import Patch
 from zoo.models import Model
 from zoo.tasks import Batch
@@ -122,17 +120,11 @@ def switched(model: Model, tokens: Tensor, n_context: int) -> tuple[Tensor, Tens
     the mean of the context. Raises ValueError for a model without experts.
     """
     shares: list[Tensor] = []
-
-    def patch_of(states: LayerStates) -> Patch:
-        contextual = expert_sets(states.emitted).squeeze(2)
-        shear = InputShift(states.z, states.z_ctx - states.z)
-        changed = []
-        for z in (states.z, shear.apply(states.z.unsqueeze(2)).squeeze(2)):
-            alone = expert_sets(model.decoder.emit(z, states.layer, 0))
-            changed.append((alone != contextual).any(-1).double().mean())
-        shares.append(torch.stack(changed))
-        return shear_and_down(states)
-
-    replace_context(model.decoder, tokens, n_context, patch_of, n_context)
+    for layer, patch in enumerate(model.deltas(tokens, n_context, n_context)):
+        assert patch.input is not None, "the form of the patch is shear"
+        z = patch.input.a
+        contextual = expert_sets(patch).squeeze(2)
+        alone = [expert_sets(model.decoder.emit(state, layer, 0)) for state in (z, z + patch.input.shift)]
+        shares.append(torch.stack([(chosen != contextual).any(-1).double().mean() for chosen in alone]))
     reduced, sheared = torch.stack(shares, 1)
     return reduced, sheared

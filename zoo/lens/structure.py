@@ -95,11 +95,8 @@ def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     if context_to_delta is None or context_to_delta.code is None:
         raise ValueError(f"model.name={model.config.name} has no code: it makes none of its context")
     read: list[Tensor] = []
-    hook = context_to_delta.code.register_forward_hook(lambda module, inputs, output: read.append(output))
-    try:
+    with context_to_delta.code.register_forward_hook(lambda module, inputs, output: read.append(output)):
         model(tokens, n_context)
-    finally:
-        hook.remove()
     return torch.stack(read)
 
 
