@@ -16,7 +16,7 @@ from cases import shared
 from runs import SIZES, small
 from zoo import analyze
 from zoo.lens import draw, figures, report
-from zoo.lens.figure import Heat, Lines, Strip
+from zoo.lens.figure import Heat, Lines
 from zoo.models import MODELS
 from zoo.papers import capacity
 
@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "changed-experts": functools.partial(figures.changed_experts, size=4),
         "expert-use": functools.partial(figures.expert_use, size=64, redraws=2),
         "norms-and-alignment": functools.partial(figures.norms_and_alignment, size=4, queries=3),
-        "generation-strip": functools.partial(figures.generation_strip, count=32, prompt=8),
+        "generation-strip": functools.partial(figures.generation_strip, prompt=8),
     }
     for name, function in fewer.items():
         monkeypatch.setitem(report.TRAINED, name, function)
@@ -84,12 +84,18 @@ def test_the_law_figure_sees_a_wrong_patch(regression: dict[str, Path], monkeypa
 
 
 def test_generation_through_patches_gives_the_same_tokens(text: dict[str, Path]) -> None:
-    (strip,) = figures.generation_strip(models_of(text), count=32, prompt=8).panels
-    assert isinstance(strip, Strip)
-    for name in FAMILIES:
-        assert sum(strip.kind_of[f"{name}, W + ΔW"]) == 0
-        assert len(strip.rows[f"{name}, W + ΔW"]) == 32
-    assert sum(sum(strip.kind_of[f"{name}, control: W"]) for name in FAMILIES) > 0
+    figure = figures.generation_strip(models_of(text), prompt=8)
+    (panel,) = figure.panels
+    assert isinstance(panel, Heat)
+    assert list(panel.y_names) == [f"{name}, {way}" for name in FAMILIES for way in figures.WAYS] * 4
+    for row, name in enumerate(panel.y_names):
+        values = torch.tensor(panel.values[row])
+        assert len(values) == len(panel.texts[row]) == 8
+        if name.endswith("ΔW"):
+            assert not values.any()
+            assert panel.texts[row] == panel.texts[row - 1]
+    assert [figure.settings[f"{name}, W + ΔW"] for name in FAMILIES] == ["128 of 128"] * 3
+    assert torch.tensor(panel.values).any()
 
 
 def test_static_error_falls_with_samples_and_ridge_but_not_for_a_vector(regression: dict[str, Path]) -> None:

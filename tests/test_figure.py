@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from zoo.lens import draw
-from zoo.lens.figure import Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.figure import Figure, Heat, Lines, Panel, Series
 
 NAMES = ("transformer", "hypernet", "moe")
 LINES = Lines(
@@ -35,11 +35,8 @@ NAMED = Lines(
     log_y=True,
 )
 HEAT = Heat("alignment", "token", "token", "cosine", ((1.0, math.nan), (-0.5, 1.0)), diverging=True)
-STRIP = Strip(
-    "text",
-    {"with": ("a", "\n", "$x$"), "without": ("a", " b", "c")},
-    {"with": (0, 0, 0), "without": (0, 1, 1)},
-    ("same", "other"),
+TEXT = Heat(
+    "text", "", "", "changed", ((0, 1), (0, 0)), y_names=("with", "without"), texts=(("a", "\n"), ("$x$", " b"))
 )
 
 
@@ -56,19 +53,19 @@ def axes_of(panel: Panel) -> Any:
 
 
 def test_every_kind_is_written_with_all_its_numbers(tmp_path: Path) -> None:
-    path = draw.save(figure(LINES, NAMED, HEAT, STRIP), tmp_path / "new")
+    path = draw.save(figure(LINES, NAMED, HEAT, TEXT), tmp_path / "new")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(p.name for p in path.parent.iterdir()) == ["example.json", "example.png"]
     data = json.loads((path.parent / "example.json").read_text())
-    assert [panel["kind"] for panel in data["panels"]] == ["Lines", "Lines", "Heat", "Strip"]
-    lines, named, heat, strip = data["panels"]
+    assert [panel["kind"] for panel in data["panels"]] == ["Lines", "Lines", "Heat", "Heat"]
+    lines, named, heat, text = data["panels"]
     band = {"y": [4.0, 2.0, 1.0, 0.0], "low": [3, 1, 0.5, 0], "high": [5, 3, 2, 1]}
     assert lines["series"][0] == {"label": "with ΔW", "x": [1, 2, 3, 4], **band, "control": False, "points": False}
     assert lines["marks"] == {"K = D": 3}
     assert named["y_label"] == "largest |difference|"
     assert named["series"][1] == {**named["series"][1], "x": list(NAMES), "y": [1.0, 2.0, 3.0], "control": True}
     assert heat["values"] == [[1.0, None], [-0.5, 1.0]]
-    assert strip["rows"]["with"] == ["a", "\n", "$x$"]
+    assert text["texts"] == [["a", "\n"], ["$x$", " b"]]
     assert {"title", "caption", "caveat", "settings"} <= data.keys()
 
 
@@ -118,20 +115,15 @@ def test_controls_are_grey_and_dashed_and_results_are_not() -> None:
     assert {style["linestyle"] for style in results} == {"-"}
 
 
-def test_long_strips_are_broken_and_lose_no_token() -> None:
-    tokens = tuple(f"token{i}" for i in range(40))
-    ax = axes_of(Strip("", {"a": tokens}, {"a": (0,) * 40}, ("same",)))
-    placed = {text.get_text(): text.get_position() for text in ax.texts if text.get_text() != "a"}
-    assert list(placed) == list(tokens)
-    assert len(set(placed.values())) == 40
-    assert len({y for _, y in placed.values()}) == sum(text.get_text() == "a" for text in ax.texts) > 1
-    assert max(x for x, _ in placed.values()) < ax.get_xlim()[1] <= 88
+def test_texts_of_cells_are_shown_letter_by_letter() -> None:
+    assert [text.get_text() for text in axes_of(TEXT).texts] == ["a", "⏎", "$x$", "·b"]
+    assert not any(text.get_parse_math() for text in axes_of(TEXT).texts)
 
 
 def test_a_caption_stays_within_its_picture(tmp_path: Path) -> None:
     import matplotlib.image
 
-    wide = Figure("wide", "A title", (STRIP,), "An update W + ΔW stands for its context. " * 9, "that " * 60, columns=1)
+    wide = Figure("wide", "A title", (HEAT,), "An update W + ΔW stands for its context. " * 9, "that " * 60, columns=1)
     picture = matplotlib.image.imread(draw.save(wide, tmp_path))[..., :3]
     assert (picture[:, -4:] == 1).all()
     assert (picture[-100:, :400] < 0.5).any()

@@ -5,7 +5,6 @@ Colours are safe for the colour-blind; results are coloured, controls grey and d
 
 from __future__ import annotations
 
-import math
 import textwrap
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from zoo.files import to_json, whole, write
-from zoo.lens.figure import Figure, Heat, Lines, Panel, Strip
+from zoo.lens.figure import Figure, Heat, Lines
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 RESULTS = [{"color": COLOURS[k], "linestyle": "-", "marker": "os^Dvph"[k]} for k in range(7)]
 CONTROLS = [{"color": "0.45", "linestyle": ("--", ":", "-.")[k], "marker": "x+1"[k]} for k in range(3)]
-TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
 DPI = 140
 LETTERS = 14  # of a caption, to the inch
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
@@ -33,7 +31,8 @@ def save(figure: Figure, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     picture, count = folder / f"{figure.name}.png", len(figure.panels)
     columns = min(figure.columns, count)
-    heights = [max(map(_height, figure.panels[i : i + columns])) for i in range(0, count, columns)]
+    rows = [len(panel.y_names) if isinstance(panel, Heat) else 0 for panel in figure.panels]
+    heights = [max(4.3, 1 + 0.28 * max(rows[i : i + columns])) for i in range(0, count, columns)]
     width = 6.0 * columns if columns > 1 else 8.0
     words = (figure.caption, f"What it does not prove: {figure.caveat}")
     text = "\n".join(textwrap.fill(part, int(LETTERS * width)) for part in words)
@@ -52,13 +51,6 @@ def save(figure: Figure, folder: Path) -> Path:
             canvas.savefig(temporary, dpi=DPI)
     write(picture.with_suffix(".json"), to_json(figure.plain(), 1) + "\n")
     return picture
-
-
-def _height(panel: Panel) -> float:
-    if isinstance(panel, Strip):
-        tokens = len(next(iter(panel.rows.values())))
-        return 0.9 + 0.3 * (len(panel.rows) + 0.5) * math.ceil(tokens / _cells(panel)[1])
-    return 4.3
 
 
 def _styles(panel: Lines) -> list[dict[str, Any]]:
@@ -104,38 +96,16 @@ def _draw_heat(ax: Any, panel: Heat) -> None:
     values = np.array(panel.values)
     limit = abs(values[np.isfinite(values)]).max(initial=0) or 1
     colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if panel.diverging else {"cmap": "cividis"}
-    image = ax.imshow(values, aspect="auto", interpolation="nearest", **colours)
+    pale = 0.4 if panel.texts else 1  # black letters stand out
+    image = ax.imshow(values, aspect="auto", interpolation="nearest", alpha=pale, **colours)
     ax.figure.colorbar(image, ax=ax, label=panel.value_label)
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     for axis, names in ((ax.xaxis, panel.x_names), (ax.yaxis, panel.y_names)):
         if names:
             axis.set_ticks(range(len(names)), names)
+    for (i, j), text in np.ndenumerate(np.array(panel.texts)):
+        ax.text(j, i, _shown(text), ha="center", va="center", family="monospace", fontsize=9, parse_math=False)
     ax.grid(False)
-
-
-def _draw_strip(ax: Any, panel: Strip) -> None:
-    from matplotlib.patches import Patch, Rectangle
-
-    (width, per_line), step = _cells(panel), len(panel.rows) + 0.5
-    for r, (label, tokens) in enumerate(panel.rows.items()):
-        for i, (token, kind) in enumerate(zip(tokens, panel.kind_of[label], strict=True)):
-            line, place = divmod(i, per_line)
-            x, y = place * width, line * step + r
-            if not place:
-                ax.text(-1, y, label, ha="right", va="center", fontsize=9)
-            ax.add_patch(Rectangle((x, y - 0.44), width - 0.2, 0.88, color=TINTS[kind % 4], linewidth=0))
-            look = {"family": "monospace", "fontsize": 9, "weight": "bold" if kind else "normal"}
-            ax.text(x + width / 2, y, _shown(token), ha="center", va="center", parse_math=False, **look)
-    ax.set(xlim=(0, width * min(per_line, len(tokens))), ylim=(step * (line + 1) - 0.5, -0.6))
-    ax.set_axis_off()
-    handles = [Patch(color=TINTS[k % 4], label=kind) for k, kind in enumerate(panel.kinds)]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles), frameon=False)
-
-
-def _cells(panel: Strip) -> tuple[int, int]:
-    """Characters that the longest token and a gap take, and how many of such cells a line of 88 has."""
-    width = 1 + max(len(_shown(token)) for row in panel.rows.values() for token in row)
-    return width, max(88 // width, 1)
 
 
 def _shown(token: str) -> str:
@@ -143,4 +113,4 @@ def _shown(token: str) -> str:
     return "".join(marks.get(c, c if c.isprintable() else "\N{REPLACEMENT CHARACTER}") for c in token)
 
 
-_DRAW: dict[type, Any] = {Lines: _draw_lines, Heat: _draw_heat, Strip: _draw_strip}
+_DRAW: dict[type, Any] = {Lines: _draw_lines, Heat: _draw_heat}

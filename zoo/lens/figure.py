@@ -1,6 +1,6 @@
 """Figures as data: every number that is drawn, its unit, what the figure shows and what it does not prove.
 
-A figure is one or more panels: Lines, Heat or Strip. zoo.lens.draw makes pictures of them.
+A figure is one or more panels: Lines or Heat. zoo.lens.draw makes pictures of them.
 """
 
 from __future__ import annotations
@@ -52,26 +52,17 @@ class Lines(Axes):
 
 @dataclass(frozen=True)
 class Heat(Axes):
-    """values[row][column] as colours, NaN left blank; diverging: colours symmetric about zero."""
+    """values[row][column] as colours, NaN left blank; diverging: colours symmetric about zero; texts: of the cells."""
 
     value_label: str
     values: Sequence[Sequence[float]]
     x_names: Sequence[str] = ()
     y_names: Sequence[str] = ()
     diverging: bool = False
+    texts: Sequence[Sequence[str]] = ()
 
 
-@dataclass(frozen=True)
-class Strip:
-    """Rows of tokens, one below the other, {label: tokens}; a token's colour says which of `kinds` it is."""
-
-    title: str
-    rows: Mapping[str, Sequence[str]]
-    kind_of: Mapping[str, Sequence[int]]
-    kinds: Sequence[str]
-
-
-Panel = Lines | Heat | Strip
+Panel = Lines | Heat
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from zoo.core.exact import exact
 from zoo.lens import static, structure
-from zoo.lens.figure import Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.figure import Figure, Heat, Lines, Panel, Series
 from zoo.lens.routing import information, switched, usage
 from zoo.lens.updates import MATRICES, updates
 from zoo.models import Model
 from zoo.tasks import Batch
 
 Models = Mapping[str, Model]
+PER_LINE = 8  # tokens of generated text
 
 
 def example(model: Model, size: int) -> tuple[Tensor, int]:
@@ -222,27 +223,36 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
 
 
 @torch.no_grad()
-def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figure:
+def generation_strip(models: Models, lines: int = 4, prompt: int = 64) -> Figure:
     """Greedy text after a prompt: with the context, from one token and its patches, and from that token alone."""
-    rows: dict[str, list[str]] = {}
-    kinds: dict[str, list[int]] = {}
+    count = lines * PER_LINE
+    texts: dict[str, list[str]] = {}
+    other: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     for name, model in models.items():
         start = model.task.batch("test", 0, 4).tokens[:, :prompt]
         greedy = {way: _greedy(model, start, count, way) for way in WAYS}
         for way, ids in greedy.items():
-            label, equal = f"{name}, {way}", ids == greedy["context"]
-            rows[label] = [model.task.decode([i]).decode("utf-8", "replace") for i in ids[-1].tolist()]
-            kinds[label] = (~equal[-1]).long().tolist()
-            same[label] = f"{int(equal.sum())} of {equal.numel()}"
-    kind_names = ("as with the context", "another token")
-    strip = Strip(f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts", rows, kinds, kind_names)
+            label, differs = f"{name}, {way}", ids != greedy["context"]
+            texts[label] = [model.task.decode([i]).decode("utf-8", "replace") for i in ids[-1].tolist()]
+            other[label] = differs[-1].float()
+            same[label] = f"{int((~differs).sum())} of {ids.numel()}"
+    cuts = [slice(first, first + PER_LINE) for first in range(0, count, PER_LINE)]
+    panel = Heat(
+        f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts",
+        "",
+        "",
+        "0: as with the context, 1: another token",
+        [other[label][cut].tolist() for cut in cuts for label in texts],
+        y_names=[label for _ in cuts for label in texts],
+        texts=[texts[label][cut] for cut in cuts for label in texts],
+    )
     return Figure(
         "generation-strip",
         "Text from one token and its weight updates",
-        (strip,),
-        "Each token of the middle rows comes from a forward pass over the newest token alone, with the patches that "
-        "stand for all tokens before it, made anew for each token. Equal to those with the context, over 4 prompts: "
+        (panel,),
+        "Each token of W + ΔW comes from a forward pass over the newest token alone, with the patches that stand for "
+        "all tokens before it, made anew for each token. Equal to those with the context, over 4 prompts: "
         + "; ".join(f"{label}: {text}" for label, text in same.items() if not label.endswith("context"))
         + ".",
         "that patches are a cheaper memory: each one is made by a pass over the whole context.",
