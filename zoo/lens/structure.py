@@ -36,16 +36,14 @@ def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     """
     prefixes = [torch.cat([tokens[:, :length], tokens[:, n_context:]], 1) for length in range(n_context + 1)]
     recorded = (record(model, prefix, length) for length, prefix in enumerate(prefixes))
-    W = ([layer.matrices() for layer in layers] for layers in recorded)
+    W = ([layer["total"] for layer in layers] for layers in recorded)
     steps = [norms(differences(new, old)).norm(dim=1) for old, new in pairwise(W)]
     return torch.stack(steps) / stored_norms(model).norm(dim=1)[:, None, None]
 
 
 def participation_ratio(singular: Tensor) -> Tensor:
-    """Effective rank (Σσ²)²/Σσ⁴ (*) of matrices with singular values (*,n): n equal ones give n; of zero, nan.
-
-    The participation ratio of the squared singular values (Gao et al. 2017, bioRxiv 214262).
-    """
+    """Effective rank (Σσ²)²/Σσ⁴ (*) of matrices with singular values (*,n), as in Gao et al. 2017 (bioRxiv 214262): n
+    equal ones give n; of zero, nan."""
     square = singular.square()
     return square.sum(-1).square() / square.square().sum(-1)
 
@@ -56,10 +54,7 @@ def gram(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
 
 
 def cosines(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
-    """Cosines of N updates with N' others, (N,N'); nan for an update that is zero.
-
-    Between two models they mean something only where hidden units correspond, as in models from the same start.
-    """
+    """Cosines of N updates with N' others, (N,N'); nan for an update that is zero."""
     return gram(x, y) / (x.norm()[:, None] * y.norm())
 
 
@@ -101,11 +96,8 @@ def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
 
 
 def linear_r2(code: Tensor, latent: Tensor, ridge: float = 1e-3) -> float:
-    """How well the latent (N,P) is an affine map of the code (N,C): ridge on the first half, R² on the second.
-
-    R² is over all P numbers together, against their mean in the first half. The penalty is ridge · trace/C of the
-    covariance. Random layers mix enough for a code to tell something: compare with an untrained model.
-    """
+    """How well the latent (N,P) is an affine map of the code (N,C): R² on the second half, over all P numbers together,
+    after ridge regression on the first, with a penalty of ridge · trace/C of the covariance."""
     half = len(code) // 2
     x, y = code - code[:half].mean(0), latent - latent[:half].mean(0)
     covariance = x[:half].mT @ x[:half]

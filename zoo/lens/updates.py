@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -145,33 +145,19 @@ def terms(delta: Delta | None) -> list[Delta]:
     return [] if delta is None else [delta]
 
 
-class Layer(NamedTuple):
-    """One layer's FFN, the reduced states z (B,Q,D) of the queries, and the patches, one per query."""
-
-    ffn: FeedForward
-    z: Tensor
-    total: Patch
-    emitted: Patch
-
-    def matrices(self, part: Part = "total") -> Matrices:
-        """The patched matrices of each query, W + ΔW (B,Q,o,i) as factors."""
-        patch = self.total if part == "total" else self.emitted
-        return {name: patched(self.ffn, patch, name, self.z.shape[:-1]) for name in MATRICES}
-
-
 @torch.no_grad()
-def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
-    """The layers' patches that stand for the first n_context tokens at each of the others, the queries.
-
-    All patches are relative to the same stored W. Layer 0 reads the same z whatever the context. Deeper layers read
-    the stream that the patched layers below produced, which depends on the context: it is the contextual stream, less
-    what this layer's attention would add. Raises ValueError as zoo.core.exact.exact does.
-    """
-    layers: list[Layer] = []
+def record(model: Model, tokens: Tensor, n_context: int) -> list[dict[Part, Matrices]]:
+    """By layer, what the first n_context tokens make of the matrices for each of the others, the queries: W + ΔW with
+    leading dims (B,Q). Raises ValueError as zoo.core.exact.exact does."""
+    layers: list[dict[Part, Matrices]] = []
 
     def patch_of(states: LayerStates) -> Patch:
-        layers.append(Layer(states.ffn, states.z, shear_and_down(states), states.emitted))
-        return layers[-1].total
+        def matrices(patch: Patch) -> Matrices:
+            return {name: patched(states.ffn, patch, name, states.z.shape[:-1]) for name in MATRICES}
+
+        total = shear_and_down(states)
+        layers.append({"total": matrices(total), "emitted": matrices(states.emitted)})
+        return total
 
     replace_context(model.decoder, tokens, n_context, patch_of, n_context)
     return layers
@@ -179,12 +165,9 @@ def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
 
 @torch.no_grad()
 def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[Matrices]:
-    """By layer and matrix, ΔW(context, query) − ΔW(no context, query) with leading dims (B,Q): what the context does.
-
-    For a transformer and a hypernetwork that reads the context alone, the second term is zero.
-    """
+    """By layer and matrix, ΔW(context, query) − ΔW(no context, query), leading dims (B,Q): what the context does."""
     layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
-    return differences([layer.matrices(part) for layer in layers], [layer.matrices("emitted") for layer in alone])
+    return differences([layer[part] for layer in layers], [layer["emitted"] for layer in alone])
 
 
 def differences(new: Sequence[Matrices], old: Sequence[Matrices]) -> list[Matrices]:
