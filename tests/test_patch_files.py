@@ -170,17 +170,13 @@ def low_rank(place: int, rank: int = 1) -> dict[str, Tensor]:
     return {f"0.weights.up.{place}.LowRank.{f}": torch.ones(1, n, rank).double() for f, n in sides.items()}
 
 
-def scale(place: int) -> dict[str, Tensor]:
-    sides = {"rows": 24, "columns": 16}
-    return {f"0.weights.up.{place}.Scale.{f}": torch.ones(1, n).double() for f, n in sides.items()}
-
-
 def routing(index: Tensor, tokens: int = 1) -> dict[str, Tensor]:
     ones = torch.ones(1, tokens, 1).double()
     return {"0.routing.index": index, "0.routing.weight": ones, "0.routing.logits": ones}
 
 
 UP, BIAS, FIRST = torch.ones(1, 24, 1).double(), torch.ones(1, 24).double(), "0.weights.up.0.LowRank"
+ROWS = {"rows": BIAS, "columns": BIAS[:, :16]}
 SHEAR = {"0.input.0.Shear.a": BIAS[:, :16] * 0, "0.input.0.Shear.shift": BIAS[:, :16]}
 CONTENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown kind": ({"0.weights.up.1.Module.u": UP}, r"unknown tensors at 0\.weights\.up\.1\.Module"),
@@ -188,7 +184,10 @@ CONTENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({f"{FIRST}.w": UP}, rf"{FIRST} must hold u, v, core, got \['u', 'v', 'w'\]"),
     "layer too many": ({"2.biases.up": BIAS}, "layer '2' does not exist"),
     "too many terms": ({k: v for place in range(20) for k, v in low_rank(place).items()}, r"unknown .*up\.16\."),
-    "sum of scales": ({k: v for place in (1, 2) for k, v in scale(place).items()}, "only low-rank updates are added"),
+    "sum of scales": (
+        {f"0.weights.up.{k}.Scale.{f}": t for k in (1, 2) for f, t in ROWS.items()},
+        "only low-rank updates are added",
+    ),
     "no shear": ({f"0.input.0.LowRank.{f}": UP[:, :16] for f in "uv"}, r"unknown tensors .*0\.input\.0\.LowRank"),
     "missing factor": ({f"{FIRST}.v": None}, rf"{FIRST} must hold u, v, core, got \['u'\]"),
     "half a routing": ({"0.routing.index": torch.zeros(1, 1, 1).long()}, r"0\.routing must hold index, weight, logits"),
