@@ -161,13 +161,6 @@ def test_a_sheared_router_chooses_as_with_the_context(case: Case) -> None:
         assert not any(choices[1])
 
 
-@every_moe
-@torch.no_grad()
-def test_nothing_switches_if_nothing_goes(case: Case) -> None:
-    model = shared(case.name)
-    assert not any(share.any() for share in switched(model, batch_of(model).tokens[:, 7:11], 0))
-
-
 def test_models_without_experts_are_refused() -> None:
     model = shared("hypernet-constant")
     batch = batch_of(model)

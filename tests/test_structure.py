@@ -181,6 +181,15 @@ def test_codes_are_what_the_heads_read(case: Case) -> None:
     assert not model.decoder.context_to_delta.generator.code_norm._forward_hooks  # type: ignore[union-attr]
 
 
+@torch.no_grad()
+def test_the_latent_of_regression_answers_the_queries() -> None:
+    model = shared("transformer-regression")
+    batch = batch_of(model, 16)
+    answers = (batch.tokens[:, 7:, :-1] @ model.task.latent(batch)[:, :, None]).squeeze(-1)  # type: ignore[index]
+    torch.testing.assert_close(answers, batch.targets.double(), rtol=0, atol=1e-5)
+    assert (answers.roll(1, 0) - batch.targets).abs().mean() > 0.5
+
+
 def test_linear_decoding_finds_what_is_linear_in_the_code() -> None:
     latent = torch.randn(400, 3).double()
     code = torch.cat([latent @ torch.randn(3, 5).double(), torch.randn(400, 3).double()], 1) + 7
