@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import zoo
+from cases import shared
 from runs import SIZES, small
 from zoo import analyze
 from zoo.lens import draw, figures, report
-from zoo.lens.figure import Bars, Heat, Lines, Strip
+from zoo.lens.figure import Heat, Lines
 from zoo.models import MODELS
 from zoo.papers import patches
 
@@ -46,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "changed-experts": functools.partial(figures.changed_experts, size=4),
         "expert-use": functools.partial(figures.expert_use, size=64, redraws=2),
         "norms-and-alignment": functools.partial(figures.norms_and_alignment, size=4, queries=3),
-        "generation-strip": functools.partial(figures.generation_strip, count=32, prompt=8),
+        "generation-strip": functools.partial(figures.generation_strip, prompt=8),
     }
     for name, function in fewer.items():
         monkeypatch.setitem(report.TRAINED, name, function)
@@ -57,7 +58,7 @@ def models_of(runs: dict[str, Path]) -> figures.Models:
     return {name: zoo.load(path).requires_grad_(False) for name, path in runs.items()}
 
 
-def series_of(panel: Bars | Lines) -> dict[str, list[float]]:
+def series_of(panel: Lines) -> dict[str, list[float]]:
     return {series.label: list(series.y) for series in panel.series}
 
 
@@ -65,7 +66,7 @@ def series_of(panel: Bars | Lines) -> dict[str, list[float]]:
 def test_residuals_of_the_law_and_their_controls(task: str, request: pytest.FixtureRequest) -> None:
     models = models_of(request.getfixturevalue(task))
     (panel,) = figures.law_residuals(models, size=4).panels
-    assert isinstance(panel, Bars)
+    assert isinstance(panel, Lines)
     y = series_of(panel)
     assert max(y["float64"]) <= 1e-10
     assert 1e-10 < max(y["float32"]) <= 1e-5
@@ -78,17 +79,23 @@ def test_the_law_figure_sees_a_wrong_patch(regression: dict[str, Path], monkeypa
     exact = figures.exact
     monkeypatch.setattr(figures, "exact", lambda *args, **kw: [*exact(*args, **kw)[:-1], exact(*args, **kw)[0]])
     (panel,) = figures.law_residuals({"transformer": model}, size=4).panels
-    assert isinstance(panel, Bars)
+    assert isinstance(panel, Lines)
     assert series_of(panel)["float64"][0] > 1e-3
 
 
 def test_generation_through_patches_gives_the_same_tokens(text: dict[str, Path]) -> None:
-    (strip,) = figures.generation_strip(models_of(text), count=32, prompt=8).panels
-    assert isinstance(strip, Strip)
-    for name in FAMILIES:
-        assert sum(strip.kind_of[f"{name}, W + ΔW"]) == 0
-        assert len(strip.rows[f"{name}, W + ΔW"]) == 32
-    assert sum(sum(strip.kind_of[f"{name}, control: W"]) for name in FAMILIES) > 0
+    figure = figures.generation_strip(models_of(text), prompt=8)
+    (panel,) = figure.panels
+    assert isinstance(panel, Heat)
+    assert list(panel.y_names) == [f"{name}, {way}" for name in FAMILIES for way in figures.WAYS] * 4
+    for row, name in enumerate(panel.y_names):
+        values = torch.tensor(panel.values[row])
+        assert len(values) == len(panel.texts[row]) == 8
+        if name.endswith("ΔW"):
+            assert not values.any()
+            assert panel.texts[row] == panel.texts[row - 1]
+    assert [figure.settings[f"{name}, W + ΔW"] for name in FAMILIES] == ["128 of 128"] * 3
+    assert torch.tensor(panel.values).any()
 
 
 def test_static_error_falls_with_samples_and_ridge_but_not_for_a_vector(regression: dict[str, Path]) -> None:
@@ -115,14 +122,14 @@ def test_norms_and_alignment(regression: dict[str, Path]) -> None:
 
 def test_changed_experts_need_a_mixture(regression: dict[str, Path]) -> None:
     models = models_of(regression)
-    (panel,) = figures.changed_experts(models, size=32).panels
-    assert isinstance(panel, Bars)
+    (panel,) = report.make("changed-experts", models).panels
+    assert isinstance(panel, Lines)
     y = series_of(panel)
     assert max(y["router reads the query alone"]) > 0
     assert max(y["control: router patched too"]) == 0
-    for figure, name in ((figures.changed_experts, "changed-experts"), (figures.expert_use, "expert-use")):
-        with pytest.raises(ValueError, match=f"{name} needs a mixture of experts"):
-            figure({"transformer": models["transformer"]})
+    for name in ("changed-experts", "expert-use"):
+        with pytest.raises(ValueError, match=f"{name} needs a mixture of experts among the checkpoints"):
+            report.make(name, {"transformer": models["transformer"]})
 
 
 def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
@@ -132,7 +139,7 @@ def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
     assert isinstance(use, Heat)
     assert list(use.y_names) == [f"layer {layer}, {domain}" for layer in (0, 1) for domain in ("law", "medicine")]
     assert torch.tensor(use.values).sum(-1).tolist() == pytest.approx([1] * 4)
-    assert isinstance(information, Bars)
+    assert isinstance(information, Lines)
     controls = ["router redrawn", "untrained model", "domains shuffled"]
     assert [series.label for series in information.series] == ["as trained", *(f"control: {c}" for c in controls)]
     assert [series.control for series in information.series] == [False, True, True, True]
@@ -141,7 +148,7 @@ def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
     both = torch.tensor(together.values).unflatten(0, (2, 4))
     assert both.diagonal(dim1=1, dim2=2).isnan().all()
     assert both.nan_to_num().sum((1, 2)).tolist() == pytest.approx([2, 2])  # two of four experts, in either order
-    assert isinstance(load, Bars)
+    assert isinstance(load, Lines)
     assert [sum(series.y) for series in load.series] == pytest.approx([4, 4])
     numbers = report.summary(model, size=4)
     assert sum("control: router redrawn" in name for name in numbers) == 1
@@ -157,6 +164,11 @@ def test_numbers_of_a_context_that_is_separate(regression: dict[str, Path]) -> N
         assert ("task read off the code, held-out R²" in numbers[name]) == (name == "hypernet")
     read, before, shuffled = list(numbers["hypernet"].values())[-3:]
     assert shuffled < 0.0 < min(read, before), (read, before, shuffled)
+
+
+@pytest.mark.parametrize(("case", "matrix"), [("hypernet-segment-down", "down"), ("transformer-regression", "gate")])
+def test_ranks_are_those_of_the_matrix_that_the_family_changes_most(case: str, matrix: str) -> None:
+    assert f"effective rank of ΔW, last layer, {matrix}" in report.summary(shared(case), size=4)
 
 
 def test_increments_of_families_fall(regression: dict[str, Path]) -> None:
@@ -187,14 +199,13 @@ def test_report(
         assert row.replace("|", "\\|") in printed
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(FAMILIES) + 2}
-    assert content["figures"]["law-residuals"]["title"].endswith("in every family")
     for figure in content["figures"].values():
         assert figure["caveat"] in page
 
 
 def test_a_report_lies_in_the_run_folder(quick: None, text: dict[str, Path]) -> None:
     assert analyze.main(["report", str(text["transformer"])]) == 0
-    assert "weight update, in transformer\n" in (text["transformer"] / "report/report.md").read_text()
+    assert "## A context equals a weight update\n" in (text["transformer"] / "report/report.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["regression", "text"])
@@ -255,13 +266,16 @@ def test_a_figure_of_its_own(
         (["figures", "capacity-cliffs", "--runs", "{transformer}"], "figure of trained models 'capacity-cliffs' does"),
         (["figures", "generation-strip", "--runs", "{transformer}"], "needs running text"),
         (["patch", "{transformer}", "--context", "none", "--out", "p"], "No such file or directory: 'none'"),
-        (["patch", "{transformer}", "--context", "{wrong}", "--out", "p"], "line 2: 4 numbers separated by commas"),
+        (
+            ["patch", "{transformer}", "--context", "{wrong}", "--out", "p"],
+            "wrong: 4 numbers separated by commas are wanted in each line; could not convert",
+        ),
         (["patch", "{transformer}", "--context", "{empty}", "--out", "p"], "empty is empty"),
         (["patch", "{transformer}", "--context", "{good}", "--out", "p", "--samples", "0"], "--samples 0 must be"),
         (["apply", "{transformer}", "--patch", "none", "--query", "{good}"], "no patch file at none"),
         (["apply", "{transformer}", "--patch", "{good}", "--query", "{good}"], "is damaged or no patch file"),
         (["apply", "{moe}", "--patch", "{patch}", "--query", "{good}"], "was made for another model"),
-        (["apply", "{transformer}", "--patch", "{patch}", "--query", "{good}"], "line 1: 3 numbers separated"),
+        (["apply", "{transformer}", "--patch", "{patch}", "--query", "{good}"], "good: 3 numbers separated by commas"),
     ],
 )
 def test_mistakes(

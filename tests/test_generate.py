@@ -115,6 +115,7 @@ ANSWERS = [
     (["text", "a", "--count", "0"], "count=0 must be at least 1"),
     (["text", "a", "--temperature", "-1"], "temperature=-1.0 must be"),
     (["text", "a", "--top-k", "0"], "top_k=0 must lie"),
+    (["text", "a", "--seed", str(10**30)], f"--seed {10**30} must be a number of 64 bits"),
     (["text", "\udcff"], "argument prompt: invalid utf8 value"),
 ]
 

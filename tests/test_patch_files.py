@@ -113,7 +113,9 @@ def test_what_has_no_place_in_a_file_is_refused_and_nothing_is_written(tmp_path:
     with pytest.raises(ValueError, match="must be plain JSON values"):
         save_patch(tmp_path / "p", patches, model, context=torch.ones(2))
     odd: dict[str, Delta] = {"up": Odd(torch.ones(1, 24, 1), torch.ones(1, 16, 1))}
-    with pytest.raises(ValueError, match="kind Odd has no place in a file; kinds: LowRank, Scale, Full, Shear"):
+    with pytest.raises(
+        ValueError, match=r"weights\.up\.0, a Odd, has no place in a file; kinds: LowRank, Scale, Full, Shear"
+    ):
         save_patch(tmp_path / "p", [Patch(weights=odd), Patch()], model)
     assert not list(tmp_path.iterdir())
 
@@ -174,18 +176,21 @@ def routing(index: Tensor, tokens: int = 1) -> dict[str, Tensor]:
 
 
 UP, BIAS, FIRST = torch.ones(1, 24, 1).double(), torch.ones(1, 24).double(), "0.weights.up.0.LowRank"
+ROWS = {"rows": BIAS, "columns": BIAS[:, :16]}
 SHEAR = {"0.input.0.Shear.a": BIAS[:, :16] * 0, "0.input.0.Shear.shift": BIAS[:, :16]}
 CONTENTS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown kind": ({"0.weights.up.1.Module.u": UP}, r"unknown tensors \['0\.weights\.up\.1\.Module\.u'\]"),
+    "unknown kind": ({"0.weights.up.1.Module.u": UP}, r"unknown tensors at 0\.weights\.up\.1\.Module"),
     "unknown matrix": ({f"0.weights.forward.0.LowRank.{f}": UP for f in "uv"}, "unknown tensors"),
-    "unknown field": ({f"{FIRST}.w": UP}, "unknown tensors"),
-    "layer too many": ({"2.biases.up": BIAS}, "unknown tensors"),
-    "gap in a sum": (low_rank(2), "unknown tensors"),
+    "unknown field": ({f"{FIRST}.w": UP}, rf"{FIRST} must hold u, v, core, got \['u', 'v', 'w'\]"),
+    "layer too many": ({"2.biases.up": BIAS}, "layer '2' does not exist"),
     "too many terms": ({k: v for place in range(20) for k, v in low_rank(place).items()}, r"unknown .*up\.16\."),
-    "sum of scales": ({"0.weights.up.1.Scale.rows": BIAS, "0.weights.up.1.Scale.columns": BIAS[:, :16]}, "unknown"),
+    "sum of scales": (
+        {f"0.weights.up.{k}.Scale.{f}": t for k in (1, 2) for f, t in ROWS.items()},
+        "only low-rank updates are added",
+    ),
     "no shear": ({f"0.input.0.LowRank.{f}": UP[:, :16] for f in "uv"}, r"unknown tensors .*0\.input\.0\.LowRank"),
-    "missing factor": ({f"{FIRST}.v": None}, rf"{FIRST} lacks v"),
-    "half a routing": ({"0.routing.index": torch.zeros(1, 1, 1).long()}, r"0\.routing lacks logits, weight"),
+    "missing factor": ({f"{FIRST}.v": None}, rf"{FIRST} must hold u, v, core, got \['u'\]"),
+    "half a routing": ({"0.routing.index": torch.zeros(1, 1, 1).long()}, r"0\.routing must hold index, weight, logits"),
     "outputs": ({f"{FIRST}.u": torch.ones(1, 23, 8).double()}, rf"{FIRST}\.u of shape .* end in \(24, r\)"),
     "rank": ({f"{FIRST}.u": torch.ones(1, 24, 3).double()}, rf"{FIRST}\.v of shape .* end in \(16, 3\)"),
     "scalar": ({f"{FIRST}.u": UP[0, 0, 0]}, rf"{FIRST}\.u of shape \(\)"),

@@ -16,9 +16,8 @@ from test_delta import at_most
 from zoo import load, train
 from zoo.core.delta import LowRank, Sum
 from zoo.core.patch import Patch
-from zoo.lens.static import STATIC_FORMS, answer, first, fit, relative_error, solve
+from zoo.lens.static import STATIC_FORMS, answer, fit, relative_error, solve
 from zoo.models import Model
-from zoo.tasks import TASKS
 
 pytestmark = pytest.mark.numeric
 
@@ -259,9 +258,7 @@ def test_without_ridge_as_many_samples_as_dimensions_are_the_worst_choice(form: 
     model, tokens, held_out, n = trained_samples("transformer-noise-tied")
     rows = dimension // 4
     errors = {
-        (count, ridge): relative_error(
-            model.decoder, held_out, n, fit(model.decoder, first(model.decoder, tokens, n, count), n, form, ridge)
-        )
+        (count, ridge): relative_error(model.decoder, held_out, n, fit(model.decoder, tokens[:count], n, form, ridge))
         for count in (1, rows, 50)
         for ridge in (0.0, 1e-2)
     }
@@ -321,27 +318,6 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fit(model.decoder, *arguments)  # type: ignore[arg-type]
-
-
-def test_sample_queries_are_fresh_inputs_after_the_context() -> None:
-    task = TASKS["regression"]({"name": "regression", "queries": 2}, 0)
-    context = task.batch("test", 0, 1).tokens[0, :20]
-    tokens = task.sample_queries(context, 50)
-    assert tokens.shape == (1, 70, 4)
-    assert torch.equal(tokens[0, :20], context)
-    assert not tokens[0, 20:, -1].any()
-    assert tokens[0, 20:, :-1].std(0).sub(1).abs().max() < 0.4
-    for other in (task.sample_queries(context, 50, "test"), task.sample_queries(context, 50, k=1)):
-        assert not torch.equal(other[0, 20:], tokens[0, 20:])
-    assert torch.equal(task.sample_queries(context, 50), tokens)
-
-
-def test_sample_queries_of_text_are_windows() -> None:
-    task = TASKS["noise"]({"name": "noise", "tokens": 9}, 0)
-    context = torch.tensor([3, 1, 2])
-    tokens = task.sample_queries(context, 5)
-    assert torch.equal(tokens[:, :3], context.expand(5, 3))
-    assert torch.equal(tokens[:, 3:], task.batch("train", 0, 5).tokens)
 
 
 @pytest.mark.slow

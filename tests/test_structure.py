@@ -86,7 +86,7 @@ def test_only_the_first_layer_keeps_its_key() -> None:
     """Layer 0: increments of rank 1, the delta rule with one key; layer 1: rank 2, as the patched stream moves."""
     model = shared("transformer-regression")
     recorded = [record(model, sequence, length) for length, sequence in enumerate(prefixes(model))]
-    W = [[layers[layer].matrix("gate").dense() for layers in recorded] for layer in (0, 1)]
+    W = [[layers[layer]["total"]["gate"].dense() for layers in recorded] for layer in (0, 1)]
     for layer, rank in ((0, 1), (1, 2)):
         for before, after in pairwise(W[layer][1:]):  # at the first token all there is has rank 1
             assert ((torch.linalg.svdvals(after - before) > 1e-10).sum(-1) == rank).all()

@@ -207,3 +207,24 @@ def test_a_new_task_of_blind_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     for ask in (made.encode, made.encode_context, made.decode):
         with pytest.raises(ValueError, match=r"^task\.name=lookup has no text"):
             ask("a")
+
+
+def test_sample_queries_are_fresh_inputs_after_the_context() -> None:
+    made = regression(queries=2)
+    context = made.batch("test", 0, 1).tokens[0, :20]
+    tokens = made.sample_queries(context, 50)
+    assert tokens.shape == (1, 70, 4)
+    assert torch.equal(tokens[0, :20], context)
+    assert not tokens[0, 20:, -1].any()
+    assert tokens[0, 20:, :-1].std(0).sub(1).abs().max() < 0.4
+    for other in (made.sample_queries(context, 50, "test"), made.sample_queries(context, 50, k=1)):
+        assert not torch.equal(other[0, 20:], tokens[0, 20:])
+    assert torch.equal(made.sample_queries(context, 50), tokens)
+
+
+def test_sample_queries_of_text_are_windows() -> None:
+    made = task("noise", tokens=9)
+    context = torch.tensor([3, 1, 2])
+    tokens = made.sample_queries(context, 5)
+    assert torch.equal(tokens[:, :3], context.expand(5, 3))
+    assert torch.equal(tokens[:, 3:], made.batch("train", 0, 5).tokens)

@@ -101,12 +101,13 @@ def test_a_patched_matrix_is_that_of_the_network(case: Case, part: Part) -> None
     tokens, n_context = context_of(model)
     emitted = model.decoder(tokens, n_context)[1]
     totals = model.deltas(tokens, torch.arange(tokens.shape[1]) < n_context)
-    for layer, total, own in zip(record(model, tokens, n_context), totals, emitted, strict=True):
+    recorded = record(model, tokens, n_context)
+    for layer, block, total, own in zip(recorded, model.decoder.blocks, totals, emitted, strict=True):
         patch = total if part == "total" else own.per_token(torch.arange(n_context, tokens.shape[1]))
-        for name, dense in layer.ffn.dense(patch).items():
-            matrix = layer.matrix(name, part)
+        for name, dense in block.ffn.dense(patch).items():
+            matrix = layer[part][name]
             close(matrix.dense(), dense.expand_as(matrix.dense()))
-            x = torch.randn(*layer.z.shape[:2], 1, dense.shape[-1]).double()
+            x = torch.randn(*matrix.u.shape[:2], 1, dense.shape[-1]).double()
             close(matrix.apply(x), x @ dense.mT)
 
 

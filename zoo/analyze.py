@@ -7,9 +7,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,11 +21,14 @@ from zoo.console import Parser, command
 from zoo.files import read
 from zoo.lens import draw
 from zoo.lens import report as pages
+from zoo.lens.figure import Figure
 from zoo.lens.figures import increments_by_family
 from zoo.lens.patch_file import describe, load_patch, save_patch
 from zoo.lens.static import answer, fit, relative_error
 from zoo.models import Model
 from zoo.training import checkpoint
+
+Figures = dict[str, Callable[..., Figure]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -108,21 +112,22 @@ def figures(options: argparse.Namespace) -> None:
         print(draw.save(make(*models), options.out), flush=True)
 
 
-def all_figures() -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+def all_figures() -> tuple[Figures, Figures]:
     """Figures that train or draw their own small models, and those of checkpoints."""
     from zoo.papers import patches, toy_figures
 
-    def increments(models: Any) -> Any:
-        return toy_figures.increments_of_delta(more_increments=increments_by_family(models))
-
-    theory: dict[str, Callable[..., Any]] = {
+    theory: Figures = {
         "loss-through-delta": toy_figures.loss_through_delta,
         "increments-of-delta": toy_figures.increments_of_delta,
         "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
         "capacity-cliffs": patches.capacity_cliffs,
         "precision-of-patches": patches.precision_of_patches,
     }
-    return theory, {"increments-of-delta": increments, **pages.TRAINED}
+    trained: Figures = {name: partial(pages.make, name) for name in pages.TRAINED}
+    trained["increments-of-delta"] = lambda models: toy_figures.increments_of_delta(
+        more_increments=increments_by_family(models)
+    )
+    return theory, trained
 
 
 def patch(options: argparse.Namespace) -> None:
@@ -163,7 +168,7 @@ def read_context(model: Model, path: Path) -> Tensor:
     """The context in FILE as tokens (n) or (n,token_dim)."""
     task = model.task
     if task.token_dim:
-        return torch.tensor(_numbers(path, task.token_dim))
+        return _numbers(path, task.token_dim)
     return torch.tensor(task.encode_context(read(path)) if task.n_context else task.encode(read(path)))
 
 
@@ -171,22 +176,17 @@ def read_query(model: Model, path: Path) -> Tensor:
     """The query in FILE as tokens (1,T) or (1,T,token_dim)."""
     task = model.task
     if task.token_dim:
-        return F.pad(torch.tensor(_numbers(path, task.token_dim - 1)), (0, 1))[None]
+        return F.pad(_numbers(path, task.token_dim - 1), (0, 1))[None]
     return torch.tensor([task.encode(read(path))])
 
 
-def _numbers(path: Path, width: int) -> list[list[float]]:
+def _numbers(path: Path, width: int) -> Tensor:
     """The rows of a file of numbers, `width` in each."""
-    rows = []
-    for number, line in enumerate(read(path).rstrip().splitlines(), 1):
-        try:
-            rows.append([float(cell) for cell in line.split(",")])
-        except ValueError:
-            rows.append([])
-        if len(rows[-1]) != width:
-            wanted = f"{width} numbers separated by commas are wanted"
-            raise ValueError(f"{path}, line {number}: {wanted}, got {line!r:.60}")
-    return rows
+    lines = read(path).rstrip().splitlines()
+    try:
+        return torch.from_numpy(np.loadtxt(lines, np.float32, delimiter=",", ndmin=2).reshape(len(lines), width))
+    except ValueError as error:
+        raise ValueError(f"{path}: {width} numbers separated by commas are wanted in each line; {error}") from None
 
 
 if __name__ == "__main__":

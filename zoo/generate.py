@@ -45,6 +45,8 @@ def pieces(options: argparse.Namespace) -> Iterator[str]:
     """The prompt, then what each token adds; a character of several tokens comes with its last one."""
     import torch  # after the options are read: --help is quick
 
+    if options.seed.bit_length() > 63:
+        raise ValueError(f"--seed {options.seed} must be a number of 64 bits")
     model = zoo.load(options.checkpoint)
     task, name = model.task, model.task.config.name
     ids = task.encode(options.prompt)

@@ -5,23 +5,19 @@ Colours are safe for the colour-blind; results are coloured, controls grey and d
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo.files import to_json, whole, write
-from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
+from zoo.lens.figure import Figure, Heat, Lines
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
-TINTS = ("#B3D9F2", "#F5B995", "#BFE5D6", "#E9CBDD")
-MARKERS, DASHES = "os^Dvph", ("--", ":", "-.")
-HATCHES = {"+": "////", "1": "...."}  # of the second and the third control, by marker
+RESULTS = [{"color": COLOURS[k], "linestyle": "-", "marker": "os^Dvph"[k]} for k in range(7)]
+CONTROLS = [{"color": "0.45", "linestyle": ("--", ":", "-.")[k], "marker": "x+1"[k]} for k in range(3)]
 DPI = 140
 LETTERS = 14  # of a caption, to the inch
 STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.25}
@@ -35,7 +31,8 @@ def save(figure: Figure, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     picture, count = folder / f"{figure.name}.png", len(figure.panels)
     columns = min(figure.columns, count)
-    heights = [max(map(_height, figure.panels[i : i + columns])) for i in range(0, count, columns)]
+    rows = [len(panel.y_names) if isinstance(panel, Heat) else 0 for panel in figure.panels]
+    heights = [max(4.3, 1 + 0.28 * max(rows[i : i + columns])) for i in range(0, count, columns)]
     width = 6.0 * columns if columns > 1 else 8.0
     words = (figure.caption, f"What it does not prove: {figure.caveat}")
     text = "\n".join(textwrap.fill(part, int(LETTERS * width)) for part in words)
@@ -56,128 +53,59 @@ def save(figure: Figure, folder: Path) -> Path:
     return picture
 
 
-def _height(panel: Panel) -> float:
-    if isinstance(panel, Strip):
-        tokens = len(next(iter(panel.rows.values())))
-        return 0.9 + 0.3 * (len(panel.rows) + 0.5) * math.ceil(tokens / _cells(panel)[1])
-    if isinstance(panel, Bars) and panel.horizontal:
-        return 1.3 + 0.3 * len(panel.series[0].x)
-    return 4.3
-
-
-def _floor(panel: Lines | Bars) -> float:
-    """Where a zero stands on a log axis: a decade below all other values."""
-    if not panel.log_y:
-        return -math.inf
-    return min((v for one in panel.series for v in (*one.y, *one.low) if v > 0), default=1.0) / 10
-
-
-def _styled(panel: Lines | Bars) -> Iterator[tuple[Series, dict[str, Any]]]:
-    """Each series as it is drawn, with its colour, dashes and marker; results and controls are counted apart."""
-    count, floor = {False: 0, True: 0}, _floor(panel)
-    for one in panel.series:
-        k = count[one.control]
-        count[one.control] += 1
-        style = {"color": COLOURS[k % 7], "linestyle": "-", "marker": MARKERS[k % 7]}
-        if one.control:
-            style = {"color": "0.45", "linestyle": DASHES[k % 3], "marker": "x+1"[k % 3]}
-        lifted: dict[str, Any] = {name: np.maximum(getattr(one, name), floor) for name in ("y", "low", "high")}
-        yield replace(one, **lifted), style
-
-
-def _legend(ax: Any, panel: Lines | Bars, line: Any) -> None:
-    floor = _floor(panel)
-    if any(v < floor for one in panel.series for v in one.y):
-        line(floor, color="0.6", linewidth=0.8, label="exactly 0 is drawn here")
-    handles, labels = ax.get_legend_handles_labels()
-    if len(labels) > 1:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
-        ax.legend(handles, labels, ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False, **below)
+def _styles(panel: Lines) -> list[dict[str, Any]]:
+    """Colour, dashes and marker of each series; results and controls are counted apart."""
+    results, controls = cycle(RESULTS), cycle(CONTROLS)
+    return [dict(next(controls if one.control else results)) for one in panel.series]
 
 
 def _draw_lines(ax: Any, panel: Lines) -> None:
-    for one, style in _styled(panel):
-        if one.points:
+    named = any(isinstance(x, str) for one in panel.series for x in one.x)
+    for k, (one, style) in enumerate(zip(panel.series, _styles(panel), strict=True)):
+        x: Any = one.x
+        if named:  # side by side
+            x = np.arange(len(one.x)) + 0.1 * (k - (len(panel.series) - 1) / 2)
+        if one.points or named:
             style |= {"linestyle": "none", "markerfacecolor": "none"}
-        elif len(one.x) > 15 or one.control:
+        elif len(x) > 15 or one.control:
             style["marker"] = ""
-        ax.plot(one.x, one.y, label=one.label, linewidth=1.8, markersize=5.5, **style)
-        if len(one.low):
-            ax.fill_between(one.x, one.low, one.high, color=style["color"], alpha=0.18, linewidth=0)
-    ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    ax.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
-    for k, x in enumerate(dict.fromkeys(panel.marks.values())):
-        label = ", ".join(name for name, place in panel.marks.items() if place == x)
-        ax.axvline(x, color="0.2", linewidth=1, linestyle=(":", "-.")[k % 2], label=label)
-    _legend(ax, panel, ax.axhline)
-
-
-def _draw_bars(ax: Any, panel: Bars) -> None:
-    names, thickness, across = panel.series[0].x, 0.8 / len(panel.series), panel.horizontal
-    for k, (one, style) in enumerate(_styled(panel)):
-        place = np.arange(len(names)) + (k - (len(panel.series) - 1) / 2) * thickness
-        look = {"fmt": style["marker"], "color": style["color"], "label": one.label}
-        if not panel.log_y:
-            bars = {"color": style["color"], "edgecolor": "white", "hatch": HATCHES.get(style["marker"])}
-            (ax.barh if across else ax.bar)(place, one.y, thickness, **bars, linewidth=0, label=one.label)
-            for at, size in zip(place, one.y, strict=True):
-                if not size:  # nothing would be seen
-                    ax.annotate("0", (size, at) if across else (at, size), ha="center", va="bottom", fontsize=9)
-            look = {"fmt": "none", "ecolor": "0.1"}
-        reach = np.abs([np.subtract(one.y, one.low), np.subtract(one.high, one.y)]) if len(one.low) else None
-        points = (one.y, place) if across else (place, one.y)
-        ax.errorbar(*points, **{"xerr" if across else "yerr": reach}, **look, capsize=3, markersize=6)
-    value, name = ("x", "y") if across else ("y", "x")
-    ax.set(**{f"{value}scale": "log" if panel.log_y else "linear", f"{value}label": panel.y_label})
-    ax.set(**{f"{name}ticks": range(len(names)), f"{name}ticklabels": names, f"{name}label": panel.x_label})
-    ax.grid(False, axis=name)
-    if across:
-        ax.invert_yaxis()
-    _legend(ax, panel, ax.axvline if across else ax.axhline)
+        ax.plot(x, one.y, label=one.label, linewidth=1.8, markersize=5.5, **style)
+        if len(one.low) and named:
+            ax.vlines(x, one.low, one.high, color=style["color"], linewidth=1)
+        elif len(one.low):
+            ax.fill_between(x, one.low, one.high, color=style["color"], alpha=0.18, linewidth=0)
+    for k, (name, place) in enumerate(panel.marks.items()):
+        ax.axvline(place, color="0.2", linewidth=1, linestyle=(":", "-.")[k % 2], label=name)
+    ax.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if panel.log_x else "linear")
+    above = [y for one in panel.series for y in one.y if y > 0]
+    if panel.log_y and len(above) < sum(len(one.y) for one in panel.series):
+        ax.set_yscale("symlog", linthresh=min(above, default=1))
+    elif panel.log_y:
+        ax.set_yscale("log")
+    names = [textwrap.fill(name, 15) for name in panel.series[0].x] if named else []
+    if names:
+        ax.set_xticks(range(len(names)), names)
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        rows = max((name.count("\n") for name in names), default=0)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2 + 1.3 * rows}
+        ax.legend(handles, labels, ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False, **below)
 
 
 def _draw_heat(ax: Any, panel: Heat) -> None:
     values = np.array(panel.values)
     limit = abs(values[np.isfinite(values)]).max(initial=0) or 1
     colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if panel.diverging else {"cmap": "cividis"}
-    image = ax.imshow(values, aspect="auto", interpolation="nearest", **colours)
+    pale = 0.4 if panel.texts else 1  # black letters stand out
+    image = ax.imshow(values, aspect="auto", interpolation="nearest", alpha=pale, **colours)
     ax.figure.colorbar(image, ax=ax, label=panel.value_label)
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     for axis, names in ((ax.xaxis, panel.x_names), (ax.yaxis, panel.y_names)):
         if names:
             axis.set_ticks(range(len(names)), names)
-    if max(values.shape) <= 12:
-        for (i, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                red, green, blue, _ = image.cmap(image.norm(value))
-                ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-                ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=9, color=ink)
+    for (i, j), text in np.ndenumerate(np.array(panel.texts)):
+        ax.text(j, i, _shown(text), ha="center", va="center", family="monospace", fontsize=9, parse_math=False)
     ax.grid(False)
-
-
-def _draw_strip(ax: Any, panel: Strip) -> None:
-    from matplotlib.patches import Patch, Rectangle
-
-    (width, per_line), step = _cells(panel), len(panel.rows) + 0.5
-    for r, (label, tokens) in enumerate(panel.rows.items()):
-        for i, (token, kind) in enumerate(zip(tokens, panel.kind_of[label], strict=True)):
-            line, place = divmod(i, per_line)
-            x, y = place * width, line * step + r
-            if not place:
-                ax.text(-1, y, label, ha="right", va="center", fontsize=9)
-            ax.add_patch(Rectangle((x, y - 0.44), width - 0.2, 0.88, color=TINTS[kind % 4], linewidth=0))
-            look = {"family": "monospace", "fontsize": 9, "weight": "bold" if kind else "normal"}
-            ax.text(x + width / 2, y, _shown(token), ha="center", va="center", parse_math=False, **look)
-    ax.set(xlim=(0, width * min(per_line, len(tokens))), ylim=(step * (line + 1) - 0.5, -0.6))
-    ax.set_axis_off()
-    handles = [Patch(color=TINTS[k % 4], label=kind) for k, kind in enumerate(panel.kinds)]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles), frameon=False)
-
-
-def _cells(panel: Strip) -> tuple[int, int]:
-    """Characters that the longest token and a gap take, and how many of such cells a line of 88 has."""
-    width = 1 + max(len(_shown(token)) for row in panel.rows.values() for token in row)
-    return width, max(88 // width, 1)
 
 
 def _shown(token: str) -> str:
@@ -185,4 +113,4 @@ def _shown(token: str) -> str:
     return "".join(marks.get(c, c if c.isprintable() else "\N{REPLACEMENT CHARACTER}") for c in token)
 
 
-_DRAW: dict[type, Any] = {Lines: _draw_lines, Bars: _draw_bars, Heat: _draw_heat, Strip: _draw_strip}
+_DRAW: dict[type, Any] = {Lines: _draw_lines, Heat: _draw_heat}

@@ -1,6 +1,6 @@
 """Figures as data: every number that is drawn, its unit, what the figure shows and what it does not prove.
 
-A figure is one or more panels: Lines, Bars, Heat or Strip. zoo.lens.draw makes pictures of them.
+A figure is one or more panels: Lines or Heat. zoo.lens.draw makes pictures of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from zoo.files import finite
 
 @dataclass(frozen=True)
 class Series:
-    """One curve or one set of bars: y at x (numbers for Lines, names for Bars), the range low to high around it.
+    """y at x, which are numbers, or names alike in all series of a panel, and the range low to high around y.
 
-    control: a reference, drawn in grey. points: markers without a line.
+    control: a reference, drawn in grey. points: markers without a line, as all values by name are drawn.
     """
 
     label: str
@@ -29,12 +29,21 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Curves over a numeric axis, ranges as bands; marks: vertical lines {label: x}."""
+class Axes:
+    """The words at a panel's axes."""
 
     title: str
     x_label: str
     y_label: str
+
+
+@dataclass(frozen=True)
+class Lines(Axes):
+    """Curves over numbers, ranges as bands, or points over names, ranges as whiskers; marks: vertical lines {label: x}.
+
+    On a logarithmic y axis with a value of 0, the axis is linear below the smallest other value.
+    """
+
     series: tuple[Series, ...]
     log_x: bool = False
     log_y: bool = False
@@ -42,42 +51,18 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """Values by name, the same names in every series; on a log axis, where bars have no foot, points with whiskers."""
+class Heat(Axes):
+    """values[row][column] as colours, NaN left blank; diverging: colours symmetric about zero; texts: of the cells."""
 
-    title: str
-    x_label: str
-    y_label: str
-    series: tuple[Series, ...]
-    log_y: bool = False
-    horizontal: bool = False
-
-
-@dataclass(frozen=True)
-class Heat:
-    """values[row][column] as colours, NaN left blank; diverging: colours symmetric about zero."""
-
-    title: str
-    x_label: str
-    y_label: str
     value_label: str
     values: Sequence[Sequence[float]]
     x_names: Sequence[str] = ()
     y_names: Sequence[str] = ()
     diverging: bool = False
+    texts: Sequence[Sequence[str]] = ()
 
 
-@dataclass(frozen=True)
-class Strip:
-    """Rows of tokens, one below the other, {label: tokens}; a token's colour says which of `kinds` it is."""
-
-    title: str
-    rows: Mapping[str, Sequence[str]]
-    kind_of: Mapping[str, Sequence[int]]
-    kinds: Sequence[str]
-
-
-Panel = Lines | Bars | Heat | Strip
+Panel = Lines | Heat
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from zoo.core.exact import exact
 from zoo.lens import static, structure
-from zoo.lens.figure import Bars, Figure, Heat, Lines, Panel, Series, Strip
-from zoo.lens.routing import information, routes, switched, usage
+from zoo.lens.figure import Figure, Heat, Lines, Panel, Series
+from zoo.lens.routing import information, switched, usage
 from zoo.lens.updates import MATRICES, updates
-from zoo.models import MODELS, Model
+from zoo.models import Model
 from zoo.tasks import Batch
 
 Models = Mapping[str, Model]
+PER_LINE = 8  # tokens of generated text
 
 
 def example(model: Model, size: int) -> tuple[Tensor, int]:
@@ -34,15 +35,14 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
 @torch.no_grad()
 def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
     """Distance from the contextual output, relative to its largest entry, with the dense patched weights."""
-    names, families = list(models), {model.config.name for model in models.values()}
     errors = [_residuals(model, size, queries) for model in models.values()]
     series = tuple(
-        Series(label, names, [row[label] for row in errors], control="control" in label) for label in errors[0]
+        Series(label, list(models), [row[label] for row in errors], control="control" in label) for label in errors[0]
     )
-    panel = Bars("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
+    panel = Lines("Largest error over queries", "model", "|y − y(context)| / max |y(context)|", series, log_y=True)
     return Figure(
         "law-residuals",
-        "A context equals a weight update, in " + ("every family" if families == set(MODELS) else ", ".join(names)),
+        "A context equals a weight update",
         (panel,),
         f"{size} contexts, {queries} query tokens each: output of the query alone, with dense patched weights W + ΔW "
         "in a plain forward pass, against the output with the context.",
@@ -89,12 +89,9 @@ def static_error(
 ) -> Figure:
     """Held-out error of one patch for all queries against the number of queries it was fitted on, by model."""
     panels = []
-    fits = {
-        "control: vector": ("vector", 1e-3),
-        **{
-            f"{form}, λ₀ = {ridge:g}": (form, ridge) for form in ("matrix", "affine", "output") for ridge in (0.0, 1e-3)
-        },
-    }
+    fits = {"control: vector": ("vector", 1e-3)}
+    for form in ("matrix", "affine", "output"):
+        fits |= {f"{form}, λ₀ = {ridge:g}": (form, ridge) for ridge in (0.0, 1e-3)}
     for name, model in models.items():
         decoder = model.decoder
         tokens, n = example(model, contexts)
@@ -103,8 +100,7 @@ def static_error(
             samples = model.task.sample_queries(row[:n], max(counts), "train")
             test = model.task.sample_queries(row[:n], held_out, "validation")
             for label, (form, ridge) in fits.items():
-                few = (static.first(decoder, samples, n, K) for K in counts)
-                patches = (static.fit(decoder, tokens, n, form, ridge) for tokens in few)
+                patches = (static.fit(decoder, samples[:, : n + K], n, form, ridge) for K in counts)
                 errors[label].append([static.relative_error(decoder, test, n, patch) for patch in patches])
         medians = {label: torch.tensor(rows).median(0).values.tolist() for label, rows in errors.items()}
         series = [
@@ -128,9 +124,9 @@ def static_error(
 
 @torch.no_grad()
 def changed_experts(models: Models, size: int = 64) -> Figure:
-    """Share of tokens that choose other experts when the context goes, by layer; raises ValueError without experts."""
+    """Share of tokens that choose other experts when the context goes, by layer, of mixtures of experts."""
     panels = []
-    for name, model in with_experts(models, "changed-experts").items():
+    for name, model in models.items():
         tokens, n = example(model, size)
         reduced, sheared = switched(model, tokens, n)
         layers = [str(layer) for layer in range(model.config.layers)]
@@ -138,7 +134,7 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
             Series("router reads the query alone", layers, reduced.tolist()),
             Series("control: router patched too", layers, sheared.tolist(), control=True),
         )
-        panels.append(Bars(name, "layer", "share of tokens with other experts", series))
+        panels.append(Lines(name, "layer", "share of tokens with other experts", series))
     return Figure(
         "changed-experts",
         "Without its context, a token goes to other experts",
@@ -150,14 +146,6 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     )
 
 
-def with_experts(models: Models, figure: str) -> dict[str, Model]:
-    """The models that route; raises ValueError where none does."""
-    found = {name: model for name, model in models.items() if routes(model)}
-    if not found:
-        raise ValueError(f"{figure} needs a mixture of experts among the checkpoints")
-    return found
-
-
 def batches_of(model: Model, size: int = 256) -> list[Batch]:
     return [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
 
@@ -166,7 +154,7 @@ def batches_of(model: Model, size: int = 256) -> list[Batch]:
 def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
     """The experts of each domain, their information on it beside controls, experts chosen together, and load."""
     panels: list[Panel] = []
-    for name, model in with_experts(models, "expert-use").items():
+    for name, model in models.items():
         batches = batches_of(model, size)
         own = usage(model, batches)
         layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
@@ -180,22 +168,22 @@ def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
                 low, high = (x.amin(0).tolist(), x.amax(0).tolist()) if len(x) > 1 else ((), ())
                 series.append(Series(label, layers, x.mean(0).tolist(), low, high, "control" in label))
             title = f"{name}: what experts tell of the domain"
-            panels.append(Bars(title, "layer", "normalised mutual information", tuple(series)))
+            panels.append(Lines(title, "layer", "normalised mutual information", tuple(series)))
         both_LEE = own.together.masked_fill(torch.eye(len(experts), dtype=torch.bool), torch.nan)
         if both_LEE.nan_to_num().any():  # a token uses more than one
             shares = both_LEE.flatten(0, 1).tolist()
             rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
             panels.append(Heat(f"{name}: chosen together", "expert", "", "share of tokens", shares, experts, rows))
         load = [Series(f"layer {k}", experts, row) for k, row in enumerate(own.load().tolist())]
-        panels.append(Bars(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
+        panels.append(Lines(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
     return Figure(
         "expert-use",
         "What experts are used for",
         tuple(panels),
         f"{size} test sequences. Information of the chosen expert and the domain of the text: 0 if it tells nothing, 1 "
         f"if it tells the domain. Redrawn: the trained model with new random routers, mean and range of {redraws}.",
-        "that experts specialise, unless a bar stands above that of redrawn routers: the states of domains differ, so "
-        "any router tells them apart to some degree, one with random weights too.",
+        "that experts specialise, unless it stands above that of redrawn routers: the states of domains differ, so any "
+        "router tells them apart to some degree, one with random weights too.",
         {"sequences": size, "redraws": redraws, "seed": 0},
     )
 
@@ -235,37 +223,40 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
 
 
 @torch.no_grad()
-def generation_strip(models: Models, count: int = 32, prompt: int = 64) -> Figure:
-    """Greedy text after a prompt: with the context, from one token and its patches, and from that token alone.
-
-    Raises ValueError for a task without text.
-    """
-    rows: dict[str, list[str]] = {}
-    kinds: dict[str, list[int]] = {}
-    counts: dict[str, str] = {}
+def generation_strip(models: Models, lines: int = 4, prompt: int = 64) -> Figure:
+    """Greedy text after a prompt: with the context, from one token and its patches, and from that token alone."""
+    count = lines * PER_LINE
+    texts: dict[str, list[str]] = {}
+    other: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
     for name, model in models.items():
-        if not model.task.has_text or model.task.n_context:
-            raise ValueError(f"generation-strip needs running text, {name} was trained on {model.task.config.name}")
         start = model.task.batch("test", 0, 4).tokens[:, :prompt]
-        greedy = {label: _greedy(model, start, count, way) for label, way in WAYS.items()}
-        same = {label: ids == greedy["context"] for label, ids in greedy.items()}
-        for label, ids in greedy.items():
-            rows[f"{name}, {label}"] = [model.task.decode([i]).decode("utf-8", "replace") for i in ids[-1].tolist()]
-            kinds[f"{name}, {label}"] = (~same[label][-1]).long().tolist()
-        of, through, alone = (int(equal.sum()) for equal in same.values())
-        counts[name] = f"{through} through W + ΔW, {alone} with W, of {of}"
-    kind_names = ("as with the context", "another token")
-    strip = Strip(f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts", rows, kinds, kind_names)
+        greedy = {way: _greedy(model, start, count, way) for way in WAYS}
+        for way, ids in greedy.items():
+            label, differs = f"{name}, {way}", ids != greedy["context"]
+            texts[label] = [model.task.decode([i]).decode("utf-8", "replace") for i in ids[-1].tolist()]
+            other[label] = differs[-1].float()
+            same[label] = f"{int((~differs).sum())} of {ids.numel()}"
+    cuts = [slice(first, first + PER_LINE) for first in range(0, count, PER_LINE)]
+    panel = Heat(
+        f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts",
+        "",
+        "",
+        "0: as with the context, 1: another token",
+        [other[label][cut].tolist() for cut in cuts for label in texts],
+        y_names=[label for _ in cuts for label in texts],
+        texts=[texts[label][cut] for cut in cuts for label in texts],
+    )
     return Figure(
         "generation-strip",
         "Text from one token and its weight updates",
-        (strip,),
-        "Each token of the middle rows comes from a forward pass over the newest token alone, with the patches that "
-        "stand for all tokens before it, made anew for each token. Equal to those with the context, over 4 prompts: "
-        + "; ".join(f"{name} {text}" for name, text in counts.items())
+        (panel,),
+        "Each token of W + ΔW comes from a forward pass over the newest token alone, with the patches that stand for "
+        "all tokens before it, made anew for each token. Equal to those with the context, over 4 prompts: "
+        + "; ".join(f"{label}: {text}" for label, text in same.items() if not label.endswith("context"))
         + ".",
         "that patches are a cheaper memory: each one is made by a pass over the whole context.",
-        {"count": count, "prompt": prompt, "seed": 0, **counts},
+        {"count": count, "prompt": prompt, "seed": 0, **same},
         columns=1,
     )
 
@@ -285,7 +276,7 @@ WAYS: dict[str, Callable[[Model, Tensor], Tensor]] = {
 """From tokens to the logits of the next one, those at the last place."""
 
 
-def _greedy(model: Model, tokens: Tensor, count: int, way: Callable[[Model, Tensor], Tensor]) -> Tensor:
+def _greedy(model: Model, tokens: Tensor, count: int, way: str) -> Tensor:
     for _ in range(count):
-        tokens = torch.cat([tokens, way(model, tokens)[:, -1:].argmax(-1)], 1)
+        tokens = torch.cat([tokens, WAYS[way](model, tokens)[:, -1:].argmax(-1)], 1)
     return tokens[:, -count:]

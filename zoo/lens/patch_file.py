@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from zoo.config import VERSION, one_line, show
+from zoo.config import VERSION, lookup, one_line, show
 from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
@@ -35,17 +34,15 @@ from zoo.training.validate import like
 SCHEMA = 1
 DESCRIPTION = {"schema": 0, "version": "", "fingerprint": "", "layers": 0, "about": {}, "chunks": None}
 HEADER = 1 << 23  # bytes of names, shapes and description
-TERMS = 16  # of a sum
-KINDS: dict[str, type[Any]] = {"LowRank": LowRank, "Scale": Scale, "Full": Full, "Shear": InputShift}
-AXES = {
-    "LowRank": {"u": "or", "v": "ir", "core": "tr"},
-    "Scale": {"rows": "o", "columns": "i"},
-    "Full": {"matrix": "oi"},
-    "Shear": {"a": "i", "shift": "i"},
-    "Routing": {"index": "tk", "weight": "tk", "logits": "te"},
+PLACES = [str(place) for place in range(16)]  # of the terms of a sum
+KINDS: dict[str, tuple[type[Any], dict[str, str]]] = {
+    "LowRank": (LowRank, {"u": "or", "v": "ir", "core": "tr"}),
+    "Scale": (Scale, {"rows": "o", "columns": "i"}),
+    "Full": (Full, {"matrix": "oi"}),
+    "Shear": (InputShift, {"a": "i", "shift": "i"}),
+    "Routing": (Routing, {"index": "tk", "weight": "tk", "logits": "te"}),
 }
-FIELDS = {"core": "gate"}
-"""Names in files stay what they were when the first file was written: KINDS and FIELDS are those of today."""
+"""Kinds and their fields, in order, with axes; names are those of the first file that was written."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -102,18 +99,19 @@ def load_patch(path: str | Path, model: Model) -> list[Patch]:
             f"is {here}; a patch is relative to the weights it was made for"
         )
     blocks, chunks = model.decoder.blocks, description["chunks"]
-    left = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    records: dict[str, dict[str, Any]] = {str(layer): {} for layer in range(len(blocks))}
     counts: dict[str, int] = {}
     try:
         if not description["layers"] == len(chunks) == len(blocks) or not all(map(_is_chunk, chunks)):
             raise ValueError(f"layers={description['layers']} and chunks={show(chunks)} for {len(blocks)} layers")
-        layers = enumerate(zip(blocks, chunks, strict=True))
-        patches = [_Layer(left, counts, index, block.ffn, chunk).patch() for index, (block, chunk) in layers]
-        if left:
-            raise ValueError(f"unknown tensors {show(sorted(left), 200)}")
+        for name, tensor in tensors.items():
+            layer, _, rest = name.partition(".")
+            place, _, field = rest.rpartition(".")
+            lookup(layer, records, "layer").setdefault(place, {})[field] = tensor.to(model.device)
+        layers = zip(records.items(), blocks, chunks, strict=True)
+        return [_Layer(layer, block.ffn, chunk, counts).patch(own) for (layer, own), block, chunk in layers]
     except Exception as error:  # no file ends in a traceback, whatever the checks let through
         raise ValueError(f"{path} does not hold patches of this zoo: {one_line(error, 300)}") from None
-    return patches
 
 
 def _is_chunk(chunk: Any) -> bool:
@@ -141,99 +139,89 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _tensors(patches: Sequence[Patch]) -> dict[str, Tensor]:
     """All tensors of the patches by their name in a file."""
-    tensors: dict[str, Tensor] = {}
-    kinds = {cls: kind for kind, cls in KINDS.items()}
+    tensors: dict[str, Tensor | None] = {}
+    kinds = {cls: kind for kind, (cls, _) in KINDS.items()}
     for layer, patch in enumerate(patches):
-        deltas: dict[str, Any] = {f"{layer}.weights.{name}": delta for name, delta in patch.weights.items()}
-        records = {f"{name}.{place}": term for name, delta in deltas.items() for place, term in enumerate(terms(delta))}
-        if patch.input:
-            records[f"{layer}.input.0"] = patch.input
-        for name, term in records.items():
-            if type(term) not in kinds:
-                kind = type(term).__name__
-                raise ValueError(f"an update of kind {kind} has no place in a file; kinds: {', '.join(KINDS)}")
-            tensors |= _fields(f"{name}.{kinds[type(term)]}", kinds[type(term)], term)
+        records: dict[str, Any] = {"input.0": patch.input, "routing": patch.routing}
+        for name, delta in patch.weights.items():
+            records |= {f"weights.{name}.{place}": term for place, term in enumerate(terms(delta))}
+        for place, record in records.items():
+            if record is None:
+                continue
+            if type(record) not in kinds:
+                raise ValueError(
+                    f"{place}, a {type(record).__name__}, has no place in a file; kinds: {', '.join(KINDS)}"
+                )
+            kind = kinds[type(record)]
+            prefix = f"{layer}.{place}" if kind == "Routing" else f"{layer}.{place}.{kind}"
+            values = zip(KINDS[kind][1], vars(record).values(), strict=True)
+            tensors |= {f"{prefix}.{field}": value for field, value in values}
         tensors |= {f"{layer}.biases.{name}": bias for name, bias in patch.biases.items()}
-        if patch.routing:
-            tensors |= _fields(f"{layer}.routing", "Routing", patch.routing)
-    return tensors
-
-
-def _fields(prefix: str, kind: str, record: Any) -> dict[str, Tensor]:
-    values = {f"{prefix}.{name}": getattr(record, FIELDS.get(name, name)) for name in AXES[kind]}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Takes the patch of one layer out of `tensors`; counts: of sequences, and of chunks of each layer, so far."""
+    """Makes the patch of one layer; counts: of sequences, and of chunks of each layer, so far."""
 
-    tensors: dict[str, Tensor]
-    counts: dict[str, int]
-    index: int
+    layer: str
     ffn: FeedForward
     chunk: int | None
+    counts: dict[str, int]
 
-    def patch(self) -> Patch:
+    def patch(self, records: Mapping[str, dict[str, Tensor]]) -> Patch:
+        """The patch of the records {place: {field: tensor}}; raises ValueError for one that has no place in it."""
         weights: dict[str, Delta] = {}
         biases: dict[str, Tensor] = {}
-        for name in MATRICES:
-            W = self.ffn.weight(name)
-            if found := self.delta(f"{self.index}.weights.{name}", W):
-                weights[name] = found
-            biases |= self.record(f"{self.index}.biases", {name: "o"}, W)
-        shear = self.term(f"{self.index}.input.0", ["Shear"], self.ffn.gate)
-        return Patch(shear, weights, biases, self.routing(), self.chunk)
+        shear = routing = None
+        for place in sorted(records, key=lambda place: (len(place), place)):  # the terms of a sum in their order
+            values = records[place]
+            match place.split("."):
+                case ["input", "0", "Shear"]:
+                    shear = self.record(place, "Shear", values, self.ffn.gate)
+                case ["routing"]:
+                    routing = self.record(place, "Routing", values, self.ffn.gate)
+                case ["biases"] if values.keys() <= set(MATRICES):
+                    for name, bias in values.items():
+                        self.check(f"biases.{name}", bias, "o", {"o": len(self.ffn.weight(name))})
+                    biases = values
+                case ["weights", name, k, kind] if (
+                    name in MATRICES and k in PLACES and kind in KINDS.keys() - {"Routing"}
+                ):
+                    delta = self.record(place, kind, values, self.ffn.weight(name))
+                    if name in weights and kind != "LowRank":
+                        raise ValueError(f"{self.layer}.{place}: only low-rank updates are added to another")
+                    weights[name] = Sum(weights[name], delta) if name in weights else delta
+                case _:
+                    raise ValueError(f"unknown tensors at {self.layer}.{place}")
+        return Patch(shear, weights, biases, routing, self.chunk)
 
-    def delta(self, name: str, W: Tensor) -> Delta | None:
-        """The sum of the terms 0, 1, …: one of any kind, then low-rank ones."""
-        found: list[Delta] = []
-        while len(found) < TERMS:
-            term = self.term(f"{name}.{len(found)}", ["LowRank"] if found else KINDS, W)
-            if not term:
-                break
-            found.append(term)
-        return reduce(Sum, found) if found else None  # type: ignore[arg-type]
-
-    def term(self, name: str, kinds: Iterable[str], W: Tensor) -> Any:
-        for kind in kinds:
-            if values := self.record(f"{name}.{kind}", AXES[kind], W):
-                if kind == "Shear" and not values["a"].square().sum(-1).all():
-                    raise ValueError(f"{name}.{kind}.a is zero, no shear starts there")
-                return KINDS[kind](**{FIELDS.get(field, field): value for field, value in values.items()})
-        return None
-
-    def routing(self) -> Routing | None:
-        values = self.record(f"{self.index}.routing", AXES["Routing"], self.ffn.gate)
-        if not values:
-            return None
-        routing, E = Routing(**values), self.ffn.blocks
-        chosen = routing.index
-        if max(chosen.shape[-1], routing.logits.shape[-1]) > E or not 0 <= chosen.min() <= chosen.max() < E:
-            raise ValueError(f"{self.index}.routing is one to others than the blocks 0 to {E - 1}")
-        return routing
-
-    def record(self, name: str, axes: Mapping[str, str], W: Tensor) -> dict[str, Tensor]:
-        """The fields of what stands under `name`, {} if it is not there; raises ValueError where they do not fit."""
-        values = {field: self.tensors.pop(f"{name}.{field}") for field in axes if f"{name}.{field}" in self.tensors}
-        missing = axes.keys() - values.keys() - {"core"}
-        if values and missing:
-            raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    def record(self, place: str, kind: str, values: dict[str, Tensor], W: Tensor) -> Any:
+        """An update of W, or a routing; raises ValueError for other fields, and where they do not fit."""
+        cls, axes = KINDS[kind]
+        if not axes.keys() - {"core"} <= values.keys() <= axes.keys():
+            raise ValueError(f"{self.layer}.{place} must hold {', '.join(axes)}, got {show(sorted(values))}")
         sizes = {"o": W.shape[0], "i": W.shape[1]}
-        wide = torch.promote_types(W.dtype, torch.float32)
-        dtypes = {"index": [torch.int64], "weight": [W.dtype, wide], "logits": [W.dtype, wide]}
-        for field, tensor in values.items():
-            if tensor.dtype not in dtypes.get(field, [W.dtype]):
-                raise ValueError(f"{name}.{field} is of {tensor.dtype}, the model of {W.dtype}")
-            if not untrusted.finite(tensor):
-                raise ValueError(f"{name}.{field} holds numbers that are not finite")
-            one_gate = field == "core" and tensor.shape[-1:] == (1,)  # one number for all ranks
-            self.shape(f"{name}.{field}", tensor, "t1" if one_gate else axes[field], sizes)
-        return values
+        for field in [field for field in axes if field in values]:
+            one_gate = field == "core" and values[field].shape[-1:] == (1,)  # one number for all ranks
+            self.check(f"{place}.{field}", values[field], "t1" if one_gate else axes[field], sizes)
+        made = cls(*(values.get(field) for field in axes))
+        if kind == "Shear" and not made.a.square().sum(-1).all():
+            raise ValueError(f"{self.layer}.{place}.a is zero, no shear starts there")
+        if kind == "Routing" and not 0 <= made.index.min() <= made.index.max() < self.ffn.blocks:
+            raise ValueError(f"{self.layer}.routing is one to others than the blocks 0 to {self.ffn.blocks - 1}")
+        return made
 
-    def shape(self, name: str, tensor: Tensor, axes: str, sizes: dict[str, Any]) -> None:
-        """Raises ValueError unless equal axes are of equal sizes, those of `sizes` where it has them, and leading dims
-        (*) as in zoo.core.delta, or fewer, all 1."""
+    def check(self, name: str, tensor: Tensor, axes: str, sizes: dict[str, Any]) -> None:
+        """Raises ValueError for other types than the model's, numbers that are not finite, sizes of axes other than
+        those of `sizes`, which gains what is new, and leading dims (*) that are not as in zoo.core.delta, nor all 1."""
+        name, own = f"{self.layer}.{name}", self.ffn.gate.dtype
+        wide = [own, torch.promote_types(own, torch.float32)]
+        dtypes = {"index": [torch.int64], "weight": wide, "logits": wide}
+        if tensor.dtype not in dtypes.get(name.rpartition(".")[2], [own]):
+            raise ValueError(f"{name} is of {tensor.dtype}, the model of {own}")
+        if not untrusted.finite(tensor):
+            raise ValueError(f"{name} holds numbers that are not finite")
         dims, at = 1 if self.chunk is None else 2, tensor.dim() - len(axes)
         lead, last = tuple(tensor.shape[: max(at, 0)]), tensor.shape[max(at, 0) :]
         if (
@@ -248,6 +236,6 @@ class _Layer:
                 f"{name} of shape {tuple(tensor.shape)} must have {dims} leading dims, those of the other "
                 f"fields, and end in ({wanted})"
             )
-        for what, count in zip(("sequences", f"chunks in layer {self.index}"), lead, strict=False):
+        for what, count in zip(("sequences", f"chunks in layer {self.layer}"), lead, strict=False):
             if count > 1 and self.counts.setdefault(what, count) != count:
                 raise ValueError(f"{name} is of {count} {what}, others of {self.counts[what]}")

@@ -14,7 +14,7 @@ from zoo.lens import draw, figures, structure
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
 from zoo.lens.routing import drawn_anew, information, routes
-from zoo.lens.updates import PARTS, updates
+from zoo.lens.updates import MATRICES, PARTS, updates
 from zoo.models import Model, flops
 
 TRAINED: dict[str, Callable[[Models], Figure]] = {
@@ -26,26 +26,33 @@ TRAINED: dict[str, Callable[[Models], Figure]] = {
     "generation-strip": figures.generation_strip,
 }
 """Figures of checkpoints."""
+NEEDS: dict[str, tuple[str, Callable[[Model], bool]]] = {
+    "changed-experts": ("a mixture of experts", routes),
+    "expert-use": ("a mixture of experts", routes),
+    "static-error": ("queries that are blind to each other", lambda model: model.task.independent_queries),
+    "generation-strip": ("running text", lambda model: model.task.has_text and not model.task.n_context),
+}
 
 
-def fitting(models: Models) -> list[str]:
-    """The figures that these models can give, those that take long and need no model left out."""
-    tasks, experts = [model.task for model in models.values()], any(map(routes, models.values()))
-    fits = {
-        "changed-experts": experts,
-        "expert-use": experts,
-        "static-error": all(task.independent_queries for task in tasks),
-        "generation-strip": all(task.has_text and not task.n_context for task in tasks),
-    }
-    return [name for name in TRAINED if fits.get(name, True)]
+def fitting(name: str, models: Models) -> Models:
+    """The models that the figure `name` can show."""
+    return {label: model for label, model in models.items() if name not in NEEDS or NEEDS[name][1](model)}
+
+
+def make(name: str, models: Models) -> Figure:
+    """The figure `name`; raises ValueError where it can show none of the models."""
+    if shown := fitting(name, models):
+        return TRAINED[name](shown)
+    raise ValueError(f"{name} needs {NEEDS[name][0]} among the checkpoints")
 
 
 def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str, Any]:
     """Makes all fitting figures of the models in `folder`, report.md and report.json; returns what the JSON holds."""
     made: list[Figure] = []
-    for name in fitting(models):
-        made.append(TRAINED[name](models))
-        say(str(draw.save(made[-1], folder)))
+    for name in TRAINED:
+        if fitting(name, models):
+            made.append(make(name, models))
+            say(str(draw.save(made[-1], folder)))
     numbers = {name: summary(model) for name, model in models.items()}
     content = {
         "checkpoints": {name: str(path) for name, path in sources.items()},
@@ -63,16 +70,17 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
     task = model.task
     tokens, n = example(model, size)
     tokens = tokens[:, : n + 8]
-    total, emitted = (structure.relative_norms(model, tokens, n, part).mean() for part in PARTS)
-    singular = updates(model, tokens[:4], n)[-1]["gate"].svdvals()
+    total, emitted = (structure.relative_norms(model, tokens, n, part).mean((2, 3)) for part in PARTS)
+    name = MATRICES[int(emitted[-1].argmax())]  # the first, where the family emits nothing
+    singular = updates(model, tokens[:4], n)[-1][name].svdvals()
     shared = structure.shared_queries(tokens[:4], n)
-    share = structure.context_share(updates(model, shared, n)[-1]["gate"])
+    share = structure.context_share(updates(model, shared, n)[-1][name])
     numbers = {
         "parameters": float(flops.parameters(model)["total"]),
-        "size of the update, |ΔW|/|W|": float(total),
-        "of it emitted by the family": float(emitted),
-        "effective rank of ΔW, last layer, gate": float(structure.participation_ratio(singular).nanmean()),
-        "variance of ΔW between contexts, last layer, gate": float(share),
+        "size of the update, |ΔW|/|W|": float(total.mean()),
+        "of it emitted by the family": float(emitted.mean()),
+        f"effective rank of ΔW, last layer, {name}": float(structure.participation_ratio(singular).nanmean()),
+        f"variance of ΔW between contexts, last layer, {name}": float(share),
     }
     batch = task.batch("test", 0, 64)
     if batch.wrong_context is not None:

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.core.delta import InputShift
-from zoo.core.exact import LayerStates, replace_context, shear_and_down
-from zoo.core.patch import Patch, Routing
+from zoo.core.patch import Patch
 from zoo.models import Model
 from zoo.tasks import Batch
 
@@ -50,7 +48,7 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
     pairs_LEE, tokens = torch.zeros(()), 0
     for batch in batches:
         patches = model.decoder(batch.tokens, batch.n_context)[1]
-        sets_LBTE = torch.stack([expert_sets(_routing(model, patch)) for patch in patches]).double()
+        sets_LBTE = torch.stack([expert_sets(patch) for patch in patches]).double()
         if (real_BT := model.decoder.real(batch.tokens)) is not None:
             sets_LBTE = sets_LBTE * real_BT.unsqueeze(-1)
         chosen.append(sets_LBTE.sum(2))
@@ -66,16 +64,12 @@ def routes(model: Model) -> bool:
     return model.decoder(batch.tokens, batch.n_context)[1][0].routing is not None
 
 
-def _routing(model: Model, patch: Patch) -> Routing:
-    if patch.routing is None:
-        raise ValueError(f"model.name={model.config.name} has no experts: no router chooses what its tokens use")
-    return patch.routing
-
-
-def expert_sets(routing: Routing) -> Tensor:
+def expert_sets(patch: Patch) -> Tensor:
     """The routed experts that each token chose, (*,T,E), boolean; shared experts have later ids."""
-    experts = torch.arange(routing.logits.shape[-1], device=routing.index.device)
-    return (routing.index.unsqueeze(-1) == experts).any(-2)
+    if patch.routing is None:
+        raise ValueError("the model has no experts: no router chooses what its tokens use")
+    experts = torch.arange(patch.routing.logits.shape[-1], device=patch.routing.index.device)
+    return (patch.routing.index.unsqueeze(-1) == experts).any(-2)
 
 
 def mutual_information(counts: Tensor) -> Tensor:
@@ -91,10 +85,8 @@ def mutual_information(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def information(model: Model, batches: Sequence[Batch], redraws: int = 5) -> dict[str, Tensor]:
-    """Mutual information of chosen expert and group by layer, (·,L), as trained and for its controls.
-
-    The control that counts has the routers drawn anew: it reads the same states, but was never trained to choose.
-    """
+    """Mutual information of chosen expert and group by layer, (·,L), as trained and for its controls: above all for
+    routers drawn anew, which read the same states but were never trained to choose."""
     own = usage(model, batches)
     generator = torch.Generator().manual_seed(0)
     # whole sequences are shuffled: their tokens share a text, which alone makes experts and labels depend
@@ -123,23 +115,16 @@ def drawn_anew(model: Model, seed: int, router_alone: bool = True) -> Model:
 def switched(model: Model, tokens: Tensor, n_context: int) -> tuple[Tensor, Tensor]:
     """The share of tokens after the first n_context that choose other experts when these are taken away, by layer, (L).
 
-    Twice: of the router that reads the state without the context, and of one whose matrix is patched like the other
-    readers of that state. The latter chooses as with the context, up to ties (Goldwaser et al. 2025, arXiv 2511.17864),
-    unless it reads the mean of the context, which no shear of the token's state replaces. Each layer shows its own
-    router alone, on the stream of fully patched layers below. Raises ValueError for a model without experts.
+    Twice: of the stored router on the stream of the patched layers below, and of one that is patched like the other
+    readers of its state, which chooses as with the context (Goldwaser et al. 2025, arXiv 2511.17864) unless it reads
+    the mean of the context. Raises ValueError for a model without experts.
     """
     shares: list[Tensor] = []
-
-    def patch_of(pair: LayerStates) -> Patch:
-        contextual = expert_sets(_routing(model, pair.emitted)).squeeze(2)
-        shear = InputShift(pair.z, pair.z_ctx - pair.z)
-        changed = []
-        for z in (pair.z, shear.apply(pair.z.unsqueeze(2)).squeeze(2)):
-            alone = expert_sets(_routing(model, model.decoder.emit(z, pair.layer, 0)))
-            changed.append((alone != contextual).any(-1).double().mean())
-        shares.append(torch.stack(changed))
-        return shear_and_down(pair)
-
-    replace_context(model.decoder, tokens, n_context, patch_of, n_context)
+    for layer, patch in enumerate(model.deltas(tokens, n_context, n_context)):
+        assert patch.input is not None, "the form of the patch is shear"
+        z = patch.input.a
+        contextual = expert_sets(patch).squeeze(2)
+        alone = [expert_sets(model.decoder.emit(state, layer, 0)) for state in (z, z + patch.input.shift)]
+        shares.append(torch.stack([(chosen != contextual).any(-1).double().mean() for chosen in alone]))
     reduced, sheared = torch.stack(shares, 1)
     return reduced, sheared

@@ -1,12 +1,8 @@
 """Thought vectors and matrices: one weight update that stands for a context on every query (Mazzawi et al. 2025).
 
-Fitted in closed form on sample queries, layer by layer on the stream of the layers already patched, so that a layer
-repairs what the layers below left over. Source: arXiv 2510.08734; the output side as ridge regression of the remaining
-residual, and vector and matrix at once, are ours.
-
-A static patch has leading dims (1). Where a family makes the update from the separate context alone, the patch contains
-that update and is total: decoder(queries, patches=patch). Else it comes on top of what the family makes of the query's
-own tokens: decoder(queries, added=patch). `answer` knows which.
+Fitted in closed form on sample queries, layer by layer on the stream of the layers already patched. Source: arXiv
+2510.08734; the output side, and vector and matrix at once, are ours. Where a family makes its update from the separate
+context alone, a static patch contains it and is total; else it is added to what the query's own tokens give: `answer`.
 
 Axes: N samples (query tokens), B rows, n tokens of the context, T tokens, i inputs and o outputs of a linear map,
 r rank, D model, F hidden.
@@ -70,9 +66,9 @@ def solve(a: Tensor, y: Tensor, form: Form, ridge: float) -> tuple[LowRank, Tens
 def fit(decoder: Decoder, tokens: Tensor, n_context: int, form: str = "affine", ridge: float = 1e-3) -> list[Patch]:
     """One static patch per layer that stands for the first n_context tokens, which all rows of `tokens` share.
 
-    tokens: (B,T) or (B,T,token_dim), each query token a sample; form: vector, matrix, affine (both) or output (down
-    alone); ridge: see solve. Equal first tokens of running text have equal states but different targets: let queries
-    start differently. Raises ValueError for an unknown form, a negative ridge, no queries, or different contexts.
+    tokens: (B,T) or (B,T,token_dim), each query token a sample, so let queries of text start differently; form: vector,
+    matrix, affine (both) or output (down alone); ridge: see solve. Patches have leading dims (1). Raises ValueError for
+    an unknown form, a negative ridge, no queries, or different contexts.
     """
     what = lookup(form, STATIC_FORMS, "form of a static patch")
     if ridge < 0:
@@ -112,20 +108,11 @@ def reads_query(decoder: Decoder) -> bool:
 
 @torch.no_grad()
 def relative_error(decoder: Decoder, tokens: Tensor, n_context: int, patches: Sequence[Patch]) -> float:
-    """Σ|y − y_C|² / Σ|y_C − ȳ_C|² over all query tokens of tokens (B,T): how far the patches are from the context.
-
-    y_C: output with the context, ȳ_C: its mean over queries, y: output on the queries alone under the patches.
-    0: as good as the context; 1: as good as the best constant answer, so what moves all queries alike stays near 1.
-    """
+    """Σ|y − y_C|² / Σ|y_C − ȳ_C|² over all query tokens of tokens (B,T): y under the patches, y_C with the context, ȳ_C
+    its mean over queries. 0: as good as the context; 1: as good as the best constant answer."""
     contextual = decoder(tokens, n_context)[0][:, n_context:].flatten(0, 1).double()
     patched = answer(decoder, tokens[:, n_context:], patches).flatten(0, 1).double()
     return float((patched - contextual).square().sum() / (contextual - contextual.mean(0)).square().sum())
-
-
-def first(decoder: Decoder, tokens: Tensor, n_context: int, count: int) -> Tensor:
-    """The first `count` samples: query tokens where they are blind to each other, else rows."""
-    one_row = decoder.independent_queries and len(tokens) == 1
-    return tokens[:, : n_context + count] if one_row else tokens[:count]
 
 
 def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:

@@ -11,22 +11,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from zoo.lens.updates import MATRICES, FactoredMatrix, Part, record, updates
+from zoo.lens.updates import MATRICES, FactoredMatrix, Part, differences, norms, record, updates
 from zoo.models import Model
 
 
 @torch.no_grad()
 def relative_norms(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> Tensor:
     """|ΔW(context, query) − ΔW(no context, query)| / |W| by layer, matrix (gate, up, down) and query, (L,M,B,Q)."""
-    changes = updates(model, tokens, n_context, part)
-    norms = torch.stack([torch.stack([change[name].norm() for name in MATRICES]) for change in changes])
-    return norms / stored_norms(model)[..., None, None]
+    return norms(updates(model, tokens, n_context, part)) / stored_norms(model)[..., None, None]
 
 
 def stored_norms(model: Model) -> Tensor:
     """|W| of every FFN matrix, (L,M)."""
     ffns = [block.ffn for block in model.decoder.blocks]
-    return torch.stack([torch.stack([torch.linalg.matrix_norm(ffn.weight(name)) for name in MATRICES]) for ffn in ffns])
+    return torch.stack([torch.stack([ffn.weight(name).norm() for name in MATRICES]) for ffn in ffns])
 
 
 @torch.no_grad()
@@ -38,20 +36,14 @@ def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     """
     prefixes = [torch.cat([tokens[:, :length], tokens[:, n_context:]], 1) for length in range(n_context + 1)]
     recorded = (record(model, prefix, length) for length, prefix in enumerate(prefixes))
-    W = ([[layer.matrix(name) for name in MATRICES] for layer in layers] for layers in recorded)
-    steps = [torch.stack([_distance(*pair) for pair in zip(new, old, strict=True)]) for old, new in pairwise(W)]
+    W = ([layer["total"] for layer in layers] for layers in recorded)
+    steps = [norms(differences(new, old)).norm(dim=1) for old, new in pairwise(W)]
     return torch.stack(steps) / stored_norms(model).norm(dim=1)[:, None, None]
 
 
-def _distance(one: list[FactoredMatrix], other: list[FactoredMatrix]) -> Tensor:
-    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm(dim=0)
-
-
 def participation_ratio(singular: Tensor) -> Tensor:
-    """Effective rank (Σσ²)²/Σσ⁴ (*) of matrices with singular values (*,n): n equal ones give n; of zero, nan.
-
-    The participation ratio of the squared singular values (Gao et al. 2017, bioRxiv 214262).
-    """
+    """Effective rank (Σσ²)²/Σσ⁴ (*) of matrices with singular values (*,n), as in Gao et al. 2017 (bioRxiv 214262): n
+    equal ones give n; of zero, nan."""
     square = singular.square()
     return square.sum(-1).square() / square.square().sum(-1)
 
@@ -62,10 +54,7 @@ def gram(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
 
 
 def cosines(x: FactoredMatrix, y: FactoredMatrix) -> Tensor:
-    """Cosines of N updates with N' others, (N,N'); nan for an update that is zero.
-
-    Between two models they mean something only where hidden units correspond, as in models from the same start.
-    """
+    """Cosines of N updates with N' others, (N,N'); nan for an update that is zero."""
     return gram(x, y) / (x.norm()[:, None] * y.norm())
 
 
@@ -101,20 +90,14 @@ def codes(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     if context_to_delta is None or context_to_delta.code is None:
         raise ValueError(f"model.name={model.config.name} has no code: it makes none of its context")
     read: list[Tensor] = []
-    hook = context_to_delta.code.register_forward_hook(lambda module, inputs, output: read.append(output))
-    try:
+    with context_to_delta.code.register_forward_hook(lambda module, inputs, output: read.append(output)):
         model(tokens, n_context)
-    finally:
-        hook.remove()
     return torch.stack(read)
 
 
 def linear_r2(code: Tensor, latent: Tensor, ridge: float = 1e-3) -> float:
-    """How well the latent (N,P) is an affine map of the code (N,C): ridge on the first half, R² on the second.
-
-    R² is over all P numbers together, against their mean in the first half. The penalty is ridge · trace/C of the
-    covariance. Random layers mix enough for a code to tell something: compare with an untrained model.
-    """
+    """How well the latent (N,P) is an affine map of the code (N,C): R² on the second half, over all P numbers together,
+    after ridge regression on the first, with a penalty of ridge · trace/C of the covariance."""
     half = len(code) // 2
     x, y = code - code[:half].mean(0), latent - latent[:half].mean(0)
     covariance = x[:half].mT @ x[:half]

@@ -7,9 +7,9 @@ full, a matrix per token from the start: that is a product of rank i.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,10 @@ class FactoredMatrix:
         return y
 
 
+Matrices = dict[str, FactoredMatrix]
+"""By name, those of one layer."""
+
+
 def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """a bᵀ − c dᵀ as (a − c) bᵀ + c (b − d)ᵀ: small where both are close, and empty where they are equal."""
     width = max(a.shape[-1], c.shape[-1])
@@ -141,45 +145,36 @@ def terms(delta: Delta | None) -> list[Delta]:
     return [] if delta is None else [delta]
 
 
-class Layer(NamedTuple):
-    """One layer's FFN, the reduced states z (B,Q,D) of the queries, and the patches, one per query."""
-
-    ffn: FeedForward
-    z: Tensor
-    total: Patch
-    emitted: Patch
-
-    def matrix(self, name: str, part: Part = "total") -> FactoredMatrix:
-        """The patched matrix `name` of each query, W + ΔW (B,Q,o,i) as factors."""
-        return patched(self.ffn, self.total if part == "total" else self.emitted, name, self.z.shape[:-1])
-
-
 @torch.no_grad()
-def record(model: Model, tokens: Tensor, n_context: int) -> list[Layer]:
-    """The layers' patches that stand for the first n_context tokens at each of the others, the queries.
+def record(model: Model, tokens: Tensor, n_context: int) -> list[dict[Part, Matrices]]:
+    """By layer, what the first n_context tokens make of the matrices for each of the others, the queries: W + ΔW with
+    leading dims (B,Q). Raises ValueError as zoo.core.exact.exact does."""
+    layers: list[dict[Part, Matrices]] = []
 
-    All patches are relative to the same stored W. Layer 0 reads the same z whatever the context. Deeper layers read
-    the stream that the patched layers below produced, which depends on the context: it is the contextual stream, less
-    what this layer's attention would add. Raises ValueError as zoo.core.exact.exact does.
-    """
-    layers: list[Layer] = []
+    def patch_of(states: LayerStates) -> Patch:
+        def matrices(patch: Patch) -> Matrices:
+            return {name: patched(states.ffn, patch, name, states.z.shape[:-1]) for name in MATRICES}
 
-    def patch_of(pair: LayerStates) -> Patch:
-        layers.append(Layer(pair.ffn, pair.z, shear_and_down(pair), pair.emitted))
-        return layers[-1].total
+        total = shear_and_down(states)
+        layers.append({"total": matrices(total), "emitted": matrices(states.emitted)})
+        return total
 
     replace_context(model.decoder, tokens, n_context, patch_of, n_context)
     return layers
 
 
 @torch.no_grad()
-def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[dict[str, FactoredMatrix]]:
-    """By layer and matrix, ΔW(context, query) − ΔW(no context, query) with leading dims (B,Q): what the context does.
-
-    For a transformer and a hypernetwork that reads the context alone, the second term is zero.
-    """
+def updates(model: Model, tokens: Tensor, n_context: int, part: Part = "total") -> list[Matrices]:
+    """By layer and matrix, ΔW(context, query) − ΔW(no context, query), leading dims (B,Q): what the context does."""
     layers, alone = record(model, tokens, n_context), record(model, tokens[:, n_context:], 0)
-    return [
-        {name: layer.matrix(name, part) - null.matrix(name, "emitted") for name in MATRICES}
-        for layer, null in zip(layers, alone, strict=True)
-    ]
+    return differences([layer[part] for layer in layers], [layer["emitted"] for layer in alone])
+
+
+def differences(new: Sequence[Matrices], old: Sequence[Matrices]) -> list[Matrices]:
+    """new − old, layer by layer and matrix by matrix."""
+    return [{name: a[name] - b[name] for name in MATRICES} for a, b in zip(new, old, strict=True)]
+
+
+def norms(layers: Sequence[Matrices]) -> Tensor:
+    """Frobenius norms by layer and matrix, (L,M,*)."""
+    return torch.stack([torch.stack([matrices[name].norm() for name in MATRICES]) for matrices in layers])

@@ -22,7 +22,7 @@ from zoo.core.decoder import Decoder, Sizes
 from zoo.core.delta import Full, LowRank, Scale
 from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
 from zoo.core.patch import Patch
-from zoo.lens.figure import Bars, Figure, Lines, Series
+from zoo.lens.figure import Figure, Lines, Series
 from zoo.tasks.noise import Noise
 
 DIM, HIDDEN, VOCABULARY = 32, 80, 256
@@ -54,20 +54,20 @@ def over_trials(label: str, x: Sequence[Any], trials: Any, quantiles: tuple[floa
     return Series(label, x, middle, low, high, control="control" in label)
 
 
-def input_side(pair: LayerStates) -> Patch:
+def input_side(states: LayerStates) -> Patch:
     """One for all: gate and up read z + Mz with M z = z_ctx − z fitted, `down` adds v_ctx − v; exact to m = D."""
-    move_BDD = (torch.linalg.pinv(pair.z) @ (pair.z_ctx - pair.z)).mT
-    patch = Patch(weights={name: Full(pair.ffn.weight(name) @ move_BDD) for name in pair.ffn.input_matrices})
-    return _down(pair, patch, pair.v_ctx - pair.v)
+    move_BDD = (torch.linalg.pinv(states.z) @ (states.z_ctx - states.z)).mT
+    patch = Patch(weights={name: Full(states.ffn.weight(name) @ move_BDD) for name in states.ffn.input_matrices})
+    return _down(states, patch, states.v_ctx - states.v)
 
 
-def output_side(pair: LayerStates) -> Patch:
+def output_side(states: LayerStates) -> Patch:
     """One patch for all tokens: `down` adds all that is missing from the block's output; exact to m = F."""
-    return _down(pair, Patch(), pair.out_ctx - pair.v - pair.ffn(pair.z))
+    return _down(states, Patch(), states.out_ctx - states.v - states.ffn(states.z))
 
 
-def _down(pair: LayerStates, patch: Patch, missing_BmD: Tensor) -> Patch:
-    update_BDF = (torch.linalg.pinv(pair.ffn.hidden(pair.z, patch)) @ missing_BmD).mT
+def _down(states: LayerStates, patch: Patch, missing_BmD: Tensor) -> Patch:
+    update_BDF = (torch.linalg.pinv(states.ffn.hidden(states.z, patch)) @ missing_BmD).mT
     return replace(patch, weights={**patch.weights, "down": Full(update_BDF)})
 
 
@@ -111,19 +111,19 @@ def capacity_cliffs(
     )
 
 
-def scale_and_down(pair: LayerStates) -> Patch:
+def scale_and_down(states: LayerStates) -> Patch:
     """The norm's scale, element by element, so that z becomes z_ctx, and v_ctx − v through `down`."""
-    columns = pair.z_ctx / pair.z
+    columns = states.z_ctx / states.z
     rows = torch.ones(HIDDEN, dtype=columns.dtype)
-    patch = replace(pair.emitted, weights={name: Scale(rows, columns) for name in pair.ffn.input_matrices})
-    column = pair.along("hidden units of", pair.ffn.hidden(pair.z, patch))
-    return patch.with_delta("down", LowRank((pair.v_ctx - pair.v).unsqueeze(-1), column.unsqueeze(-1)))
+    patch = replace(states.emitted, weights={name: Scale(rows, columns) for name in states.ffn.input_matrices})
+    column = states.along("hidden units of", states.ffn.hidden(states.z, patch))
+    return patch.with_delta("down", LowRank((states.v_ctx - states.v).unsqueeze(-1), column.unsqueeze(-1)))
 
 
-def three_biases(pair: LayerStates) -> Patch:
+def three_biases(states: LayerStates) -> Patch:
     """Biases of gate, up and down; no matrix changes."""
-    biases = {name: (pair.z_ctx - pair.z) @ pair.ffn.weight(name).mT for name in pair.ffn.input_matrices}
-    return replace(pair.emitted, biases={**biases, "down": pair.v_ctx - pair.v})
+    biases = {name: (states.z_ctx - states.z) @ states.ffn.weight(name).mT for name in states.ffn.input_matrices}
+    return replace(states.emitted, biases={**biases, "down": states.v_ctx - states.v})
 
 
 MENU: dict[str, Callable[[LayerStates], Patch]] = {
@@ -132,7 +132,7 @@ MENU: dict[str, Callable[[LayerStates], Patch]] = {
     "norm scale, rank 1 of down": scale_and_down,
     "biases of gate, up and down": three_biases,
     "bias of down alone": bias,
-    CONTROL: lambda pair: pair.emitted,
+    CONTROL: lambda states: states.emitted,
 }
 
 
@@ -177,7 +177,7 @@ def precision_of_patches(seeds: Sequence[int] = range(200), context: int = 12) -
     return Figure(
         "precision-of-patches",
         "Scaling states element by element magnifies rounding, other patches hardly do",
-        (Bars("", "", error, tuple(series), log_y=True, horizontal=True),),
+        (Lines("", "", error, tuple(series), log_y=True),),
         f"One query token of a random block (D = {DIM}, F = {HIDDEN}, {context} context tokens). Patches are made in "
         "float64; the whole block, its patch too, is then stored and run in low precision. Error against float64, "
         f"median and 5 to 95 % of {len(seeds)} seeds. Where a state is near zero, its relative error is large, and a "
