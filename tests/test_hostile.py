@@ -81,7 +81,7 @@ def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Pat
     assert read == ["a dict with attributes at task"]  # which are not copied
     assert not proof.exists()
     read = refused(hostile.damaged(genuine, last), zoo.load)[1]
-    assert all(what.startswith("flipped") for what in read)  # some bytes matter to nobody
+    assert all(what.startswith(("flipped", "two")) for what in read)  # some bytes matter to nobody
     # the archives are refused for what is in them, not for how they were written
     hostile.rewritten(saved(run), last, lambda old: old)
     zoo.load(last)
