@@ -6,7 +6,6 @@ result) and curve.png. Everything a run depends on is in its checkpoints.
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import subprocess
@@ -24,12 +23,12 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from zoo.config import plain, show
-from zoo.console import say
+from zoo.console import describe, say, warn
 from zoo.files import to_json, write
 from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
-from zoo.training.callbacks import Keeper, optional, trained
+from zoo.training.callbacks import Keeper, trained
 from zoo.training.data import Stream, streams
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import taken
@@ -89,9 +88,6 @@ def run(
             "placement": placement(engine),
         }
         engine.loggers = [*map(guarded, logger if isinstance(logger, list) else log.begun(folder, stack))]
-        if engine.world_size > 1 and "ZOO_RUN_ID" not in os.environ:
-            os.environ["ZOO_RUN_ID"] = folder.name  # by which the processes that are started now find the folder
-            stack.callback(os.environ.pop, "ZOO_RUN_ID", None)
         if engine.is_global_zero:
             say(report.opening(model, engine, folder))
             if saved:
@@ -137,10 +133,11 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         metrics = _metrics(model, engine, keeper, tested)
         if engine.is_global_zero:
             write(folder / "metrics.json", to_json(metrics, 2) + "\n")
-            with optional("curve.png"):
+            try:
                 report.curve(folder, report.title(metrics), model.task.unit, model.task.baselines())
-            with optional("the table"):
-                say(report.closing(metrics))
+            except Exception as error:
+                warn(f"curve.png failed: {describe(error)}")
+            say(report.closing(metrics))
     return metrics
 
 

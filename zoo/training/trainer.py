@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
 
@@ -33,7 +34,10 @@ def make(
     """The trainer of a run from the arguments `given`, still without loggers. Raises ValueError for those that are
     wrong, that options decide, or that are not those of the processes that were started."""
     given, optim = {"accelerator": "auto", "devices": 1, "precision": None, **given}, model.optim
-    shown = [Progress(options.log_every)] if given.pop("enable_progress_bar", True) else []
+    shown = given.pop("enable_progress_bar", True)
+    bar = bool(shown and sys.stdout and sys.stdout.isatty())
+    if shown:  # between rows of metrics a bar reads nothing from the device
+        callbacks = [*callbacks, TQDMProgressBar(options.log_every) if bar else Progress()]
     decided: dict[str, tuple[Any, str]] = {
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),
@@ -47,9 +51,10 @@ def make(
         "log_every_n_steps": (options.log_every, "log_every"),
         "default_root_dir": (folder, "out"),
         "logger": (False, "logger"),
-        "callbacks": ([*callbacks, *shown], ""),
+        "callbacks": (callbacks, ""),
         "num_sanity_val_steps": (0, ""),
-        **dict.fromkeys(("enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), (False, "")),
+        "enable_progress_bar": (bar, ""),
+        **dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), (False, "")),
     }
     for name in sorted(decided.keys() & given.keys()):
         option = decided[name][1]
