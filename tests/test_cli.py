@@ -157,10 +157,10 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
             "optim.lr is 0.003 in the checkpoint, 1 asked; seed is 0 in the checkpoint, 5 asked",
         ),
         (["model=moe"], "model.name is 'hypernet' in the checkpoint, 'moe' asked"),
-        (["model=hypernet", "model.rnak=2"], "model.rnak=2 is not in the checkpoint"),
+        (["model=hypernet", "model.rnak=2"], "model.rnak is not in the checkpoint, 2 asked"),
         (
             ["debug=overfit"],
-            "overfit is False in the checkpoint, True asked; optim.steps is 4 in the checkpoint, 200 asked",
+            "optim.steps is 4 in the checkpoint, 200 asked; overfit is False in the checkpoint, True asked",
         ),
     ):
         answer = command("resume=run", *more)

@@ -131,7 +131,8 @@ class Keeper(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
-        self.seconds, self.command, self.best_model_score = run["seconds"], run["command"], run["best"]
+        self.seconds, self.command = run["seconds"], run["command"]
+        self.best_model_score = run["best"] if Path(self.best_model_path).is_file() else None
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """The losses of the last step, means over its parts and all processes, each of which must call this."""

@@ -72,8 +72,8 @@ def run(
     """
     options, saved = of_run(plain(config))
     before = saved.get("zoo", {})
-    arguments = of_trainer(trainer, before.get("trainer"))
-    log = of_logger({} if isinstance(logger, list) else logger or {}, before.get("logger"))
+    arguments = of_trainer(trainer, before.get("trainer") or {})
+    log = of_logger({} if isinstance(logger, list) else logger or {}, before.get("logger") or {})
     quiet()
     L.seed_everything(options.seed, workers=True, verbose=False)
     model = _model(options, saved)
