@@ -88,7 +88,7 @@ def main(cfg: DictConfig) -> None:
 def job(cfg: DictConfig, folder: str | None) -> int:
     """Trains what Hydra composed, in `folder` unless it says another; returns the exit code."""
     from zoo.training.memory import keep_freed_memory
-    from zoo.training.run import run
+    from zoo.training.run import train
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resumed = config["resume"] is not None
@@ -101,7 +101,7 @@ def job(cfg: DictConfig, folder: str | None) -> int:
     keep_freed_memory()
     # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
     trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
-    run(config, trainer, config.pop("logger", {}))
+    train(trainer=trainer, **config)
     return 0
 
 

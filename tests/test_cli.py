@@ -107,7 +107,6 @@ WRONG = [
     ("model=hypernett", "model 'hypernett' does not exist; did you mean hypernet?"),
     ("debug=fats", "debug 'fats' does not exist; did you mean fast?"),
     ("logger=csv", "logger 'csv' does not exist; known: files, wandb"),
-    ("~task", "task None does not exist; known: regression"),
     ("model=moe model.top_k=5", "model.top_k=5 exceeds model.experts=4"),
     ("trainer.strategy=ddp_spawn trainer.accelerator=cpu", "ddp_spawn' loses what its processes trained; take ddp"),
     ("trainer.min_steps=abc", "trainer.min_steps is decided by the option optim.steps"),

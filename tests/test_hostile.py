@@ -172,7 +172,7 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"state.\d.exp_avg must be",
     ),
     "steps of a moment": (lambda c: moment(c)["step"].neg_(), "state.0.step is -1.0, the run stands at 1"),
-    "a family": (lambda c: c.update(family=[1]), "must hold family as a dict"),
+    "a family": (lambda c: c.update(family=[1]), "family must be a dict"),
     "another step": (lambda c: c.update(global_step=0), "step is 1.0, the run stands at 0"),
     "a far step": (lambda c: c.update(global_step=9), "global_step is 9, beyond optim.steps=3"),
     "an option": (lambda c: c["zoo"]["config"].update(validate_every=torch.ones(2)), "validate_every=.* of type int"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from zoo.config import VERSION, show
+from zoo.config import VERSION
 from zoo.console import describe
 from zoo.files import home, whole
 from zoo.models import Model
@@ -36,7 +36,7 @@ def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best}
 """From schema n to a function that turns such a checkpoint into one of a later schema."""
 
-ENTRIES = ("zoo", "hyper_parameters", "state_dict", "task", "family")
+ENTRIES: dict[str, Any] = {"zoo": {"schema": 0}, "hyper_parameters": {}, "state_dict": {}, "task": {}, "family": {}}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -94,15 +94,11 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
 
 def _at_schema(content: Any) -> dict[str, Any]:
     content = {"task": {}, "family": {}, **content} if isinstance(content, dict) else {}
-    for name in ENTRIES:
-        if not isinstance(content.get(name), dict):
-            got = show(content.get(name), 40)
-            raise ValueError(f"it is no checkpoint of this zoo, which must hold {name} as a dict, got {got}")
-    schema = content["zoo"].get("schema")
-    if type(schema) is not int or schema not in (*UPGRADES, SCHEMA):
-        known = ", ".join(map(str, [*UPGRADES, SCHEMA]))
-        raise ValueError(f"it has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
+    validate.like(content, ENTRIES, "")
     while (schema := content["zoo"]["schema"]) != SCHEMA:
+        if schema not in UPGRADES:
+            known = ", ".join(map(str, [*UPGRADES, SCHEMA]))
+            raise ValueError(f"it has schema {schema}, this zoo ({VERSION}) reads {known}")
         content = UPGRADES[schema](content)
     return content
 

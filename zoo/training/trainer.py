@@ -83,15 +83,10 @@ def make(
     asked = engine.num_devices * engine.num_nodes
     started = engine._accelerator_connector.cluster_environment
     if started.creates_processes_externally and started.world_size() != asked:
-        raise ValueError(
-            f"{started.world_size()} processes were started, but trainer.devices times trainer.num_nodes is {asked}: "
-            f"start as many (srun --ntasks-per-node, torchrun --nproc-per-node) as there are devices"
-        )
+        raise ValueError(f"{started.world_size()} processes were started, trainer.devices × num_nodes is {asked}")
     if optim.batch_size % (optim.accumulate * asked):
-        raise ValueError(
-            f"optim.batch_size={optim.batch_size} must be a multiple of {optim.accumulate * asked}, that is "
-            f"optim.accumulate={optim.accumulate} times {asked} processes"
-        )
+        parts = f"optim.accumulate={optim.accumulate} × {asked} processes"
+        raise ValueError(f"optim.batch_size={optim.batch_size} must be a multiple of {parts}")
     return engine
 
 

@@ -18,7 +18,7 @@ from zoo.models import MODELS, Model
 from zoo.models.base import OptimConfig
 from zoo.training.untrusted import finite
 
-OPTIONS = {"model": dict, "task": dict, "optim": dict, "seed": int}
+OPTIONS: dict[str, Any] = {"model": {}, "task": {}, "optim": {}, "seed": 0}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYER = 4  # weights of a layer, at least
 KINDS = {int: "a whole number from 0 on", float: "a finite number", bool: "true or false", str: "text", dict: "a dict"}
@@ -35,8 +35,7 @@ def model(checkpoint: dict[str, Any]) -> Model:
     Raises ValueError if there is none: for unknown options, and for weights of other names, shapes or dtypes.
     """
     options, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-    if {key: type(value) for key, value in options.items()} != OPTIONS:
-        raise ValueError(f"it must hold the options {', '.join(OPTIONS)}, got {show(options, 200)}")
+    like(options, OPTIONS, "hyper_parameters")
     layers = options["model"].get("layers")
     if isinstance(layers, int | float) and layers * LAYER > len(weights):  # the only option that makes more modules
         raise ValueError(f"model.layers={show(layers)} is more than its {len(weights)} weights can make")
