@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from zoo.config import from_dict, one_line, plain, require_positive, show
 from zoo.files import home
-from zoo.models.base import ModelConfig, OptimConfig
 from zoo.tasks.text import sources
 from zoo.training import checkpoint
 
@@ -55,9 +54,6 @@ class RunConfig:
 def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     """The options of a run, and the checkpoint it goes on with, {} for a new one. Raises ValueError for wrong ones, and
     for those that contradict the checkpoint."""
-    for group, kind in (("optim", OptimConfig), ("model", ModelConfig)):
-        for key in {option.name for option in fields(kind)} & config.keys():
-            raise ValueError(f"{key} is an option of {group}: did you mean {group}.{key}?")
     asked = from_dict(RunConfig, config, "")
     asked = replace(asked, task=sources.absolute(asked.task))
     if asked.resume is None:
@@ -92,13 +88,10 @@ def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return named
 
 
-FLAG = "True|False"
+FLAGS = ("deterministic", "benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar")
 STORED = {
-    "accelerator": "'(auto|cpu|gpu|cuda|mps)'",
+    **dict.fromkeys(("accelerator", "precision", *FLAGS), r"True|False|'[\w-]{1,20}'"),
     "strategy": "'(auto|ddp|ddp_find_unused_parameters_true|ddp_static_graph|fsdp)'",
-    "precision": "'(32-true|64-true|bf16-mixed|bf16-true|16-mixed)'",
-    "deterministic": f"{FLAG}|'warn'",
-    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), FLAG),
     "devices": r"'auto'|-1|\d{1,9}|\[\d{1,9}(, \d{1,9}){0,1023}\]",
     **dict.fromkeys(("limit_val_batches", "limit_test_batches"), r"\d{1,9}|0\.\d+|1\.0|[1-9][.\d]*e-\d+"),
 }

@@ -113,17 +113,17 @@ def placement(engine: L.Trainer) -> dict[str, Any]:
 
 def guarded(logger: Logger) -> Logger:
     """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
+
+    def call(name: str, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        except Exception as error:
+            setattr(logger, name, lambda *args, **options: None)
+            warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
+
     for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
-        setattr(logger, name, partial(_try, logger, name, getattr(logger, name)))
+        setattr(logger, name, partial(call, name, getattr(logger, name)))
     return logger
-
-
-def _try(logger: Logger, name: str, method: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
-    try:
-        return method(*args, **options)
-    except Exception as error:
-        setattr(logger, name, lambda *args, **options: None)
-        warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
 
 
 NOISE = (

@@ -81,8 +81,8 @@ def _scan(pickle: bytes, codes: int) -> None:
 def copied(value: Any, size: int) -> Any:
     """A copy of `value`, read from a file of `size` bytes, in plain dicts, lists and tuples.
 
-    Raises ValueError for other types, for more than DEPTH levels or ITEMS values, for integers beyond 64 bits, and for
-    tensors that take more memory than the file has.
+    Raises ValueError for other types, for more than DEPTH levels or ITEMS values, and for tensors that take more memory
+    than the file has.
     """
     # torch saves a tied matrix once under two names; an expanded tensor says more than it holds
     left = {"values": ITEMS, "bytes": 2 * size}
@@ -99,7 +99,7 @@ def copied(value: Any, size: int) -> Any:
             left["bytes"] -= value.numel() * value.element_size()
             if left["bytes"] >= 0:
                 return value
-        elif value is None or type(value) in (str, float, bool) or (type(value) is int and value.bit_length() < 64):
+        elif value is None or type(value) in (str, float, bool, int):
             return value
         raise ValueError(f"it holds {show(value)}")
 
