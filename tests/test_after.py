@@ -111,6 +111,8 @@ def test_a_logger_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Capture
     warned = capsys.readouterr().err.splitlines()
     assert {line.split()[1] for line in warned} == {"Broken.log_metrics", "Broken.save", "Broken.finalize"}
     assert len(warned) == 3  # once each
+    with pytest.raises(ValueError, match=r"logger must be a name, .*, got 'wandb'"):
+        small(tmp_path / "other", logger=["wandb"])
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

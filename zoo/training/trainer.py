@@ -112,7 +112,10 @@ def placement(engine: L.Trainer) -> dict[str, Any]:
 
 
 def guarded(logger: Logger) -> Logger:
-    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
+    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional.
+    Raises ValueError for what is none."""
+    if not isinstance(logger, Logger):
+        raise ValueError(f"logger must be a name, options, or a list of Lightning's loggers, got {show(logger)}")
 
     def call(name: str, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
