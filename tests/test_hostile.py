@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Pat
     assert not proof.exists()
     read = refused(hostile.damaged(genuine, last), zoo.load)[1]
     assert all(what.startswith(("flipped", "two")) for what in read)  # some bytes matter to nobody
+    torch.save(saved(run), last, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(run / "checkpoints/last.ckpt") as archive, zipfile.ZipFile(last, "a") as behind:
+        for name in archive.namelist():  # torch would read what is before it, its reader of archives this
+            behind.writestr(name, archive.read(name))
+    assert "is damaged" in one_line(lambda: zoo.load(last))
+    hostile.rewritten({"64 MB": torch.zeros(1 << 24)}, last, lambda old: old, compression=zipfile.ZIP_DEFLATED)
+    assert "is damaged" in one_line(lambda: zoo.load(last))
     # the archives are refused for what is in them, not for how they were written
     hostile.rewritten(saved(run), last, lambda old: old)
     zoo.load(last)
@@ -209,6 +217,7 @@ def test_only_moments_and_the_step_are_taken_from_a_file(run: Path, last: Path) 
     whole = saved(run)["state_dict"]
     resumed = torch.load(last, weights_only=True)["state_dict"]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert last.with_name("best.ckpt").is_file()  # which was missing: the next validation is the best
 
 
 def test_a_damaged_last_checkpoint_names_the_best_one(run: Path, last: Path) -> None:
