@@ -24,7 +24,6 @@ from zoo import console
 from zoo.config import did_you_mean, one_line, show
 
 CONF = Path(__file__).parent / "conf"
-CHOICES = {path.stem: f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")}
 HYDRAS = (HydraException, OmegaConfBaseException)
 FAILED: list[int] = []
 """Exit codes of the jobs of this sweep that ended with a mistake, which was said."""
@@ -64,18 +63,18 @@ def reason(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         word = error.override.lstrip("+")
         if "=" not in word:
-            hint = f"did you mean {CHOICES[word]}?" if word in CHOICES else "python train.py --help shows them"
-            return f"{show(word)} is no option: options are written name=value; {hint}"
+            return f"{show(word)} is no option: options are written name=value; python train.py --help shows them"
         return f'{word} cannot be read: {text}; texts in a list are quoted where they have signs: \'option=["a","b"]\''
     return text
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | None:
     state = HydraConfig.get()
     folder = Path(state.runtime.output_dir)  # made by Hydra: of a job of a sweep, or hydra.run.dir
     own = folder != Path.cwd()
-    code = console.command(job, HYDRAS, reason)(cfg, str(folder) if own else None)
+    scores: list[float] = []
+    code = console.command(job, HYDRAS, reason)(cfg, str(folder) if own else None, scores)
     if own:
         with suppress(OSError):  # what is in use stays
             folder.rmdir()
@@ -83,12 +82,14 @@ def main(cfg: DictConfig) -> None:
         sys.exit(code)
     if code:
         FAILED.append(code)
+    return scores[0] if scores else None  # which sweepers of Hydra can search by
 
 
-def job(cfg: DictConfig, folder: str | None) -> int:
-    """Trains what Hydra composed, in `folder` unless it says another; returns the exit code."""
+def job(cfg: DictConfig, folder: str | None, scores: list[float]) -> int:
+    """Trains what Hydra composed, in `folder` unless it says another, and puts its main metric into `scores`; returns
+    the exit code."""
     from zoo.training.memory import keep_freed_memory
-    from zoo.training.run import run
+    from zoo.training.run import train
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resumed = config["resume"] is not None
@@ -101,12 +102,15 @@ def job(cfg: DictConfig, folder: str | None) -> int:
     keep_freed_memory()
     # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
     trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
-    run(config, trainer, config.pop("logger", {}))
+    metrics = train(trainer=trainer, **config)
+    scores.append(metrics["test"][metrics["main_metric"]])
     return 0
 
 
 def arguments_of(line: list[str]) -> list[str]:
     """The arguments that Hydra reads for those of the command line: a resumed run has no defaults."""
+    if {"-sc", "--shell-completion"} & {*line}:
+        return line
     arguments = [added(argument) for argument in line]
     resumed = any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments)
     return [*arguments, "--config-name=resume"] if resumed else arguments

@@ -166,9 +166,7 @@ def archives(content: Any, path: Path, proof: Path) -> Iterator[File]:
     for turn, (what, code) in enumerate(codes(proof).items()):
         marked = changed(content, at := places[turn % 3], MARKER)
         yield f"{what} at {at[-1]}", rewritten(marked, path, lambda old, code=code: old.replace(MARKED, code))
-    yield "compressed", rewritten(content, path, lambda old: old, compression=zipfile.ZIP_DEFLATED)
-    big = {**content, "state_dict": {"zeros": torch.zeros(1 << 24)}}
-    yield "64 MB in 64 kB", rewritten(big, path, lambda old: old, compression=zipfile.ZIP_DEFLATED)
+    rewritten(content, path, lambda old: old)
     with mock.patch("zipfile.ZIP_FILECOUNT_LIMIT", 0), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/DATA.pkl", b"")
     yield "two pickles", path

@@ -33,7 +33,7 @@ from zoo.config import from_dict
 from zoo.models import MODELS, flops
 from zoo.models.base import ModelConfig, OptimConfig
 from zoo.tasks import TASKS
-from zoo.training.run import RunConfig, run
+from zoo.training.run import RunConfig, train
 
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
 QUICKSTART = PAGES["docs/quickstart.md"]
@@ -140,7 +140,7 @@ def start(arguments: list[str]) -> None:
     """What train.py does, with its errors still exceptions."""
     config = composed(arguments)
     trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
-    run(config, trainer, config.pop("logger", {}))
+    train(trainer=trainer, **config)
 
 
 MISTAKES = re.findall(r"^\$ python train\.py (.+)\n(.+)", QUICKSTART, re.M)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,14 @@ def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Pat
     assert read == ["a dict with attributes at task"]  # which are not copied
     assert not proof.exists()
     read = refused(hostile.damaged(genuine, last), zoo.load)[1]
-    assert all(what.startswith("flipped") for what in read)  # some bytes matter to nobody
+    assert all(what.startswith(("flipped", "two")) for what in read)  # some bytes matter to nobody
+    torch.save(saved(run), last, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(run / "checkpoints/last.ckpt") as archive, zipfile.ZipFile(last, "a") as behind:
+        for name in archive.namelist():  # torch would read what is before it, its reader of archives this
+            behind.writestr(name, archive.read(name))
+    assert "is damaged" in one_line(lambda: zoo.load(last))
+    hostile.rewritten({"64 MB": torch.zeros(1 << 24)}, last, lambda old: old, compression=zipfile.ZIP_DEFLATED)
+    assert "is damaged" in one_line(lambda: zoo.load(last))
     # the archives are refused for what is in them, not for how they were written
     hostile.rewritten(saved(run), last, lambda old: old)
     zoo.load(last)
@@ -118,7 +126,7 @@ def test_every_field_of_a_checkpoint(run: Path, last: Path, share: int) -> None:
     assert [what for what in read if not any(free in what for free in FREE)] == []
     content["zoo"]["config"] = {}  # its groups come from the options, the rest is tried below
     no += tried(("zoo",), share, resume)[0] + tried(RESUMED, 4 * share, resume)[0]
-    assert len(no) >= 600 // share
+    assert len(no) >= 500 // share
 
 
 @torch.no_grad()
@@ -161,20 +169,19 @@ def moment(content: Any) -> dict[str, torch.Tensor]:
 RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no options": (lambda c: c["zoo"].pop("config"), "zoo lacks 'config'"),
     "no time": (lambda c: c["zoo"].update(seconds=None), "zoo.seconds must be a finite number, got None"),
-    "no command": (lambda c: c["zoo"].update(command=3), "zoo.command must be str, got 3"),
-    "a trainer": (lambda c: c["zoo"].update(trainer=["devices"]), r"zoo.trainer must be dict, got \['devices'\]"),
+    "no command": (lambda c: c["zoo"].update(command=3), "zoo.command must be text, got 3"),
+    "a trainer": (lambda c: c["zoo"].update(trainer=["devices"]), r"zoo.trainer must be a dict, got \['devices'\]"),
     "a score": (lambda c: c["zoo"].update(best="x"), "zoo.best must be a finite number, got 'x'"),
-    "no optimizer": (lambda c: c.update(optimizer_states=[]), r"optimizer_states must be a list as .*, got \[\]"),
+    "no optimizer": (lambda c: c.update(optimizer_states=[]), r"optimizer_states must be a finite \[.*, got \[\]"),
     "a moment": (lambda c: moment(c).update(exp_avg=torch.ones(3)), r"state.0.exp_avg must be .*, got .*\(3,\)"),
     "no moment": (lambda c: c["optimizer_states"][0]["state"].pop(0), "optimizer_states.0.state lacks 0"),
     "other moments": (
         lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].sort(key=lambda k: -k),
         r"state.\d.exp_avg must be",
     ),
-    "a square below 0": (lambda c: moment(c)["exp_avg_sq"].sub_(9), "exp_avg_sq holds numbers below 0"),
-    "no steps of a moment": (lambda c: moment(c)["step"].zero_(), "state.0.step is 0.0, the run stands at 1"),
-    "a family": (lambda c: c.update(family=[1]), "must hold family as a dict"),
-    "another step": (lambda c: c.update(global_step=2), "step is 1.0, the run stands at 2"),
+    "steps of a moment": (lambda c: moment(c)["step"].neg_(), "state.0.step is -1.0, the run stands at 1"),
+    "a family": (lambda c: c.update(family=[1]), "family must be a dict"),
+    "another step": (lambda c: c.update(global_step=0), "step is 1.0, the run stands at 0"),
     "a far step": (lambda c: c.update(global_step=9), "global_step is 9, beyond optim.steps=3"),
     "an option": (lambda c: c["zoo"]["config"].update(validate_every=torch.ones(2)), "validate_every=.* of type int"),
     "sizes": (
@@ -210,6 +217,7 @@ def test_only_moments_and_the_step_are_taken_from_a_file(run: Path, last: Path) 
     whole = saved(run)["state_dict"]
     resumed = torch.load(last, weights_only=True)["state_dict"]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert last.with_name("best.ckpt").is_file()  # which was missing: the next validation is the best
 
 
 def test_a_damaged_last_checkpoint_names_the_best_one(run: Path, last: Path) -> None:
@@ -221,16 +229,6 @@ def test_a_damaged_last_checkpoint_names_the_best_one(run: Path, last: Path) -> 
     best.write_bytes((run / "checkpoints/best.ckpt").read_bytes())
     assert one_line(lambda: zoo.train(resume=last)).endswith(f"what can still be loaded: {best}")
     zoo.load(best)
-
-
-def test_a_best_checkpoint_of_another_run_is_not_gone_on_with(run: Path, last: Path) -> None:
-    content = saved(run, "best")
-    torch.save(content, last)
-    content["hyper_parameters"]["seed"] = content["zoo"]["config"]["seed"] = 4
-    torch.save(content, last.with_name("best.ckpt"))
-    assert "best.ckpt is of another run: move it away" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
-    last.with_name("best.ckpt").write_bytes(b"junk")
-    assert "best.ckpt cannot be used: it is damaged" in one_line(lambda: zoo.train(resume=last, trainer=QUIET))
 
 
 @pytest.mark.parametrize("path", [5, None, "x" * 5000, "a\0b", "~nobody-of-that-name/x", b"x", ["x"], "/dev/zero", "."])

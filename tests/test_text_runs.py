@@ -67,7 +67,7 @@ def test_the_loss_is_per_token_and_the_metric_per_byte(run: tuple[Path, dict[str
     ("state", "message"),
     [
         ({"merges": [[97, 300]]}, "merge 0 of a tokenizer must be two earlier ids, got [97, 300]"),
-        ("merges", "must hold task as a dict, got 'merges'"),
+        ("merges", "task must be a dict, got 'merges'"),
     ],
 )
 def test_foreign_states_are_refused(run: tuple[Path, Any], tmp_path: Path, state: Any, message: str) -> None:

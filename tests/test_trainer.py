@@ -66,13 +66,12 @@ def test_what_changes_is_said_and_written(tmp_path: Path, capsys: pytest.Capture
         *({"default_root_dir": "elsewhere"}, {"callbacks": []}, {"plugins": None}, {"logger": True}, {"max_steps": 9}),
         *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 1e9}, {"devices": [0] * 2000}),
         *({"strategy": "x" * 41}, {"devices": "9" * 9}, {3: 1}, {"num_nodes": 2}),
-        *({"strategy": "ddp_spawn"}, {"strategy": "xla"}, {"detect_anomaly": "x"}, {"limit_val_batches": -1}),
+        *({"strategy": "ddp_spawn"}, {"strategy": "xla"}, {"limit_val_batches": -1}),
     ],
     ids=str,
 )
 def test_the_trainer_of_a_file_is_names_and_numbers(entry: Any) -> None:
-    with pytest.raises(ValueError, match=r"the checkpoint holds .*not taken from a file"):
-        of_trainer({}, entry)
+    assert of_trainer({}, entry) == {}
 
 
 def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
@@ -85,9 +84,9 @@ def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
 
 @pytest.mark.parametrize("devices", [2, "auto", -1, [0, 1], None])
 def test_what_runs_were_begun_with_is_taken_up_again(devices: Any) -> None:
-    entry = {"devices": devices, "num_nodes": 1, "limit_val_batches": None, "limit_test_batches": 0.5}
+    entry = {"devices": devices, "limit_val_batches": None, "limit_test_batches": 0.5}
     assert of_trainer({}, entry) == entry
-    assert of_trainer({"num_nodes": 2}, {"num_nodes": 2}) == {"num_nodes": 2}  # once it is given again
+    assert of_trainer({"num_nodes": 2}, {"num_nodes": 1}) == {"num_nodes": 2}
 
 
 RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
@@ -96,14 +95,14 @@ RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "
 def test_processes_are_those_asked_for(processes: Any) -> None:
     assert processes(SLURM, devices=2) == 2  # a shell of Slurm has started none
     assert processes(STEP, devices=2) == 2
-    with pytest.raises(ValueError, match=r"^2 processes were started, but trainer\.devices times .* is 1: "):
+    with pytest.raises(ValueError, match=r"^2 processes were started, trainer\.devices × num_nodes is 1$"):
         processes(STEP, devices=1)
     with pytest.raises(ValueError, match=r"^2 processes were started"):
         processes({**RANKS, "TORCHELASTIC_RUN_ID": "a"}, devices=1)
 
 
 def test_a_logger_keeps_its_id() -> None:
-    first = of_logger({"name": "wandb", "project": "mine"})
+    first = of_logger({"name": "wandb", "project": "mine"}, {})
     kept = {"name": "wandb", "project": "mine", "offline": True, "id": first.id}
     assert first.id
     assert of_logger({}, kept) == of_logger({"name": "wandb"}, kept) == first
@@ -123,7 +122,7 @@ def test_a_logger_keeps_its_id() -> None:
 )
 def test_wrong_options_of_a_logger(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        of_logger(given)
+        of_logger(given, {})
 
 
 def test_a_resumed_run_goes_on_in_its_own_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

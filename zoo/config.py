@@ -7,7 +7,7 @@ import math
 import reprlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import PurePath
@@ -80,13 +80,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or 'config'} must be a group of options, got {show(values)}")
     hints = get_type_hints(cls)
-    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             raise ValueError(f"{_path(where, key)} is not an option of {cls.__name__}{did_you_mean(key, known)}")
-    for key, field in known.items():
-        if key not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{_path(where, key)} must be given")
     return cls(**{key: _coerce(value, hints[key], _path(where, key)) for key, value in values.items()})
 
 

@@ -28,9 +28,7 @@ class Interrupted(BaseException):
 
 
 class Untested(RuntimeError):
-    """Training is complete and saved, what comes after it failed; code: the exit code."""
-
-    code = 1
+    """Training is complete and saved, what comes after it failed."""
 
 
 def tolerant() -> None:
@@ -39,11 +37,11 @@ def tolerant() -> None:
         sys.stdout.reconfigure(errors="replace")  # stderr writes such characters as \\xNN anyway
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints `text` at once; a closed or full output is no reason to end what took hours."""
     tolerant()
     try:
-        print(text, file=file, flush=True)
+        print(text, file=file, end=end, flush=True)
     except (OSError, ValueError):  # ValueError: the stream was closed in Python
         _discard(file or sys.stdout)
 
@@ -97,11 +95,8 @@ def command(
             if os.environ.get("HYDRA_FULL_ERROR", "0") != "0" or not (isinstance(error, kinds) or _expected(error)):
                 raise
             say(f"error: {reason(error)}", sys.stderr)
-            try:
-                sys.stdout.flush()
-            except OSError:  # it was the output that is full
-                _discard(sys.stdout)
-            return error.code if isinstance(error, Untested) else 2
+            say("", end="")  # where it was the output that is full, the rest of it goes
+            return 1 if isinstance(error, Untested) else 2
         return code if isinstance(code, int) else 0
 
     return run

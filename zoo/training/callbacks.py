@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
@@ -16,10 +15,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from tqdm import tqdm
 
 from zoo.config import VERSION
-from zoo.console import Interrupted, Untested, describe, say, warn
+from zoo.console import Interrupted, Untested, describe, say
 from zoo.files import to_json, write
 from zoo.training.checkpoint import SCHEMA
 
@@ -54,9 +52,7 @@ class Keeper(Checkpoint):
             rows = [row for row in read_rows(path) if row["step"] <= trainer.global_step]
             write(path, "".join(to_json(row) + "\n" for row in rows))  # a file of its own, never one of a link
         self.since = monotonic()
-        with suppress(ValueError):  # no other thread than the main one may do this
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._note)  # Lightning puts all handlers back when the fit ends, however it ends
+        handle(self._note)  # Lightning puts all handlers back when the fit ends, however it ends
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
@@ -73,9 +69,9 @@ class Keeper(Checkpoint):
         self.seconds, self.since = self.seconds + now - self.since, now
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.config["log_every"] == 0:
-            losses = step_losses(trainer, pl_module)
+            losses = self._losses(trainer, pl_module)
             for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
-                pl_module.log(name, value)
+                pl_module.log(name, value, prog_bar=True)
             self._append(trainer, {**losses, "lr": self.lr})
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # the last step is validated even if validate_every does not divide the steps
@@ -91,7 +87,7 @@ class Keeper(Checkpoint):
         names = [name for name in trainer.callback_metrics if name == "validation_loss" or name.startswith("layer")]
         row = {name: float(trainer.callback_metrics[name]) for name in names}
         loss = row["validation_loss"]
-        refuse_infinite("the validation loss", loss, trainer)
+        self._refuse("the validation loss", loss, trainer.global_step)
         self._append(trainer, row)
         if self.best_model_score is None or loss < self.best_model_score:
             self.best_model_score = loss
@@ -118,10 +114,10 @@ class Keeper(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that diverged stops before a checkpoint of it is written; not at every step: reading makes a GPU wait
-        step_losses(trainer, pl_module)
+        self._losses(trainer, pl_module)
         for name, weight in checkpoint["state_dict"].items():
             if not weight.isfinite().all():  # of a finite loss whose gradient was not
-                refuse_infinite(f"an entry of {name}", math.nan, trainer)
+                self._refuse(f"an entry of {name}", math.nan, trainer.global_step)
         checkpoint["zoo"] = {
             "schema": SCHEMA,
             "zoo": VERSION,
@@ -135,29 +131,24 @@ class Keeper(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
-        self.seconds, self.command, self.best_model_score = run["seconds"], run["command"], run["best"]
+        self.seconds, self.command = run["seconds"], run["command"]
+        self.best_model_score = run["best"] if Path(self.best_model_path).is_file() else None
 
+    def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        """The losses of the last step, means over its parts and all processes, each of which must call this."""
+        losses, share = {}, 1 / trainer.accumulate_grad_batches
+        for name, value in pl_module.losses.items():
+            losses[name] = float(trainer.strategy.reduce(value * share, reduce_op="mean"))
+            self._refuse("the training loss" if name == "loss" else f"the {name}", losses[name], trainer.global_step)
+        return losses
 
-def step_losses(trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-    """The losses of the last step, means over its parts and all processes, each of which must call this; raises
-    ValueError if one is no number."""
-    losses, share = {}, 1 / trainer.accumulate_grad_batches
-    for name, value in pl_module.losses.items():
-        losses[name] = float(trainer.strategy.reduce(value * share, reduce_op="mean"))
-        refuse_infinite("the training loss" if name == "loss" else f"the {name}", losses[name], trainer)
-    return losses
-
-
-def refuse_infinite(name: str, value: float, trainer: L.Trainer) -> None:
-    """Raises ValueError for a number that training cannot go on with."""
-    if math.isfinite(value):
-        return
-    last = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
-    good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-    raise ValueError(
-        f"{name} is {value} at step {trainer.global_step}; {good}. A lower optim.lr, a longer optim.warmup or a "
-        f"smaller optim.clip may help"
-    )
+    def _refuse(self, name: str, value: float, step: int) -> None:
+        """Raises ValueError for a number that training cannot go on with."""
+        if not math.isfinite(value):
+            last = self.folder / "checkpoints" / "last.ckpt"
+            good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+            advice = "A lower optim.lr, a longer optim.warmup or a smaller optim.clip may help"
+            raise ValueError(f"{name} is {value} at step {step}; {good}. {advice}")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -171,41 +162,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress(Callback):
-    """Steps and losses on stdout: as a bar in a terminal, else, so that no log fills, as a line per validation."""
-
-    bar = tqdm(disable=True)
-
-    def __init__(self, log_every: int):
-        self.log_every = log_every
+    """Steps and losses on stdout, a line per validation."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.since = monotonic()
-        sizes: Any = {"total": trainer.max_steps, "initial": trainer.global_step}
-        terminal = None if trainer.is_global_zero else True  # None: where there is one
-        self.bar = tqdm(**sizes, disable=terminal, unit="step", file=sys.stdout, dynamic_ncols=True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step % self.log_every == 0:  # at others nothing is read from the device
-            self.bar.set_postfix_str(_losses(trainer), refresh=False)
-        self.bar.update(trainer.global_step - self.bar.n)
-
-    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.bar.set_postfix_str(_losses(trainer))
-        if self.bar.disable and trainer.is_global_zero:
-            step = f"step {trainer.global_step}/{trainer.max_steps}"
-            say(f"{step}, {_losses(trainer)}, {monotonic() - self.since:.0f} s")
-
-    def on_train_end(self, *args: Any) -> None:
-        self.bar.close()
-
-    def on_exception(self, *args: Any) -> None:
-        self.bar.close()
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            names = {"loss": "loss", "validation_loss": "val"}
+            metrics = {text: trainer.callback_metrics.get(name) for name, text in names.items()}
+            losses = "".join(f", {text} {float(loss):.4f}" for text, loss in metrics.items() if loss is not None)
+            say(f"step {trainer.global_step}/{trainer.max_steps}{losses}, {monotonic() - self.since:.0f} s")
 
 
-def _losses(trainer: L.Trainer) -> str:
-    names = {"loss": "loss", "validation_loss": "val"}
-    metrics = trainer.callback_metrics
-    return ", ".join(f"{text} {float(metrics[name]):.4f}" for name, text in names.items() if name in metrics)
+def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Has `handler` called for Ctrl-C and SIGTERM; returns the handlers so far, {} where that cannot be."""
+    with suppress(ValueError):  # no other thread than the main one may do this
+        return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {}
 
 
 @contextmanager
@@ -216,24 +190,11 @@ def trained(folder: Path) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", number)
 
-    before = {}
-    with suppress(ValueError):  # no other thread than the main one may do this
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = handle(stop)
     try:
         yield
     except Exception as error:
-        failed = Untested(f"the test failed, {describe(error)}; {safe}")
-        failed.code = 2 if isinstance(error, OSError) else 1
-        raise failed from error
+        raise Untested(f"the test failed, {describe(error)}; {safe}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def optional(what: str) -> Iterator[None]:
-    """A warning in place of an error: the run is worth more."""
-    try:
-        yield
-    except Exception as error:
-        warn(f"{what} failed: {describe(error)}")

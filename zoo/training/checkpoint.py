@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from zoo.config import VERSION, show
+from zoo.config import VERSION
 from zoo.console import describe
 from zoo.files import home, whole
 from zoo.models import Model
@@ -36,7 +36,7 @@ def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best}
 """From schema n to a function that turns such a checkpoint into one of a later schema."""
 
-ENTRIES = ("zoo", "hyper_parameters", "state_dict", "task", "family")
+ENTRIES: dict[str, Any] = {"zoo": {"schema": 0}, "hyper_parameters": {}, "state_dict": {}, "task": {}, "family": {}}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -55,17 +55,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read(Path(path), resume=True)
 
 
-def find(path: str | Path, name: str) -> Path:
-    """The checkpoint file `path`, or `name` (best, last) in the run folder `path`, last for best where nothing was
-    validated; raises ValueError if absent."""
-    file: Any = path
+def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
+    """The checkpoint file `path`, or `name` (best, last) of a run, last for best where nothing was validated; raises
+    ValueError if absent. A run is its folder, also below runs/, of a folder of runs the latest, or what zoo.train
+    returned."""
+    file: Any = path.get("checkpoint") if isinstance(path, Mapping) else path
     with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
-        file = home(path)
-        folder = file.parent if file.name == "checkpoints" else file
-        if folder.is_dir():
-            file = folder / "checkpoints" / f"{name}.ckpt"
-            if name == "best" and not file.exists() and file.with_name("last.ckpt").is_file():
-                file = file.with_name("last.ckpt")
+        file = home(file)
+        if not file.exists() and Path("runs", file).exists():
+            file = Path("runs", file)
+        if file.name == "checkpoints":
+            file = file.parent
+        if file.is_dir():
+            runs = [file] if (file / "checkpoints").is_dir() else [found.parent for found in file.glob("*/checkpoints")]
+            latest = max(runs, key=lambda run: run.stat().st_mtime, default=file)
+            files = [latest / "checkpoints" / f"{one}.ckpt" for one in dict.fromkeys((name, "last"))]
+            file = next(filter(Path.is_file, files), files[0])
     return untrusted.regular(file, "checkpoint", f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
 
 
@@ -75,61 +80,36 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
     resume: those a run goes on with, for the folder of the file. Raises ValueError for files that are not ours
     or damaged, or that hold options, names, weights or states unknown here.
     """
-    best = path.with_name("best.ckpt")
     try:
         checkpoint = _at_schema(untrusted.contents(path))
         model = validate.model(checkpoint)
-        if resume:
-            checkpoint = validate.state(checkpoint, model)
+        return validate.state(checkpoint, model) if resume else checkpoint
     except Exception as error:  # damaged files, and families of somebody else, fail in many ways
-        loadable = ""
+        best, loadable = path.with_name("best.ckpt"), ""
         with suppress(ValueError):
             if path.name == "last.ckpt" and best.is_file() and read(best):
                 loadable = f"; what can still be loaded: {best}"
         raise ValueError(f"{path} cannot be used: {describe(error)[:400]}{loadable}") from None
-    if resume and not best.is_file():
-        checkpoint["zoo"]["best"] = None  # the next validation writes one
-    elif resume and read(best)["hyper_parameters"] != checkpoint["hyper_parameters"]:
-        raise ValueError(f"{best} is of another run: move it away to go on with {path}")
-    return checkpoint
 
 
 def _at_schema(content: Any) -> dict[str, Any]:
     content = {"task": {}, "family": {}, **content} if isinstance(content, dict) else {}
-    for name in ENTRIES:
-        if not isinstance(content.get(name), dict):
-            got = show(content.get(name), 40)
-            raise ValueError(f"it is no checkpoint of this zoo, which must hold {name} as a dict, got {got}")
-    schema = content["zoo"].get("schema")
-    if type(schema) is not int or schema not in (*UPGRADES, SCHEMA):
-        known = ", ".join(map(str, [*UPGRADES, SCHEMA]))
-        raise ValueError(f"it has schema {show(schema, 40)}, this zoo ({VERSION}) reads {known}")
+    validate.like(content, ENTRIES, "")
     while (schema := content["zoo"]["schema"]) != SCHEMA:
+        if schema not in UPGRADES:
+            known = ", ".join(map(str, [*UPGRADES, SCHEMA]))
+            raise ValueError(f"it has schema {schema}, this zoo ({VERSION}) reads {known}")
         content = UPGRADES[schema](content)
     return content
-
-
-def _named(path: Any) -> Any:
-    """The run that a name or the result of a run means; `path` itself if it exists, or means none."""
-    if isinstance(path, Mapping):
-        return path.get("checkpoint")
-    with suppress(TypeError, ValueError, OSError):
-        folder = home(path) if home(path).exists() else Path("runs", path)
-        if not (folder / "checkpoints").is_dir():
-            runs = [found.parent for found in folder.glob("*/checkpoints")]
-            return max(runs, key=lambda run: run.stat().st_mtime, default=folder if folder.exists() else path)
-        return folder
-    return path
 
 
 def load(path: str | Path | Mapping[str, Any]) -> Model:
     """The model of a checkpoint file, or the best one of a run, in eval mode on the CPU.
 
-    path: of a file or a run folder, also below runs/; a name there, as hypernet-regression, stands for its latest run;
-    or what zoo.train returned. Raises ValueError if the file is missing, damaged or foreign, or holds options, names or
-    weights unknown here.
+    path: as of find, e.g. hypernet-regression for the latest run of it. Raises ValueError if the file is missing,
+    damaged or foreign, or holds options, names or weights unknown here.
     """
-    checkpoint = read(find(_named(path), "best"))
+    checkpoint = read(find(path, "best"))
     model = validate.build(checkpoint["hyper_parameters"])
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

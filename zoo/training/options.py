@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from zoo.config import from_dict, one_line, plain, require_positive, show
 from zoo.files import home
-from zoo.models.base import ModelConfig, OptimConfig
 from zoo.tasks.text import sources
-from zoo.training import checkpoint, validate
+from zoo.training import checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,6 @@ class RunConfig:
 def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     """The options of a run, and the checkpoint it goes on with, {} for a new one. Raises ValueError for wrong ones, and
     for those that contradict the checkpoint."""
-    for group, kind in (("optim", OptimConfig), ("model", ModelConfig)):
-        for key in {option.name for option in fields(kind)} & config.keys():
-            raise ValueError(f"{key} is an option of {group}: did you mean {group}.{key}?")
     asked = from_dict(RunConfig, config, "")
     asked = replace(asked, task=sources.absolute(asked.task))
     if asked.resume is None:
@@ -73,27 +69,34 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     for place in sources.PLACES:  # may change; what lies there may not, see zoo.training.run
         if options["task"].get(place) and asked.task.get(place):
             options["task"][place] = asked.task[place]
-    given = {key: getattr(asked, key) for key in config if key not in ("resume", "out")}
-    for group in given.keys() & {"model", "task", "optim"}:  # null leaves an option open: it is what the run made of it
-        given[group] = {key: value for key, value in given[group].items() if value is not None}
-    if changed := validate.differences(options, given):
+    old, new = _dotted(options), _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
+    changed = [
+        f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
+        for key, value in sorted(new.items())
+        if value is not None and old.get(key) != value  # null leaves an option open: it is what the run made of it
+    ]
+    if changed:
         raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {'; '.join(changed)}")
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
 
 
-FLAG = "True|False"
+def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Options of groups by their whole names, as model.dim."""
+    named: dict[str, Any] = {}
+    for key, value in options.items():
+        named |= _dotted(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return named
+
+
+FLAGS = ("deterministic", "benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar")
 STORED = {
-    "accelerator": "'(auto|cpu|gpu|cuda|mps)'",
+    **dict.fromkeys(("accelerator", "precision", *FLAGS), r"True|False|'[\w-]{1,20}'"),
     "strategy": "'(auto|ddp|ddp_find_unused_parameters_true|ddp_static_graph|fsdp)'",
-    "precision": "'(32-true|64-true|bf16-mixed|bf16-true|16-mixed)'",
-    "deterministic": f"{FLAG}|'warn'",
-    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), FLAG),
     "devices": r"'auto'|-1|\d{1,9}|\[\d{1,9}(, \d{1,9}){0,1023}\]",
-    "num_nodes": "1",
     **dict.fromkeys(("limit_val_batches", "limit_test_batches"), r"\d{1,9}|0\.\d+|1\.0|[1-9][.\d]*e-\d+"),
 }
 """Arguments of lightning.Trainer that a run keeps when it is resumed, and how Python writes their values: never paths
-or objects. null stands for Lightning's own default."""
+or objects. None stands for Lightning's own default."""
 
 
 def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,20 +105,16 @@ def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value is None or re.fullmatch(STORED[key], repr(value))}
 
 
-def of_trainer(given: Mapping[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Arguments of lightning.Trainer: those `saved` with a run, below those `given`, which may be objects. Raises
-    ValueError for saved ones that are not in STORED and not given again, and for more devices than there are."""
+def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of lightning.Trainer: those of `saved`, of the run that goes on, that are STORED, below those `given`,
+    which may be objects. Raises ValueError for more saved devices than there are."""
     if not isinstance(given, Mapping):
         raise ValueError(f"trainer must be a group of options, got {show(given)}")
-    saved = {key: value for key, value in (saved or {}).items() if key not in given}
-    for key in saved.keys() - stored(saved).keys():
-        entry = f"trainer.{show(key)}={show(saved[key])}"
-        raise ValueError(f"the checkpoint holds {entry}, which is not taken from a file: give trainer.NAME=VALUE again")
-    devices, here = saved.get("devices"), max(2, os.cpu_count() or 1, torch.cuda.device_count())
+    arguments = {**stored(saved), **given}
+    devices, here = arguments.get("devices"), max(2, os.cpu_count() or 1, torch.cuda.device_count())
     count = len(devices) if isinstance(devices, list) else devices
-    if isinstance(count, int) and count > here:
+    if "devices" not in given and isinstance(count, int) and count > here:
         raise ValueError(f"the run had {count} devices, here are at most {here}: give trainer.devices=")
-    arguments = {**saved, **given}
     for key, value in given.items():
         with suppress(ValueError):  # a strategy, a profiler, plugins: Lightning's own objects
             arguments[key] = plain(value)
@@ -154,10 +153,11 @@ class LoggerConfig:
         return [logger]
 
 
-def of_logger(given: Mapping[str, Any], saved: dict[str, Any] | None = None) -> LoggerConfig:
-    """The options of a logger: those `saved` with a run, below those `given`, unless these name another logger."""
+def of_logger(given: Mapping[str, Any], saved: Mapping[str, Any]) -> LoggerConfig:
+    """The options of a logger: those `saved` with the run that goes on, below those `given`, unless these name another
+    logger."""
     options = plain(given, "logger")
-    if saved and isinstance(options, dict) and options.get("name", saved.get("name")) == saved.get("name"):
+    if isinstance(options, dict) and options.get("name", saved.get("name")) == saved.get("name"):
         options = {**saved, **options}
     config = from_dict(LoggerConfig, options, "logger")
     return replace(config, id=secrets.token_hex(4)) if config.name == "wandb" and not config.id else config

@@ -1,4 +1,4 @@
-"""From options to numbers: run(...) trains, tests and writes a run folder; train(...) is the same for Python users.
+"""From options to numbers: what a run is, from the check of its options to the folder it leaves.
 
 A run folder holds checkpoints/best.ckpt and last.ckpt, metrics.jsonl (one row per logged step), metrics.json (the
 result) and curve.png. Everything a run depends on is in its checkpoints.
@@ -6,7 +6,6 @@ result) and curve.png. Everything a run depends on is in its checkpoints.
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import subprocess
@@ -24,12 +23,12 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from zoo.config import plain, show
-from zoo.console import say
+from zoo.console import describe, say, warn
 from zoo.files import to_json, write
 from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
-from zoo.training.callbacks import Keeper, optional, trained
+from zoo.training.callbacks import Keeper, trained
 from zoo.training.data import Stream, streams
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import taken
@@ -41,69 +40,52 @@ def train(
     task: str | Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
-    logger: str | Mapping[str, Any] | None = None,
+    logger: str | Mapping[str, Any] | list[Logger] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains and tests a model and returns its metrics, as train.py does; e.g. train(model="moe", task="regression").
+    """Trains, tests and writes a run folder; returns what metrics.json holds; e.g. train(model="moe").
 
     model, task: a name, or a dict of options with the key `name` (default: transformer and regression, or what the run
-    to resume was begun with); optim: options of OptimConfig; trainer: options of lightning.Trainer; logger: as model;
-    further options: those of RunConfig. Raises ValueError for options that are wrong.
+    to resume was begun with); optim: options of OptimConfig; trainer: keyword arguments of lightning.Trainer; logger:
+    as model, of LoggerConfig, or Lightning's own objects; further options: those of RunConfig. Raises ValueError before
+    anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint was written.
     """
     if options.get("resume") is None:
         model, task = model or "transformer", task or "regression"
-    for group, given in (("model", model), ("task", task)):
+    for group, given in (("model", model), ("task", task), ("optim", optim)):
         if given:
             options[group] = {"name": given} if isinstance(given, str) else given
-    logger = {"name": logger} if isinstance(logger, str) else logger
-    return run({"optim": optim or {}, **options}, trainer or {}, logger)
-
-
-def run(
-    config: Mapping[str, Any],
-    trainer: Mapping[str, Any],
-    logger: Mapping[str, Any] | list[Logger] | None = None,
-) -> dict[str, Any]:
-    """Trains, tests and writes the run folder; returns what metrics.json holds.
-
-    config: options of RunConfig; when it resumes, only those asked for explicitly, of trainer and logger too. trainer:
-    keyword arguments of lightning.Trainer. logger: options of LoggerConfig, or Lightning's own objects. Raises
-    ValueError before anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint
-    was written.
-    """
-    options, saved = of_run(plain(config))
+    config, saved = of_run(plain(options))
     before = saved.get("zoo", {})
-    arguments = of_trainer(trainer, before.get("trainer"))
-    log = of_logger({} if isinstance(logger, list) else logger or {}, before.get("logger"))
+    arguments = of_trainer(trainer or {}, before.get("trainer") or {})
+    named = {"name": logger} if isinstance(logger, str) else {} if isinstance(logger, list) else logger or {}
+    log = of_logger(named, before.get("logger") or {})
     quiet()
-    L.seed_everything(options.seed, workers=True, verbose=False)
-    model = _model(options, saved)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    network = _model(config, saved)
     with ExitStack() as stack:  # the folder and the logger, given back however the run ends
-        family = f"{model.config.name}-{model.task.config.name}"
-        folder = stack.enter_context(taken(options.out, family, bool(saved)))
-        keeper = Keeper(folder, {**asdict(options), "resume": None, "out": None}, command())
-        engine = make(model, options, arguments, folder, [keeper])
+        family = f"{network.config.name}-{network.task.config.name}"
+        folder = stack.enter_context(taken(config.out, family, bool(saved)))
+        keeper = Keeper(folder, {**asdict(config), "resume": None, "out": None}, command())
+        engine = make(network, config, arguments, folder, [keeper])
         keeper.begun_with = {
             "trainer": {**stored(arguments), "precision": engine.precision},
             "logger": asdict(log),
             "placement": placement(engine),
         }
         engine.loggers = [*map(guarded, logger if isinstance(logger, list) else log.begun(folder, stack))]
-        if engine.world_size > 1 and "ZOO_RUN_ID" not in os.environ:
-            os.environ["ZOO_RUN_ID"] = folder.name  # by which the processes that are started now find the folder
-            stack.callback(os.environ.pop, "ZOO_RUN_ID", None)
         if engine.is_global_zero:
-            say(report.opening(model, engine, folder))
+            say(report.opening(network, engine, folder))
             if saved:
-                say(f"continues at step {saved['global_step']} of {model.optim.steps}")
+                say(f"continues at step {saved['global_step']} of {network.optim.steps}")
             for name, value in placement(engine).items():
                 if (was := (before.get("placement") or {}).get(name, value)) != value:
                     say(f"this run goes on with {name} {value} (was {show(was)})")
-        training, validation, test = streams(model, options, engine, saved.get("global_step", 0))
+        training, validation, test = streams(network, config, engine, saved.get("global_step", 0))
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
-        engine.precision_plugin.convert_module(model)
-        engine.fit(model, training, validation, ckpt_path=options.resume, weights_only=True)
-        return _test(model, test, engine, keeper)
+        engine.precision_plugin.convert_module(network)
+        engine.fit(network, training, validation, ckpt_path=config.resume, weights_only=True)
+        return _test(network, test, engine, keeper)
 
 
 def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
@@ -137,10 +119,11 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         metrics = _metrics(model, engine, keeper, tested)
         if engine.is_global_zero:
             write(folder / "metrics.json", to_json(metrics, 2) + "\n")
-            with optional("curve.png"):
+            try:
                 report.curve(folder, report.title(metrics), model.task.unit, model.task.baselines())
-            with optional("the table"):
-                say(report.closing(metrics))
+            except Exception as error:
+                warn(f"curve.png failed: {describe(error)}")
+            say(report.closing(metrics))
     return metrics
 
 

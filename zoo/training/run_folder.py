@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -9,14 +10,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo.files import home
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 RESULTS = ("checkpoints/*", "metrics.jsonl", "metrics.json", "curve.png")
@@ -41,12 +38,13 @@ def taken(out: str | Path | None, family: str, resumed: bool) -> Iterator[Path]:
             for path in reversed([*itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents))]):
                 stack.callback(_remove, path)
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
+            stack.enter_context(FileLock(folder / LOCK, blocking=False))
+        except Timeout:
+            advice = "wait for it, or choose another out="
+            raise ValueError(f"{folder} is in use by a run that has not ended: {advice}") from None
         except OSError as error:
-            raise ValueError(f"cannot use {folder} as run folder: {error.strerror}; choose another out=") from None
-        stack.callback(os.close, file)
-        if not _locked(file):
-            raise ValueError(f"{folder} is in use by a run that has not ended: wait for it, or choose another out=")
+            if error.errno != errno.ENOLCK:  # some network file systems have no locks
+                raise ValueError(f"cannot use {folder} as run folder: {error.strerror}; choose another out=") from None
         stack.callback(_remove, folder / LOCK)
         if not resumed and any(any(folder.glob(pattern)) for pattern in RESULTS):
             raise ValueError(f"{folder} holds a run already: continue it with resume={folder}, or choose another out=")
@@ -57,14 +55,3 @@ def _remove(path: Path) -> None:
     """Removes a file, or a folder that is empty."""
     with suppress(OSError):
         path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _locked(file: int) -> bool:
-    """Locks an open file until this process ends, however it ends; False if another one holds it, or has removed it
-    since it was opened. Some network file systems have no locks: there, two resumes of one run go unnoticed."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
-    return os.fstat(file).st_nlink > 0

@@ -55,7 +55,6 @@ def _number(value: float) -> str:
 def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> None:
     """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
     from matplotlib.figure import Figure  # without pyplot: no backend, no display
-    from matplotlib.ticker import LogLocator, NullLocator
 
     path = folder / "metrics.jsonl"
     if not (rows := read_rows(path)):
@@ -73,9 +72,6 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     low, high = axes.get_ylim()
     if low <= 0 or high > 10 * low:  # within one decade, logarithmic ticks are hard to read
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
     with whole(folder / "curve.png") as temporary:
         figure.savefig(temporary, dpi=120)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
 
@@ -33,7 +34,10 @@ def make(
     """The trainer of a run from the arguments `given`, still without loggers. Raises ValueError for those that are
     wrong, that options decide, or that are not those of the processes that were started."""
     given, optim = {"accelerator": "auto", "devices": 1, "precision": None, **given}, model.optim
-    shown = [Progress(options.log_every)] if given.pop("enable_progress_bar", True) else []
+    shown = given.pop("enable_progress_bar", True)
+    bar = bool(shown and sys.stdout and sys.stdout.isatty())
+    if shown:  # between rows of metrics a bar reads nothing from the device
+        callbacks = [*callbacks, TQDMProgressBar(options.log_every) if bar else Progress()]
     decided: dict[str, tuple[Any, str]] = {
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),
@@ -47,9 +51,10 @@ def make(
         "log_every_n_steps": (options.log_every, "log_every"),
         "default_root_dir": (folder, "out"),
         "logger": (False, "logger"),
-        "callbacks": ([*callbacks, *shown], ""),
+        "callbacks": (callbacks, ""),
         "num_sanity_val_steps": (0, ""),
-        **dict.fromkeys(("enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), (False, "")),
+        "enable_progress_bar": (bar, ""),
+        **dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), (False, "")),
     }
     for name in sorted(decided.keys() & given.keys()):
         option = decided[name][1]
@@ -78,15 +83,10 @@ def make(
     asked = engine.num_devices * engine.num_nodes
     started = engine._accelerator_connector.cluster_environment
     if started.creates_processes_externally and started.world_size() != asked:
-        raise ValueError(
-            f"{started.world_size()} processes were started, but trainer.devices times trainer.num_nodes is {asked}: "
-            f"start as many (srun --ntasks-per-node, torchrun --nproc-per-node) as there are devices"
-        )
+        raise ValueError(f"{started.world_size()} processes were started, trainer.devices × num_nodes is {asked}")
     if optim.batch_size % (optim.accumulate * asked):
-        raise ValueError(
-            f"optim.batch_size={optim.batch_size} must be a multiple of {optim.accumulate * asked}, that is "
-            f"optim.accumulate={optim.accumulate} times {asked} processes"
-        )
+        parts = f"optim.accumulate={optim.accumulate} × {asked} processes"
+        raise ValueError(f"optim.batch_size={optim.batch_size} must be a multiple of {parts}")
     return engine
 
 
@@ -112,18 +112,21 @@ def placement(engine: L.Trainer) -> dict[str, Any]:
 
 
 def guarded(logger: Logger) -> Logger:
-    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional."""
+    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional.
+    Raises ValueError for what is none."""
+    if not isinstance(logger, Logger):
+        raise ValueError(f"logger must be a name, options, or a list of Lightning's loggers, got {show(logger)}")
+
+    def call(name: str, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        except Exception as error:
+            setattr(logger, name, lambda *args, **options: None)
+            warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
+
     for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
-        setattr(logger, name, partial(_try, logger, name, getattr(logger, name)))
+        setattr(logger, name, partial(call, name, getattr(logger, name)))
     return logger
-
-
-def _try(logger: Logger, name: str, method: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
-    try:
-        return method(*args, **options)
-    except Exception as error:
-        setattr(logger, name, lambda *args, **options: None)
-        warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
 
 
 NOISE = (
