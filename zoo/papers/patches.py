@@ -117,7 +117,8 @@ def scale_and_down(states: LayerStates) -> Patch:
     rows = torch.ones(HIDDEN, dtype=columns.dtype)
     patch = replace(states.emitted, weights={name: Scale(rows, columns) for name in states.ffn.input_matrices})
     column = states.along("hidden units of", states.ffn.hidden(states.z, patch))
-    return patch.with_delta("down", LowRank((states.v_ctx - states.v).unsqueeze(-1), column.unsqueeze(-1)))
+    rank_1 = LowRank((states.v_ctx - states.v).unsqueeze(-1), column.unsqueeze(-1))
+    return patch.merged_with(Patch(weights={"down": rank_1}))
 
 
 def three_biases(states: LayerStates) -> Patch:
