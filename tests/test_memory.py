@@ -149,7 +149,7 @@ def test_the_program_asks_for_it_and_the_library_does_not(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append(True))
     small(tmp_path / "run")
     assert not calls
-    monkeypatch.setattr(training_module, "train", lambda **options: None)
+    monkeypatch.setattr(training_module, "train", lambda **options: {"test": {}, "main_metric": "nmse"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit, match="0"):
