@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> float | None:
     state = HydraConfig.get()
     folder = Path(state.runtime.output_dir)  # made by Hydra: of a job of a sweep, or hydra.run.dir
     own = folder != Path.cwd()
-    scores: list[float] = []
+    scores: list[float | None] = []
     code = console.command(job, HYDRAS, reason)(cfg, str(folder) if own else None, scores)
     if own:
         with suppress(OSError):  # what is in use stays
@@ -85,7 +85,7 @@ def main(cfg: DictConfig) -> float | None:
     return scores[0] if scores else None  # which sweepers of Hydra can search by
 
 
-def job(cfg: DictConfig, folder: str | None, scores: list[float]) -> int:
+def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
     """Trains what Hydra composed, in `folder` unless it says another, and puts its main metric into `scores`; returns
     the exit code."""
     from zoo.training.memory import keep_freed_memory
@@ -103,7 +103,7 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float]) -> int:
     # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
     trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
     metrics = train(trainer=trainer, **config)
-    scores.append(metrics["test"][metrics["main_metric"]])
+    scores.append(metrics["test"].get(metrics["main_metric"]))
     return 0
 
 
