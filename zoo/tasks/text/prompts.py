@@ -23,11 +23,11 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from zoo.config import require_positive
+from zoo.config import show
 from zoo.core.layers import FILLING
-from zoo.tasks.base import SPLITS, Batch, TaskConfig
+from zoo.tasks.base import IGNORE, SPLITS, Batch, TaskConfig
 from zoo.tasks.text import corpus, sources
-from zoo.tasks.text.base import IGNORE, Pick, TextTask, one_source
+from zoo.tasks.text.base import Pick, TextTask, one_source
 from zoo.tasks.text.corpus import START, Part, fill
 
 PARTS = ("context", "query", "target")
@@ -47,19 +47,18 @@ class PromptsConfig(TaskConfig):
     files: tuple[str, ...] | None = None
 
     def resolve(self) -> Self:
-        require_positive("task", context=self.context, query=self.query, target=self.target)
-        return one_source(self, "domains", "files")
+        return one_source(super().resolve(), "domains", "files")
 
 
 class Prompts(TextTask):
     """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
 
     Config = PromptsConfig
-    kind = "prompts"
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
+        self.sources = config.domains or ("prompts",)
         self.n_context = config.context
         self.filled = config.files is not None
         self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last byte
@@ -73,19 +72,17 @@ class Prompts(TextTask):
         """The examples of each domain, or of all files together, by split."""
         config = self.config
         if not self.domains:
-            with (self.folders[0] / "rows.jsonl").open("rb") as file:
+            with Path(*self.folders.values(), "rows.jsonl").open("rb") as file:
                 return [from_rows(map(json.loads, file), config.context)]
         made = []
-        for domain, folder in zip(self.domains, self.folders, strict=True):
+        for domain, folder in zip(self.domains, self.folders.values(), strict=True):
             ids = corpus.read(folder)
             sizes = config.context, config.query, config.target
             made.append({split: from_documents(ids[split], *sizes) for split in SPLITS})
             for split, blocks in made[-1].items():
                 if (found := len(np.unique(blocks.document))) < ENOUGH:
-                    raise ValueError(
-                        f"task.context={config.context}, task.query={config.query}, task.target={config.target}: "
-                        f"{found} documents of the {split} split of {domain} are that long, {ENOUGH} are needed"
-                    )
+                    needed = f"{ENOUGH} documents of {sum(sizes)} bytes, context, query and target"
+                    raise ValueError(f"the {split} split of {domain} has {found}, but needs {needed}")
         return made
 
     def sizes(self, split: str) -> list[int]:
@@ -120,10 +117,6 @@ class Prompts(TextTask):
         else:
             target = target[: self.config.target]
         return context[-self.n_context :], query[-self.config.query :], target
-
-    def encode_context(self, text: str) -> list[int]:
-        """The tokens of a context: its last bytes, at most C."""
-        return list(text.encode()[-self.n_context :])
 
     def train_bytes(self) -> Iterable[np.ndarray]:
         return (splits["train"].ids for splits in self.examples)
@@ -161,16 +154,13 @@ def read_rows(files: Iterable[Path]) -> Iterator[Part]:
     found = []
     for path in files:
         with sources.named(f"task.files: {path}"):
-            for place, row in sources.rows(path, PARTS):
+            for place, row in sources.rows(path):
                 with sources.named(place):
-                    for part in PARTS:
-                        if not isinstance(row.get(part), str):
-                            kind, keys = type(row.get(part)).__name__, ", ".join(map(str, row))
-                            raise ValueError(f"{part} must be a string, not {kind}, in a row of the keys {keys}")
-                        row[part].encode()  # not all strings of JSON are text
-                    if not row["target"]:
-                        raise ValueError("the target is empty: there is nothing to predict")
-                found.append([row[part] for part in PARTS])
+                    parts: list[Any] = [row.get(part) for part in PARTS]
+                    if not all(isinstance(part, str) for part in parts) or not row["target"]:
+                        raise ValueError(f"{', '.join(PARTS)} must be strings, the target not empty, in {show(row)}")
+                    "".join(parts).encode()  # not all strings of JSON are text
+                found.append(parts)
     for parts in sorted(found):
         yield "rows", json.dumps(parts).encode() + b"\n"
 

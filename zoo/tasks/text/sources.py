@@ -5,18 +5,15 @@ Hub sets are read with the library `datasets`, Parquet with `pyarrow`; both are 
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +24,6 @@ from zoo.tasks.text.corpus import Document, Part, byte_ids, split_documents
 
 TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".xml", ".log")
 BATCH = 1000  # rows that are read at once, and after which a column that none of them has is missed
-TIMEOUT = 5  # seconds for the hub to answer
 PLACES = ("files", "hub")  # the options of a task that may name paths
 ADVICE = (
     "connect once (later starts read ZOO_CACHE), give the folder of a copy as task.hub=FOLDER, or other text as "
@@ -62,8 +58,7 @@ def named(what: str) -> Iterator[None]:
     except Exception as error:  # readers of tables and the network fail in many ways
         cause = error.__cause__ or error
         line = f"{what} cannot be read: {type(cause).__name__}: {one_line(cause, 300)}"
-        network = isinstance(error, ConnectionError) or "httpx" in type(error).__module__
-        raise ValueError(f"{line}; {ADVICE}" if network else line) from error
+        raise ValueError(f"{line}; {ADVICE}" if isinstance(error, ConnectionError) else line) from error
 
 
 # files
@@ -107,7 +102,7 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[Document]:
     for path in files:
         with named(f"task.files: {path}"):
             if _kind(path) in TABLES:
-                texts = _texts(rows(path, [column]), column)
+                texts = _texts(rows(path), column)
             else:
                 with _open(path) as file:
                     texts = filter(None, [file.read()])  # an empty document would teach that texts end at once
@@ -138,10 +133,10 @@ def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
         raise ValueError(f"has no column {column}: choose one of {', '.join(map(str, columns))} with task.column=…")
 
 
-def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a table, with `columns` at least, where it has them."""
+def rows(path: Path) -> Iterator[Row]:
+    """The rows of a table."""
     with _open(path) as file:
-        for place, row in TABLES[_kind(path)](file, columns):
+        for place, row in TABLES[_kind(path)](file):
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a row is an object, not {type(row).__name__}")
             yield place, row
@@ -151,44 +146,30 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _json(file: IO[bytes], columns: Sequence[str]) -> Iterator[Row]:
+def _json(file: IO[bytes]) -> Iterator[Row]:
     """The objects of an array, or one a line."""
     lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-    place, first = next(lines, ("", b"[]"))
-    if first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _numbered(json.loads(first + file.read()))
-        return
-    every = chain([(place, first)], lines)
-    for where, line in every:
-        with named(where):
+    for turn, (place, line) in enumerate(lines):
+        if turn == 0 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            yield from _numbered(json.loads(line + file.read()))
+            return
+        with named(place):
             row = json.loads(line)
-        yield where, row
+        yield place, row
 
 
-def _csv(file: IO[bytes], columns: Sequence[str]) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # a field is a document
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
-    return ((f"line {reader.line_num}", row) for row in reader)
-
-
-def _parquet(file: IO[bytes], columns: Sequence[str]) -> Iterator[Row]:
+def _parquet(file: IO[bytes]) -> Iterator[Row]:
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(file)
-    here = [name for name in table.schema_arrow.names if name in columns] or None
-    return _numbered(row for batch in table.iter_batches(BATCH, columns=here) for row in batch.to_pylist())
+    batches = parquet.ParquetFile(file).iter_batches(BATCH)
+    return _numbered(row for batch in batches for row in batch.to_pylist())
 
 
 def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-TABLES: dict[str, Callable[[IO[bytes], Sequence[str]], Iterator[Row]]] = {
-    ".json": _json,
-    ".jsonl": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+TABLES = {".json": _json, ".jsonl": _json, ".parquet": _parquet}
 
 
 # sets of the hub
@@ -209,17 +190,10 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
     """Byte ids of each split, document by document; what a set lacks of validation and test is taken from its training
     split. Raises ValueError if the set cannot be had, or lacks the subset, column or training split."""
     import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
     with named(f"task.hub={hub}"):
-        name, _, revision = hub.partition("@")
-        options: dict[str, Any] = {"revision": revision or None}
-        if os.path.isdir(_path(hub)):
-            name, options = str(_path(hub)), {}
-        else:
-            with suppress(OfflineModeIsEnabled):  # HF_HUB_OFFLINE is set: a copy may lie in its cache
-                HfApi().dataset_info(name, timeout=TIMEOUT, **options)  # `datasets` would try for half a minute
+        name, _, revision = (str(_path(hub)), "", "") if os.path.isdir(_path(hub)) else hub.partition("@")
+        options: dict[str, Any] = {"revision": revision} if revision else {}
         builder = datasets.load_dataset_builder(name, subset, **options)
         if builder.name == "text":  # by lines it would lose the newlines
             builder = datasets.load_dataset_builder(name, subset, sample_by="document", **options)
