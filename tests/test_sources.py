@@ -114,7 +114,7 @@ def test_other_columns_of_json_are_nobodys_business() -> None:
     ("name", "content", "message"),
     [
         ("none.txt", None, "'none.txt' matches no file (looked in HERE)"),
-        (".", None, "'.' is a folder; name the files in it, such as FOLDER/**/*.txt (looked in HERE)"),
+        (".", None, "'.' matches no file (looked in HERE); those in a folder are FOLDER/**/*.txt"),
         ("a\0b.txt", None, r"'a\x00b.txt' matches no file"),
         ("~nobody-here/a", None, "'~nobody-here/a': nobody of that name has a home folder here"),
         ("x" * 5000, None, "xxx' matches no file"),

@@ -58,10 +58,6 @@ def _order(size: int, seed: int, split: str, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(size)
 
 
-Pick = tuple[int, np.ndarray, int]
-"""One sequence: its source, an order of all that the source has, and the place in it."""
-
-
 class TextTask(Task):
     """Finitely many sequences of text out of D sources, the domains or one other, and predictions in bits per byte.
 
@@ -84,10 +80,6 @@ class TextTask(Task):
     digests: list[str] | None = None
     """Of the folders in use, or to be used."""
 
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return self.config.domains or ()
-
     # where the text lies
 
     @abstractmethod
@@ -102,7 +94,7 @@ class TextTask(Task):
         if kept and all(kept.values()):
             return kept  # type: ignore[return-value]
         try:
-            prepared = domains.prepare(self.domains) if self.domains else self.prepare_source()
+            prepared = domains.prepare(self.sources) if self.config.domains else self.prepare_source()
         except ValueError as error:
             raise ValueError(f"{error}; {ADVICE}") if self.digests else error from None
         if changed := _changed(prepared, then):
@@ -135,20 +127,23 @@ class TextTask(Task):
         """How many sequences each source has."""
 
     @abstractmethod
-    def rows(self, split: str, picks: list[Pick]) -> Batch:
-        """The batch of these sequences."""
+    def sequence(self, split: str, source: int, order: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
+        """Tokens (T), targets (Q) and, with a context, a wrong one (C), of what is at a place in a source's order."""
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         return self.at(split, k * size + np.arange(size))
 
     def at(self, split: str, index_N: np.ndarray) -> Batch:
-        sizes, picks = self.sizes(split), []
+        sizes, rows, sources = self.sizes(split), [], []
         for j in index_N.tolist():
             turn, source = divmod(j, len(sizes))
             epoch, place = divmod(turn, sizes[source])
             key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
-            picks.append((source, _order(sizes[source], *key), place))
-        return self.rows(split, picks)._replace(group=torch.tensor([source for source, _, _ in picks]))
+            rows.append(self.sequence(split, source, _order(sizes[source], *key), place))
+            sources.append(source)
+        flat = (torch.from_numpy(np.concatenate(part, dtype=np.int64)) for part in zip(*rows, strict=True))
+        tokens, targets, *wrong = (part.view(len(rows), -1) for part in flat)
+        return Batch(tokens, targets, self.n_context, wrong[0] if wrong else None, torch.tensor(sources))
 
     def once(self, split: str, draws: int) -> np.ndarray:
         sizes = np.array(self.sizes(split))
@@ -204,7 +199,7 @@ class TextTask(Task):
         group = batch.group[:, None].expand_as(targets).flatten().repeat_interleave(lengths)
         parts = {
             f"{name}_{domain}": values[group == index]
-            for index, domain in enumerate(self.domains)
+            for index, domain in enumerate(self.config.domains or ())
             for name, values in bits.items()
         }
         return bits | parts

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import torch
 
-from zoo.tasks.base import Batch, TaskConfig
+from zoo.tasks.base import TaskConfig
 from zoo.tasks.text import corpus, sources, tokenizer
-from zoo.tasks.text.base import Pick, TextTask, one_source
+from zoo.tasks.text.base import TextTask, one_source
 from zoo.tasks.text.corpus import START
 from zoo.tasks.text.tokenizer import MOST, Tokenizer
 
@@ -134,9 +133,7 @@ class Text(TextTask):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a tokenizer, too; raises ValueError if it is broken, or not one for these options."""
         if self.config.tokenizer == "bpe":
-            if "merges" not in state:
-                raise ValueError("task.tokenizer=bpe restores merges, the state has none")
-            restored, state = Tokenizer(state["merges"]), {key: state[key] for key in state if key != "merges"}
+            restored, state = Tokenizer(state.get("merges")), {key: state[key] for key in state if key != "merges"}
             if (size := len(restored.spelled)) > self.vocabulary:
                 raise ValueError(f"a tokenizer of {size} ids exceeds task.vocabulary={self.vocabulary}")
             self.tokenizer = restored
@@ -146,13 +143,10 @@ class Text(TextTask):
     def sizes(self, split: str) -> list[int]:
         return [(len(splits[split]) - 1) // self.tokens for splits in self.ids]
 
-    def rows(self, split: str, picks: list[Pick]) -> Batch:
-        rows = np.empty((len(picks), self.tokens + 1), np.int64)
-        for row, (source, order, place) in zip(rows, picks, strict=True):
-            start = order[place] * self.tokens
-            row[:] = self.ids[source][split][start : start + self.tokens + 1]
-        window = torch.from_numpy(rows)
-        return Batch(window[:, :-1], window[:, 1:], 0)
+    def sequence(self, split: str, source: int, order: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
+        start = order[place] * self.tokens
+        window = self.ids[source][split][start : start + self.tokens + 1]
+        return window[:-1], window[1:]
 
     def train_bytes(self) -> Iterable[np.ndarray]:
         return (splits["train"][:COUNTED] for splits in self.texts)

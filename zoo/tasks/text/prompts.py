@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-import torch
 
 from zoo.config import show
 from zoo.core.layers import FILLING
-from zoo.tasks.base import IGNORE, SPLITS, Batch, TaskConfig
+from zoo.tasks.base import IGNORE, SPLITS, TaskConfig
 from zoo.tasks.text import corpus, sources
-from zoo.tasks.text.base import Pick, TextTask, one_source
+from zoo.tasks.text.base import TextTask, one_source
 from zoo.tasks.text.corpus import START, Part, fill
 
 PARTS = ("context", "query", "target")
@@ -71,11 +70,11 @@ class Prompts(TextTask):
     def examples(self) -> list[dict[str, Examples]]:
         """The examples of each domain, or of all files together, by split."""
         config = self.config
-        if not self.domains:
+        if not config.domains:
             with Path(*self.folders.values(), "rows.jsonl").open("rb") as file:
                 return [from_rows(map(json.loads, file), config.context)]
         made = []
-        for domain, folder in zip(self.domains, self.folders.values(), strict=True):
+        for domain, folder in zip(self.sources, self.folders.values(), strict=True):
             ids = corpus.read(folder)
             sizes = config.context, config.query, config.target
             made.append({split: from_documents(ids[split], *sizes) for split in SPLITS})
@@ -88,26 +87,20 @@ class Prompts(TextTask):
     def sizes(self, split: str) -> list[int]:
         return [len(splits[split].document) for splits in self.examples]
 
-    def rows(self, split: str, picks: list[Pick]) -> Batch:
+    def sequence(self, split: str, source: int, order: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
         """The wrong context is that of the next example from another document."""
+        found, other = self.examples[source][split], place
+        while found.document[order[other]] == found.document[order[place]]:
+            other = (other + 1) % len(order)
+        (context, query, target), (of_other, _, _) = (self._parts(found, order[index]) for index in (place, other))
         C = self.n_context
-        tokens = np.full((len(picks), self.tokens + 1), FILLING, np.int64)
-        tokens[:, C] = START
-        targets = np.full((len(picks), self.tokens - C), IGNORE, np.int64)
-        wrong = np.full((len(picks), C), FILLING, np.int64)
-        for row, (source, order, place) in enumerate(picks):
-            found, other = self.examples[source][split], place
-            while found.document[order[other]] == found.document[order[place]]:
-                other = (other + 1) % len(order)
-            context, query, target = self._parts(found, order[place])
-            wrong_context = self._parts(found, order[other])[0]
-            tokens[row, C - len(context) : C] = context
-            wrong[row, C - len(wrong_context) : C] = wrong_context
-            read = np.concatenate([query, target[target != START]])
-            tokens[row, C + 1 : C + 1 + len(read)] = read
-            targets[row, len(query) : len(query) + len(target)] = target
-        own, scored, other_context = map(torch.from_numpy, (tokens[:, :-1], targets, wrong))
-        return Batch(own, scored, C, other_context)
+        tokens, wrong = np.full(self.tokens + 1, FILLING), np.full(C, FILLING)
+        read = np.concatenate([context, [START], query, target[target != START]])
+        tokens[C - len(context) :][: len(read)] = read
+        wrong[C - len(of_other) :] = of_other
+        targets = np.full(self.tokens - C, IGNORE)
+        targets[len(query) :][: len(target)] = target
+        return tokens[:-1], targets, wrong
 
     def _parts(self, found: Examples, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The context, query and target of an example, cut to size; in files START ends a target that was not cut."""

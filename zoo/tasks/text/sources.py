@@ -73,9 +73,8 @@ def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
         names = [str(path)] if os.path.isfile(path) else sorted(glob.glob(str(path), recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
-            folder = "is a folder; name the files in it, such as FOLDER/**/*.txt"
-            hint = folder if os.path.isdir(path) else "matches no file"
-            raise ValueError(f"task.files: {show(pattern, 300)} {hint} (looked in {Path.cwd()})")
+            hint = f"(looked in {Path.cwd()}); those in a folder are FOLDER/**/*.txt"
+            raise ValueError(f"task.files: {show(pattern, 300)} matches no file {hint}")
         for file in files:
             if _kind(file) not in (*TABLES, *kinds):
                 known = ", ".join(kind or "none, for plain text" for kind in (*TABLES, *kinds))
@@ -91,8 +90,7 @@ def _kind(path: Path) -> str:
 
 def fingerprint(files: Iterable[Path]) -> str:
     """A hash of names, sizes and times of change."""
-    states = ((path, path.stat()) for path in files)
-    lines = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states]
+    lines = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
