@@ -201,7 +201,7 @@ def test_a_context_of_most_rows_trains_and_equal_rows_stay_together(tmp_path: Pa
 
 def test_two_contexts_are_needed_in_each_split(tmp_path: Path) -> None:
     few = [record(f"text {k % 5}", "", "t") for k in range(80)]
-    with pytest.raises(ValueError, match="5 different contexts are too few, each of train, validation, test needs 2"):
+    with pytest.raises(ValueError, match="5 different contexts are too few, each split needs 2"):
         prompts(files=[write(tmp_path / "a.jsonl", few)]).prepare()
     alone = prompts(files=[write(tmp_path / "b.jsonl", [record("", f"q{k}", "t") for k in range(6)])])
     assert [len(everything(alone, split)) for split in SPLITS] == [2, 2, 2]

@@ -171,9 +171,7 @@ def from_rows(rows: Iterable[list[str]], context: int) -> dict[str, Examples]:
         key = row[0][-context:] or b"\0".join(row)
         documents.setdefault(hashlib.sha256(key).digest(), []).append(row)
     if len(documents) < ENOUGH * len(SPLITS):
-        raise ValueError(
-            f"task.files: {len(documents)} different contexts are too few, each of {', '.join(SPLITS)} needs {ENOUGH}"
-        )
+        raise ValueError(f"task.files: {len(documents)} different contexts are too few, each split needs {ENOUGH}")
     ordered = [documents[key] for key in sorted(documents)]
     sizes = np.array([sum(len(part) for row in document for part in row) for document in ordered])
     names = ("test", "validation", "train")

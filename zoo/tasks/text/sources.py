@@ -6,7 +6,6 @@ Hub sets are read with the library `datasets`, Parquet with `pyarrow`; both are 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import os
@@ -76,16 +75,11 @@ def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
             hint = f"(looked in {Path.cwd()}); those in a folder are FOLDER/**/*.txt"
             raise ValueError(f"task.files: {show(pattern, 300)} matches no file {hint}")
         for file in files:
-            if _kind(file) not in (*TABLES, *kinds):
+            if file.suffix.lower() not in (*TABLES, *kinds):
                 known = ", ".join(kind or "none, for plain text" for kind in (*TABLES, *kinds))
-                raise ValueError(f"task.files: {file} has an unknown extension; known: {known}; with .gz, too")
+                raise ValueError(f"task.files: {file} has an unknown extension; known: {known}")
             found.setdefault(os.path.realpath(file), file)
     return list(found.values())
-
-
-def _kind(path: Path) -> str:
-    """The extension; the one before .gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -99,12 +93,9 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[Document]:
     that is missing."""
     for path in files:
         with named(f"task.files: {path}"):
-            if _kind(path) in TABLES:
-                texts = _texts(rows(path), column)
-            else:
-                with _open(path) as file:
-                    texts = filter(None, [file.read()])  # an empty document would teach that texts end at once
-            yield from _documents(texts)
+            table = path.suffix.lower() in TABLES
+            texts = _texts(rows(path), column) if table else [path.read_bytes()]
+            yield from _documents(filter(None, texts))  # an empty document would teach that texts end at once
 
 
 def _documents(texts: Iterable[bytes]) -> Iterator[Document]:
@@ -113,7 +104,7 @@ def _documents(texts: Iterable[bytes]) -> Iterator[Document]:
 
 
 def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
-    """The texts of a column; rows without are left out. Raises ValueError if it is in none of the first rows."""
+    """The texts of a column, empty for rows without. Raises ValueError if it is in none of the first rows."""
     columns: dict[str, Any] = {}
     for number, (place, row) in enumerate(rows):
         if column not in columns:
@@ -125,23 +116,18 @@ def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
             if not isinstance(text, str | None):
                 raise ValueError(f"column {column} holds {type(text).__name__}, not text")
             document = (text or "").encode()
-        if document:
-            yield document
+        yield document
     if columns and column not in columns:
         raise ValueError(f"has no column {column}: choose one of {', '.join(map(str, columns))} with task.column=…")
 
 
 def rows(path: Path) -> Iterator[Row]:
     """The rows of a table."""
-    with _open(path) as file:
-        for place, row in TABLES[_kind(path)](file):
+    with path.open("rb") as file:
+        for place, row in TABLES[path.suffix.lower()](file):
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a row is an object, not {type(row).__name__}")
             yield place, row
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _json(file: IO[bytes]) -> Iterator[Row]:
@@ -174,8 +160,7 @@ TABLES = {".json": _json, ".jsonl": _json, ".parquet": _parquet}
 
 
 def hub_origin(hub: str, subset: str | None, column: str, documents: int | None) -> str:
-    """A name for all that a set's text depends on; one of the hub is asked for its state once, before reading. Raises
-    ValueError if `hub` is neither a folder nor OWNER/NAME."""
+    """A name for all that a set's text depends on; raises ValueError if `hub` is neither a folder nor OWNER/NAME."""
     options, folder = f"{hub} {subset} {column} {documents}", _path(hub)
     if os.path.isdir(folder):
         return f"{options} {fingerprint(sorted(path.resolve() for path in folder.rglob('*') if path.is_file()))}"
@@ -209,7 +194,7 @@ def read_hub(hub: str, subset: str | None, column: str, documents: int | None) -
             every = (
                 dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)
             )
-            texts = islice(_texts(_numbered(every), column), documents)
+            texts = islice(filter(None, _texts(_numbered(every), column)), documents)
             if split == "train" and missing:
                 yield from split_documents("hub", _documents(texts), missing)
             else:
