@@ -204,7 +204,7 @@ def test_a_new_task_of_blind_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert queries.shape == (1, 13)
     assert torch.equal(queries[0, :6], batch.tokens[0, :6])
     assert torch.equal(queries[0, 6:], made.batch("train", 0, 2).tokens[:, 6:].flatten()[:7])
-    for ask in (made.encode, made.encode_context, made.decode):
+    for ask in (made.encode, made.encode_context):
         with pytest.raises(ValueError, match=r"^task\.name=lookup has no text"):
             ask("a")
 

@@ -251,7 +251,7 @@ def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
     ("options", "state", "message"),
     [
         ({}, {"merges": []}, "task.name=text has no state merges"),
-        (PAIRS, {}, "task.tokenizer=bpe restores merges, the state has none"),
+        (PAIRS, {}, "a tokenizer is a list of 65536 merges at most, got None"),
         (PAIRS, {"merges": [], "code": "x"}, "task.name=text has no state code"),
         (PAIRS, {"merges": [[97, k] for k in range(256)]}, "a tokenizer of 513 ids exceeds task.vocabulary=400"),
     ],

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.config import from_dict
+from zoo.config import from_dict, require_positive
 from zoo.core.layers import FILLING
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
+IGNORE = -100  # torch's ignore_index: a target that is not predicted
 
 
 class Batch(NamedTuple):
@@ -55,12 +56,6 @@ Predict = Callable[[Tensor, int], Tensor]
 """From tokens and n_context to the model's output (B,T,V)."""
 
 
-def nats(output_BQV: Tensor, targets_BQ: Tensor) -> Tensor:
-    """Cross-entropy of each target (B,Q) in at least float32, 0 where it is torch's ignore_index."""
-    logits = output_BQV.flatten(0, 1).to(torch.promote_types(output_BQV.dtype, torch.float32))
-    return F.cross_entropy(logits, targets_BQ.flatten(), reduction="none").view(targets_BQ.shape)
-
-
 @dataclass(frozen=True)
 class TaskConfig:
     """The options of a task."""
@@ -68,12 +63,14 @@ class TaskConfig:
     name: str = ""
 
     def resolve(self) -> Self:
-        """This with every open default written down; raises ValueError for options that do not fit each other."""
+        """This with every open default written down; raises ValueError for options that do not fit each other, here
+        for numbers that are not above 0."""
+        require_positive("task", **{key: value for key, value in vars(self).items() if type(value) in (int, float)})
         return self
 
 
 class Task(ABC):
-    """One training problem. Subclasses set the attributes below and define batch, token_losses and evaluate."""
+    """One training problem. Subclasses set the attributes below and define batch, baselines and evaluate."""
 
     Config: ClassVar[type[TaskConfig]]
     main_metric: ClassVar[str]
@@ -83,7 +80,7 @@ class Task(ABC):
     unit: ClassVar[str] = "nats per token"
     """Of the loss."""
     has_text: ClassVar[bool] = False
-    """Whether token ids stand for text: then encode, decode and, with a context, encode_context are defined."""
+    """Whether token ids stand for text: then encode and decode are defined."""
 
     vocabulary: int | None = None
     token_dim: int | None = None
@@ -139,13 +136,16 @@ class Task(ABC):
         queries_KT = self.batch(split, k, count).unfilled()[:, self.n_context :][:, :16].to(context)
         return torch.cat([context.expand(count, -1), queries_KT], 1)
 
-    @abstractmethod
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
-        """The loss of each prediction (B,Q), 0 where nothing is predicted."""
+        """The loss of each prediction (B,Q), 0 where nothing is predicted; here nats, in at least float32."""
+        logits = output[:, -batch.targets.shape[1] :].flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE, reduction="none")
+        return losses.view(batch.targets.shape)
 
     def scored(self, batch: Batch) -> Tensor:
-        """Which predictions count (B,Q); here all."""
-        return torch.ones_like(batch.targets, dtype=torch.bool)
+        """Which predictions count (B,Q)."""
+        return batch.targets != IGNORE
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """The training loss: the sum of the errors over `batch.scored`, so that the mean over parts is the mean over
@@ -184,15 +184,12 @@ class Task(ABC):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, the start of a document first; raises ValueError for a task without text."""
-        raise self._no_text()
+        raise ValueError(f"task.name={self.config.name} has no text: give a model that was trained on text or prompts")
 
     def encode_context(self, text: str) -> list[int]:
-        """The ids of a separate context."""
-        raise self._no_text()
+        """The ids of a separate context: the last ones of a text, as many as there are places."""
+        return self.encode(text)[1:][-self.n_context :]
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; starts of documents have none."""
-        raise self._no_text()
-
-    def _no_text(self) -> ValueError:
-        return ValueError(f"task.name={self.config.name} has no text: give a model that was trained on text or prompts")
+        """The bytes that ids of a text stand for; starts of documents have none."""
+        raise NotImplementedError

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zoo.config import require_positive
-from zoo.tasks.base import Batch, Predict, Task, TaskConfig, nats
+from zoo.tasks.base import Batch, Predict, Task, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,6 @@ class NoiseConfig(TaskConfig):
     name: str = "noise"
     vocabulary: int = 8
     tokens: int = 64
-
-    def resolve(self) -> Self:
-        require_positive("task", vocabulary=self.vocabulary, tokens=self.tokens)
-        return self
 
 
 class Noise(Task):
@@ -42,9 +37,6 @@ class Noise(Task):
         shape = (size, self.tokens + 1)
         ids = torch.randint(self.config.vocabulary, shape, generator=self.generator(split, k))
         return Batch(ids[:, :-1], ids[:, 1:], 0)
-
-    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
-        return nats(output, batch.targets)
 
     def baselines(self) -> dict[str, float]:
         return {"floor, ln V": math.log(self.config.vocabulary)}

@@ -15,10 +15,9 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from zoo.config import require_positive
 from zoo.tasks.base import Batch, Predict, Task, TaskConfig
 
-OWN_OPTION = {"sparse": ("nonzero", 1), "noisy": ("noise", 0.5), "network": ("units", 20)}
+OWN_OPTION: dict[str, tuple[str, Any]] = {"sparse": ("nonzero", 1), "noisy": ("noise", 0.5), "network": ("units", 20)}
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,16 @@ class RegressionConfig(TaskConfig):
     units: int | None = None
 
     def resolve(self) -> Self:
-        require_positive("task", dimension=self.dimension, points=self.points, queries=self.queries)
-        own: dict[str, Any] = {}
+        config = super().resolve()
         for function, (option, default) in OWN_OPTION.items():
             value = getattr(self, option)
-            if function == self.function:
-                own[option] = default if value is None else value
-            elif value is not None:
+            if value is not None and function != self.function:
                 raise ValueError(f"task.{option}={value} needs task.function={function}, not {self.function}")
-        require_positive("task", **own)
-        if own.get("nonzero", 0) > self.dimension:
-            raise ValueError(f"task.nonzero={own['nonzero']} exceeds task.dimension={self.dimension}")
-        return replace(self, **own)
+            if value is None and function == self.function:
+                config = replace(config, **{option: default})
+        if (config.nonzero or 0) > self.dimension:
+            raise ValueError(f"task.nonzero={config.nonzero} exceeds task.dimension={self.dimension}")
+        return config
 
 
 class Regression(Task):
@@ -100,12 +97,6 @@ class Regression(Task):
         tokens[:, self.n_context :, -1] = 0
         return tokens, y_BT[:, self.n_context :]
 
-    def sample_queries(self, context: Tensor, count: int, split: str = "train", k: int = 0) -> Tensor:
-        """One row: the inputs of all pairs and queries of a batch serve as queries (x, 0)."""
-        inputs_Kd = self.batch(split, k, -(-count // self.tokens)).tokens.flatten(0, 1)[:count].clone()
-        inputs_Kd[:, -1] = 0
-        return torch.cat([context, inputs_Kd.to(context)])[None]
-
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()
 
@@ -117,15 +108,12 @@ class Regression(Task):
         gram = x_BCd.mT @ x_BCd + penalty * torch.eye(x_BCd.shape[-1], dtype=torch.float64, device=pairs.device)
         return torch.linalg.solve(gram, x_BCd.mT @ y_BC1).squeeze(-1)
 
-    def ridge(self, batch: Batch) -> Tensor:
-        """The closed-form answer to every query, (B,Q)."""
-        query_BQd = batch.tokens[:, batch.n_context :, :-1].double()
-        return (query_BQd @ self.latent(batch).unsqueeze(-1)).squeeze(-1)
-
     def baselines(self) -> dict[str, float]:
         return {"predicting zero": float(self.variance)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        ridge = (self.ridge(batch) - batch.targets).square()
-        errors = self.errors(predict, batch) | {"nmse_ridge": ridge, "nmse_zero": batch.targets.square()}
+        query_BQd = batch.tokens[:, batch.n_context :, :-1].double()
+        ridge_BQ = (query_BQd @ self.latent(batch).unsqueeze(-1)).squeeze(-1)
+        errors = self.errors(predict, batch)
+        errors |= {"nmse_ridge": (ridge_BQ - batch.targets).square(), "nmse_zero": batch.targets.square()}
         return {name: error / self.variance for name, error in errors.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -22,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import plain, show
-from zoo.tasks.base import SPLITS, Batch, Predict, Task, nats
+from zoo.tasks.base import SPLITS, Batch, Predict, Task
 from zoo.tasks.text import corpus, domains
 from zoo.tasks.text.corpus import START
 from zoo.tasks.text.ngram import Trigram
 from zoo.tasks.text.tokenizer import Tokenizer
 
-IGNORE = -100  # torch's ignore_index: what is not predicted
 ADVICE = (
     "bring that text back, name where it lies now (resume=… task.files=[…]), or let ZOO_CACHE name a folder that holds "
     "it as it was prepared"
@@ -38,26 +36,26 @@ Config = TypeVar("Config", bound=Any)
 
 def one_source(config: Config, *options: str) -> Config:
     """`config` with its source of text, all domains where none of `options` names one; raises ValueError for several
-    sources and for one that names nothing, or a domain twice."""
+    sources and for one that names nothing, or something twice."""
     given = {name: plain(value) for name in options if (value := getattr(config, name)) is not None}
+    named = " and ".join(f"task.{name}={value}" for name, value in given.items())
     if len(given) > 1:
-        named = " and ".join(f"task.{name}={value}" for name, value in given.items())
         raise ValueError(f"{named} exclude each other: text has one source")
-    chosen = given.get("domains", None if given else list(domains.DOMAINS))
-    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
-        raise ValueError(f"task.domains={chosen} must be different names out of {list(domains.DOMAINS)}")
-    if given.get("files") == []:
-        raise ValueError("task.files=[] must name files or globs")
-    return replace(config, domains=chosen and tuple(chosen))
+    if any(not value or len(set(value)) < len(value) for value in given.values() if isinstance(value, list)):
+        raise ValueError(f"{named} must name something, nothing twice; the domains are {', '.join(domains.DOMAINS)}")
+    return config if given else replace(config, domains=tuple(domains.DOMAINS))
+
+
+def _changed(folders: dict[str, Path], digests: Sequence[str]) -> str:
+    """One line on folders that hold other text than the `digests` of a checkpoint say, "" where none does."""
+    pairs = zip(folders.items(), digests, strict=False)
+    changed = "; ".join(name for (name, folder), digest in pairs if corpus.digest(folder) != digest)
+    return changed and f"the checkpoint was trained on other text than is found now for {changed}"
 
 
 @functools.lru_cache(maxsize=16)
 def _order(size: int, seed: int, split: str, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, SPLITS[split], epoch]).permutation(size)
-
-
-Pick = tuple[int, np.ndarray, int]
-"""One sequence: its source, an order of all that the source has, and the place in it."""
 
 
 class TextTask(Task):
@@ -77,19 +75,10 @@ class TextTask(Task):
     has_text = True
 
     vocabulary = output_dim = START + 1
-    kind: str
-    """Of the folder in the cache where there are no domains."""
+    sources: tuple[str, ...]
+    """Their names in the cache."""
     digests: list[str] | None = None
     """Of the folders in use, or to be used."""
-    _names: tuple[str, ...] = ()
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return self.config.domains or ()
-
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        return self.domains or (self.kind,)
 
     # where the text lies
 
@@ -98,26 +87,20 @@ class TextTask(Task):
         """The folder of the only source that is no domain, with its name for messages; made if need be."""
 
     @functools.cached_property
-    def folders(self) -> list[Path]:
-        """Where each source lies; what a checkpoint names by its digest is taken before all other."""
-        kept = [corpus.find(kind, digest) for kind, digest in zip(self._kinds, self.digests or (), strict=False)]
-        if kept and all(kept):
+    def folders(self) -> dict[str, Path]:
+        """Where each source lies, by its name for messages; what a checkpoint names by its digest is taken first."""
+        then = self.digests or []
+        kept = {source: corpus.find(source, digest) for source, digest in zip(self.sources, then, strict=False)}
+        if kept and all(kept.values()):
             return kept  # type: ignore[return-value]
         try:
-            prepared = domains.prepare(self.domains) if self.domains else self.prepare_source()
+            prepared = domains.prepare(self.sources) if self.config.domains else self.prepare_source()
         except ValueError as error:
             raise ValueError(f"{error}; {ADVICE}") if self.digests else error from None
-        before, self.digests = self.digests, list(map(corpus.digest, prepared.values()))
-        self._names = tuple(prepared)
-        if changed := self._changed(before or ()):
+        if changed := _changed(prepared, then):
             warnings.warn(changed, stacklevel=2)
-        return list(prepared.values())
-
-    def _changed(self, digests: Sequence[str]) -> str:
-        """One line on text that is not that of the `digests` of a checkpoint, "" if all is."""
-        texts = zip(self._names or self._kinds, self.digests or (), digests, strict=False)
-        changed = "; ".join(name for name, now, then in texts if now != then)
-        return f"the checkpoint was trained on other text than is found now for {changed}" if changed else ""
+        self.digests = list(map(corpus.digest, prepared.values()))
+        return prepared
 
     def prepare(self) -> None:
         self.sizes("train")
@@ -131,10 +114,9 @@ class TextTask(Task):
         if "corpus" not in state:  # older checkpoints do not say
             return
         digests = state["corpus"]
-        known = isinstance(digests, list) and len(digests) == len(self._kinds)
-        if not known or not all(isinstance(item, str) and re.fullmatch("[0-9a-f]{64}", item) for item in digests):
-            raise ValueError(f"the corpus of this task is a list of hashes of {self._kinds}, got {show(digests)}")
-        if "folders" in self.__dict__ and (changed := self._changed(digests)):
+        if not isinstance(digests, list) or list(map(type, digests)) != [str] * len(self.sources):
+            raise ValueError(f"the corpus of this task is a list of hashes of {self.sources}, got {show(digests)}")
+        if "folders" in self.__dict__ and (changed := _changed(self.folders, digests)):
             raise ValueError(f"{changed}; {ADVICE}")
         self.digests = digests
 
@@ -145,20 +127,23 @@ class TextTask(Task):
         """How many sequences each source has."""
 
     @abstractmethod
-    def rows(self, split: str, picks: list[Pick]) -> Batch:
-        """The batch of these sequences."""
+    def sequence(self, split: str, source: int, order: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
+        """Tokens (T), targets (Q) and, with a context, a wrong one (C), of what is at a place in a source's order."""
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         return self.at(split, k * size + np.arange(size))
 
     def at(self, split: str, index_N: np.ndarray) -> Batch:
-        sizes, picks = self.sizes(split), []
+        sizes, rows, sources = self.sizes(split), [], []
         for j in index_N.tolist():
             turn, source = divmod(j, len(sizes))
             epoch, place = divmod(turn, sizes[source])
             key = (self.seed, split, epoch) if split == "train" else (0, split, 0)
-            picks.append((source, _order(sizes[source], *key), place))
-        return self.rows(split, picks)._replace(group=torch.tensor([source for source, _, _ in picks]))
+            rows.append(self.sequence(split, source, _order(sizes[source], *key), place))
+            sources.append(source)
+        flat = (torch.from_numpy(np.concatenate(part, dtype=np.int64)) for part in zip(*rows, strict=True))
+        tokens, targets, *wrong = (part.view(len(rows), -1) for part in flat)
+        return Batch(tokens, targets, self.n_context, wrong[0] if wrong else None, torch.tensor(sources))
 
     def once(self, split: str, draws: int) -> np.ndarray:
         sizes = np.array(self.sizes(split))
@@ -193,13 +178,6 @@ class TextTask(Task):
         """One for all sources."""
         return Trigram(self.train_bytes())
 
-    def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
-        """Nats of each token, ends of documents among them."""
-        return nats(output[:, -batch.targets.shape[1] :], batch.targets)
-
-    def scored(self, batch: Batch) -> Tensor:
-        return batch.targets != IGNORE
-
     def baselines(self) -> dict[str, float]:
         counts = np.stack([np.bincount(ids, minlength=self.output_dim) for ids in self.train_targets()])
         p = (counts / counts.sum(1, keepdims=True)).mean(0)
@@ -221,7 +199,7 @@ class TextTask(Task):
         group = batch.group[:, None].expand_as(targets).flatten().repeat_interleave(lengths)
         parts = {
             f"{name}_{domain}": values[group == index]
-            for index, domain in enumerate(self.domains)
+            for index, domain in enumerate(self.config.domains or ())
             for name, values in bits.items()
         }
         return bits | parts

@@ -178,8 +178,7 @@ def prepare(
                 for part, content in parts:
                     opened[part].write(content)
             if empty := [part for part, path in new.items() if not path.stat().st_size]:
-                some = f" for {' and '.join(empty)}" if len(empty) < len(files) else ""
-                raise ValueError(f"{label} holds no text{some}")
+                raise ValueError(f"{label} holds no text for {' and '.join(empty)}")
             manifest = {"key": key, "sha256": {path.name: _sha256(path) for path in new.values()}}
             write(Path(temporary, "manifest.json"), to_json(manifest, 2))
             folder.mkdir(exist_ok=True)

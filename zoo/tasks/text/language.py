@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import torch
 
-from zoo.config import require_positive
-from zoo.tasks.base import Batch, TaskConfig
+from zoo.tasks.base import TaskConfig
 from zoo.tasks.text import corpus, sources, tokenizer
-from zoo.tasks.text.base import Pick, TextTask, one_source
+from zoo.tasks.text.base import TextTask, one_source
 from zoo.tasks.text.corpus import START
-from zoo.tasks.text.tokenizer import Tokenizer
+from zoo.tasks.text.tokenizer import MOST, Tokenizer
 
 TRAINED = 10_000_000  # bytes that merges are learned from, an equal share from each domain
 COUNTED = 1 << 25  # ids of each training split that baselines are counted on: all of a domain, a part of a large set
@@ -44,22 +42,22 @@ class TextConfig(TaskConfig):
     vocabulary: int | None = None
 
     def resolve(self) -> Self:
-        documents = 1 if self.documents is None else self.documents
-        require_positive("task", tokens=self.tokens, documents=documents)
-        config = one_source(self, "domains", "files", "hub")
-        for option, needs in (("subset", ["hub"]), ("documents", ["hub"]), ("column", ["hub", "files"])):
-            if getattr(config, option) is not None and all(getattr(config, need) is None for need in needs):
-                needed = " or ".join(f"task.{need}" for need in needs)
-                raise ValueError(f"task.{option}={getattr(config, option)} needs {needed}")
-        if config.domains is None and config.column is None:
-            config = replace(config, column="text")
+        config = one_source(super().resolve(), "domains", "files", "hub")
+        for option, needs, given in (
+            ("subset", "task.hub", config.hub),
+            ("documents", "task.hub", config.hub),
+            ("column", "task.hub or task.files", config.hub or config.files),
+            ("vocabulary", "task.tokenizer=bpe", config.tokenizer == "bpe"),
+        ):
+            if getattr(config, option) is not None and not given:
+                raise ValueError(f"task.{option}={getattr(config, option)} needs {needs}")
+        if config.domains is None:
+            config = replace(config, column=config.column or "text")
         if config.tokenizer == "bytes":
-            if config.vocabulary is not None:
-                raise ValueError(f"task.vocabulary={config.vocabulary} needs task.tokenizer=bpe, not bytes")
             return config
-        vocabulary = 1024 if config.vocabulary is None else config.vocabulary
-        if not START + 1 < vocabulary <= 1 << 16:
-            raise ValueError(f"task.vocabulary={vocabulary} must lie between {START + 2} and {1 << 16}")
+        vocabulary = config.vocabulary or 1024
+        if not START + 1 < vocabulary <= MOST:
+            raise ValueError(f"task.vocabulary={vocabulary} must lie between {START + 2} and {MOST}")
         return replace(config, vocabulary=vocabulary)
 
 
@@ -76,7 +74,7 @@ class Text(TextTask):
         super().__init__(options, seed)
         self.tokens = self.config.tokens
         self.vocabulary = self.output_dim = self.config.vocabulary or START + 1
-        self.kind = "hub" if self.config.files is None else "files"
+        self.sources = self.config.domains or ("hub" if self.config.files is None else "files",)
 
     def prepare_source(self) -> dict[str, Path]:
         config = self.config
@@ -87,12 +85,12 @@ class Text(TextTask):
         else:
             options = (config.hub, config.subset, config.column, config.documents)
             key, label, parts = sources.hub_origin(*options), f"task.hub={config.hub}", sources.read_hub(*options)
-        return {label: corpus.prepare(self.kind, key, parts, label=label)}
+        return {label: corpus.prepare(self.sources[0], key, parts, label=label)}
 
     @functools.cached_property
     def texts(self) -> list[dict[str, np.ndarray]]:
         """Byte ids of each source by split."""
-        return [corpus.read(folder) for folder in self.folders]
+        return [corpus.read(folder) for folder in self.folders.values()]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -105,14 +103,14 @@ class Text(TextTask):
             sample = (text for splits in self.texts for text in corpus.texts(splits["train"][:share]))
             yield "tokenizer", json.dumps(tokenizer.train(sample, self.vocabulary)).encode()
 
-        key = f"{self.vocabulary} {share} {' '.join(map(corpus.digest, self.folders))}"
+        key = f"{self.vocabulary} {share} {' '.join(map(corpus.digest, self.folders.values()))}"
         folder = corpus.prepare("bpe", key, parts(), ["tokenizer.json"])
         return Tokenizer(json.loads((folder / "tokenizer.json").read_bytes()))
 
     @functools.cached_property
     def ids(self) -> list[dict[str, np.ndarray]]:
         """Token ids of each source by split."""
-        ids = [self._encoded(folder) for folder in self.folders] if self.tokenizer.merges else self.texts
+        ids = [self._encoded(folder) for folder in self.folders.values()] if self.tokenizer.merges else self.texts
         shortest = min(len(split) for splits in ids for split in splits.values())
         if self.tokens >= shortest:
             raise ValueError(f"task.tokens={self.tokens} must be below {shortest}, the tokens of the shortest split")
@@ -135,9 +133,7 @@ class Text(TextTask):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a tokenizer, too; raises ValueError if it is broken, or not one for these options."""
         if self.config.tokenizer == "bpe":
-            if "merges" not in state:
-                raise ValueError("task.tokenizer=bpe restores merges, the state has none")
-            restored, state = Tokenizer(state["merges"]), {key: state[key] for key in state if key != "merges"}
+            restored, state = Tokenizer(state.get("merges")), {key: state[key] for key in state if key != "merges"}
             if (size := len(restored.spelled)) > self.vocabulary:
                 raise ValueError(f"a tokenizer of {size} ids exceeds task.vocabulary={self.vocabulary}")
             self.tokenizer = restored
@@ -147,13 +143,10 @@ class Text(TextTask):
     def sizes(self, split: str) -> list[int]:
         return [(len(splits[split]) - 1) // self.tokens for splits in self.ids]
 
-    def rows(self, split: str, picks: list[Pick]) -> Batch:
-        rows = np.empty((len(picks), self.tokens + 1), np.int64)
-        for row, (source, order, place) in zip(rows, picks, strict=True):
-            start = order[place] * self.tokens
-            row[:] = self.ids[source][split][start : start + self.tokens + 1]
-        window = torch.from_numpy(rows)
-        return Batch(window[:, :-1], window[:, 1:], 0)
+    def sequence(self, split: str, source: int, order: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
+        start = order[place] * self.tokens
+        window = self.ids[source][split][start : start + self.tokens + 1]
+        return window[:-1], window[1:]
 
     def train_bytes(self) -> Iterable[np.ndarray]:
         return (splits["train"][:COUNTED] for splits in self.texts)

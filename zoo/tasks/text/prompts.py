@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-import torch
 
-from zoo.config import require_positive
+from zoo.config import show
 from zoo.core.layers import FILLING
-from zoo.tasks.base import SPLITS, Batch, TaskConfig
+from zoo.tasks.base import IGNORE, SPLITS, TaskConfig
 from zoo.tasks.text import corpus, sources
-from zoo.tasks.text.base import IGNORE, Pick, TextTask, one_source
+from zoo.tasks.text.base import TextTask, one_source
 from zoo.tasks.text.corpus import START, Part, fill
 
 PARTS = ("context", "query", "target")
@@ -47,19 +46,18 @@ class PromptsConfig(TaskConfig):
     files: tuple[str, ...] | None = None
 
     def resolve(self) -> Self:
-        require_positive("task", context=self.context, query=self.query, target=self.target)
-        return one_source(self, "domains", "files")
+        return one_source(super().resolve(), "domains", "files")
 
 
 class Prompts(TextTask):
     """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
 
     Config = PromptsConfig
-    kind = "prompts"
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
+        self.sources = config.domains or ("prompts",)
         self.n_context = config.context
         self.filled = config.files is not None
         self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last byte
@@ -72,45 +70,37 @@ class Prompts(TextTask):
     def examples(self) -> list[dict[str, Examples]]:
         """The examples of each domain, or of all files together, by split."""
         config = self.config
-        if not self.domains:
-            with (self.folders[0] / "rows.jsonl").open("rb") as file:
+        if not config.domains:
+            with Path(*self.folders.values(), "rows.jsonl").open("rb") as file:
                 return [from_rows(map(json.loads, file), config.context)]
         made = []
-        for domain, folder in zip(self.domains, self.folders, strict=True):
+        for domain, folder in zip(self.sources, self.folders.values(), strict=True):
             ids = corpus.read(folder)
             sizes = config.context, config.query, config.target
             made.append({split: from_documents(ids[split], *sizes) for split in SPLITS})
             for split, blocks in made[-1].items():
                 if (found := len(np.unique(blocks.document))) < ENOUGH:
-                    raise ValueError(
-                        f"task.context={config.context}, task.query={config.query}, task.target={config.target}: "
-                        f"{found} documents of the {split} split of {domain} are that long, {ENOUGH} are needed"
-                    )
+                    needed = f"{ENOUGH} documents of {sum(sizes)} bytes, context, query and target"
+                    raise ValueError(f"the {split} split of {domain} has {found}, but needs {needed}")
         return made
 
     def sizes(self, split: str) -> list[int]:
         return [len(splits[split].document) for splits in self.examples]
 
-    def rows(self, split: str, picks: list[Pick]) -> Batch:
+    def sequence(self, split: str, source: int, order: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
         """The wrong context is that of the next example from another document."""
+        found, other = self.examples[source][split], place
+        while found.document[order[other]] == found.document[order[place]]:
+            other = (other + 1) % len(order)
+        (context, query, target), (of_other, _, _) = (self._parts(found, order[index]) for index in (place, other))
         C = self.n_context
-        tokens = np.full((len(picks), self.tokens + 1), FILLING, np.int64)
-        tokens[:, C] = START
-        targets = np.full((len(picks), self.tokens - C), IGNORE, np.int64)
-        wrong = np.full((len(picks), C), FILLING, np.int64)
-        for row, (source, order, place) in enumerate(picks):
-            found, other = self.examples[source][split], place
-            while found.document[order[other]] == found.document[order[place]]:
-                other = (other + 1) % len(order)
-            context, query, target = self._parts(found, order[place])
-            wrong_context = self._parts(found, order[other])[0]
-            tokens[row, C - len(context) : C] = context
-            wrong[row, C - len(wrong_context) : C] = wrong_context
-            read = np.concatenate([query, target[target != START]])
-            tokens[row, C + 1 : C + 1 + len(read)] = read
-            targets[row, len(query) : len(query) + len(target)] = target
-        own, scored, other_context = map(torch.from_numpy, (tokens[:, :-1], targets, wrong))
-        return Batch(own, scored, C, other_context)
+        tokens, wrong = np.full(self.tokens + 1, FILLING), np.full(C, FILLING)
+        read = np.concatenate([context, [START], query, target[target != START]])
+        tokens[C - len(context) :][: len(read)] = read
+        wrong[C - len(of_other) :] = of_other
+        targets = np.full(self.tokens - C, IGNORE)
+        targets[len(query) :][: len(target)] = target
+        return tokens[:-1], targets, wrong
 
     def _parts(self, found: Examples, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The context, query and target of an example, cut to size; in files START ends a target that was not cut."""
@@ -120,10 +110,6 @@ class Prompts(TextTask):
         else:
             target = target[: self.config.target]
         return context[-self.n_context :], query[-self.config.query :], target
-
-    def encode_context(self, text: str) -> list[int]:
-        """The tokens of a context: its last bytes, at most C."""
-        return list(text.encode()[-self.n_context :])
 
     def train_bytes(self) -> Iterable[np.ndarray]:
         return (splits["train"].ids for splits in self.examples)
@@ -163,14 +149,11 @@ def read_rows(files: Iterable[Path]) -> Iterator[Part]:
         with sources.named(f"task.files: {path}"):
             for place, row in sources.rows(path, PARTS):
                 with sources.named(place):
-                    for part in PARTS:
-                        if not isinstance(row.get(part), str):
-                            kind, keys = type(row.get(part)).__name__, ", ".join(map(str, row))
-                            raise ValueError(f"{part} must be a string, not {kind}, in a row of the keys {keys}")
-                        row[part].encode()  # not all strings of JSON are text
-                    if not row["target"]:
-                        raise ValueError("the target is empty: there is nothing to predict")
-                found.append([row[part] for part in PARTS])
+                    parts: list[Any] = [row.get(part) for part in PARTS]
+                    if not all(isinstance(part, str) for part in parts) or not row["target"]:
+                        raise ValueError(f"{', '.join(PARTS)} must be strings, the target not empty, in {show(row)}")
+                    "".join(parts).encode()  # not all strings of JSON are text
+                found.append(parts)
     for parts in sorted(found):
         yield "rows", json.dumps(parts).encode() + b"\n"
 
@@ -188,9 +171,7 @@ def from_rows(rows: Iterable[list[str]], context: int) -> dict[str, Examples]:
         key = row[0][-context:] or b"\0".join(row)
         documents.setdefault(hashlib.sha256(key).digest(), []).append(row)
     if len(documents) < ENOUGH * len(SPLITS):
-        raise ValueError(
-            f"task.files: {len(documents)} different contexts are too few, each of {', '.join(SPLITS)} needs {ENOUGH}"
-        )
+        raise ValueError(f"task.files: {len(documents)} different contexts are too few, each split needs {ENOUGH}")
     ordered = [documents[key] for key in sorted(documents)]
     sizes = np.array([sum(len(part) for row in document for part in row) for document in ordered])
     names = ("test", "validation", "train")
