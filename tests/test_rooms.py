@@ -1,4 +1,4 @@
-"""The house: lower rooms never import higher ones, modules never each other in a circle."""
+"""The house: lower rooms never import higher ones, modules never each other in a circle, and it stays small."""
 
 from __future__ import annotations
 
@@ -72,10 +72,11 @@ def lines(*places: str) -> int:
 READ_FIRST = [f"zoo/models/{name}.py" for name in ("base", "transformer", "hypernet", "moe", "flops")]
 READ_FIRST += ["zoo/core", "zoo/training", "zoo/config.py", "zoo/files.py"]
 """What one reads in an afternoon."""
-FAMILY, LIMITS = 130, [(READ_FIRST, 3_299), (["zoo"], 8_475), (["tests"], 11_500)]
+FAMILY = 130
+OPEN = pytest.mark.xfail(strict=True, reason="3,556 lines: 502 above what they were before files became hostile")
+LIMITS = [pytest.param(READ_FIRST, 3_299, marks=OPEN), (["zoo"], 8_475), (["tests"], 11_500)]
 
 
-@pytest.mark.xfail(strict=False, reason="being made smaller: lifted when all rooms are merged")
 @pytest.mark.parametrize(("places", "limit"), LIMITS, ids=["read first", "zoo", "tests"])
 def test_the_house_stays_small(places: list[str], limit: int) -> None:
     assert lines(*places) <= limit
