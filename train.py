@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -98,7 +99,11 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
     if folder and (resumed or str(config.get("trainer", {}).get("devices", 1)) != "1"):
         # the processes of a job repeat its command line, which must not be the sweep
         out = [] if resumed else [f"out={quoted(config['out'])}"]
-        return subprocess.run([sys.executable, __file__, *HydraConfig.get().overrides.task, *out]).returncode
+        code = subprocess.run([sys.executable, __file__, *HydraConfig.get().overrides.task, *out]).returncode
+        if not code and not resumed:
+            metrics = json.loads(Path(config["out"], "metrics.json").read_text(encoding="utf-8"))
+            scores.append(metrics["test"].get(metrics["main_metric"]))
+        return code
     keep_freed_memory()
     # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
     trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")

@@ -202,3 +202,9 @@ def test_no_update_is_formed_in_a_forward_pass(dims: tuple[int, ...], chunk: int
     down = LowRank(torch.randn(*dims, i, rank), torch.randn(*dims, o, rank))
     with at_most(limit):
         ffn(torch.randn(2, 16, i), Patch(shear, {"gate": delta, "up": delta, "down": down}, chunk=chunk))
+
+
+def test_one_update_for_all_rows_is_masked_row_by_row() -> None:
+    served_BT1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).unsqueeze(-1)
+    each = Full(torch.ones(1, 4, 3)).per_token(torch.arange(2), None, served_BT1)
+    assert torch.equal(each.matrix, served_BT1[..., None].expand(2, 2, 4, 3))  # type: ignore[attr-defined]

@@ -127,8 +127,11 @@ def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
 def test_shares_that_no_step_can_have_had_are_refused(shares: object) -> None:
     context_to_delta = ExpertRouting(config())
     state: dict[str, list[list[float]]]
+    with torch.device("meta"):  # where a checkpoint is tried
+        meta = ExpertRouting(config())
     for state in ({}, {"shares": []}, {"shares": [[0.1, 0.2, 0.3, 0.4]] * 2}):
-        context_to_delta.load_training_state(state)
+        for each in (meta, context_to_delta):
+            each.load_training_state(state)
     assert context_to_delta.training_state() == state
     with pytest.raises((ValueError, TypeError)):  # either is one line where a checkpoint is read
         context_to_delta.load_training_state({"shares": shares})

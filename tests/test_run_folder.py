@@ -90,3 +90,16 @@ def test_runs_one_after_the_other_have_folders_of_their_own_and_leave_no_lock(tm
     assert sorted(written) == sorted(checkpoints)
     assert len(checkpoints) == 2
     assert not list(tmp_path.rglob(LOCK))
+
+
+def test_a_link_of_the_user_stays(tmp_path: Path) -> None:
+    """It may lead to a disk that is not there at the moment."""
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match=r"cannot use .* as run folder"):
+        small(tmp_path / "runs" / "a")
+    assert (tmp_path / "runs").is_symlink()
+
+
+def test_no_step_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^trainer\.max_time=.* was over before the first step"):
+        small(tmp_path / "a", trainer={"max_time": {"seconds": 0}})

@@ -182,11 +182,14 @@ def read_query(model: Model, path: Path) -> Tensor:
 
 def _numbers(path: Path, width: int) -> Tensor:
     """The rows of a file of numbers, `width` in each."""
-    lines = read(path).rstrip().splitlines()
+    wanted = f"{path}: {width} numbers separated by commas are wanted in each line"
     try:
-        return torch.from_numpy(np.loadtxt(lines, np.float32, delimiter=",", ndmin=2).reshape(len(lines), width))
+        numbers = np.loadtxt(read(path).splitlines(), np.float32, delimiter=",", ndmin=2, comments=None)
     except ValueError as error:
-        raise ValueError(f"{path}: {width} numbers separated by commas are wanted in each line; {error}") from None
+        raise ValueError(f"{wanted}; {error}") from None
+    if numbers.shape[1] != width:
+        raise ValueError(f"{wanted}, got {numbers.shape[1]}")
+    return torch.from_numpy(numbers)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class Delta(ABC):
             served_BT1 = picked(served, tokens, chunk)
             for name, nothing in self.nothing.items():
                 t = values[name]
-                values[name] = torch.where(served_BT1.view(*t.shape[:2], *[1] * (t.dim() - 2)) > 0, t, nothing)
+                wide = served_BT1.view(*served_BT1.shape[:2], *[1] * (t.dim() - 2))
+                values[name] = torch.where(wide > 0, t, nothing)
         return type(self)(**values)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from zoo.config import require_positive
+from zoo.config import require_positive, show
 from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
 from zoo.core.delta import Delta, Full, LowRank, Scale
 from zoo.core.norm import RMSNorm
+from zoo.core.patch import Patch
 from zoo.models.base import ContextConfig, Model
 from zoo.tasks import Task
 
@@ -25,7 +26,7 @@ MATRICES = ("gate", "up", "down")
 @dataclass(frozen=True)
 class HypernetConfig(ContextConfig):
     """emission: the form of ΔW; matrices: those it changes; rank: of low_rank; code_dim: size of the code;
-    code: constant replaces the context by a learned constant, the null model with equal parameters."""
+    code: constant replaces the context by a learned constant, the null model, of D parameters more."""
 
     name: str = "hypernet"
     emission: Literal["low_rank", "full", "scale"] = "low_rank"
@@ -40,7 +41,9 @@ class HypernetConfig(ContextConfig):
         if self.emission != "low_rank" and self.rank is not None:
             raise ValueError(f"model.rank={self.rank} needs model.emission=low_rank, not {self.emission}")
         if not self.matrices or set(self.matrices) - set(MATRICES) or len(set(self.matrices)) < len(self.matrices):
-            raise ValueError(f"model.matrices={list(self.matrices)} must be different names out of {list(MATRICES)}")
+            raise ValueError(
+                f"model.matrices={show(list(self.matrices))} must be different names out of {list(MATRICES)}"
+            )
         rank = (4 if self.rank is None else self.rank) if self.emission == "low_rank" else None
         if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
             raise ValueError(f"model.rank={rank} must be 1 to model.dim={self.dim} and model.hidden={self.hidden}")
@@ -99,6 +102,10 @@ class HypernetDelta(ContextToDelta):
     @property
     def code(self) -> nn.Module:
         return self.generator.code_norm
+
+    def forward(self, *args: Any, **options: Any) -> Patch:
+        patch = super().forward(*args, **options)
+        return patch if self.constant is None else replace(patch, counted=None)  # no context is empty
 
     def update(self, context: ContextMean, layer: int) -> dict[str, Delta]:
         if self.constant is not None:

@@ -180,7 +180,9 @@ class ExpertRouting(ContextToDelta):
         return {"shares": self.shares.tolist()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        shares_LE = torch.tensor(state.get("shares") or self.shares.tolist(), dtype=torch.float64)
+        if not (shares := state.get("shares")):
+            return  # of a run that did not count
+        shares_LE = torch.tensor(shares, dtype=torch.float64)
         if shares_LE.shape != self.shares.shape or not ((shares_LE >= 0) & (shares_LE <= 1)).all():
             raise ValueError(f"the shares of experts must be numbers from 0 to 1, {tuple(self.shares.shape)} of them")
         self.shares = shares_LE
@@ -190,8 +192,8 @@ class ExpertRouting(ContextToDelta):
 
     def metrics(self) -> dict[str, Metric]:
         return {
-            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
-            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
+            "load_max_over_mean": ExpertLoad(self.config.experts, max_over_mean),
+            "dead_fraction": ExpertLoad(self.config.experts, dead_fraction),
             "entropy": RouterEntropy(),
         }
 
@@ -227,6 +229,14 @@ def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
     p_EN = score_EN / score_EN.sum(0)
     counted = None if patch.counted is None else patch.counted.flatten()
     return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
+
+
+def max_over_mean(count_E: Tensor) -> Tensor:
+    return count_E.max() / count_E.mean()
+
+
+def dead_fraction(count_E: Tensor) -> Tensor:
+    return (count_E == 0).float().mean()
 
 
 class ExpertLoad(Metric):

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from zoo.config import VERSION
 from zoo.console import Interrupted, Untested, describe, say
 from zoo.files import to_json, write
-from zoo.training.checkpoint import SCHEMA
+from zoo.training.checkpoint import SCHEMA, read
 
 
 class Keeper(Checkpoint):
@@ -44,7 +44,7 @@ class Keeper(Checkpoint):
         return str(self.folder / "checkpoints" / "best.ckpt")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # others may have started a second later
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # others have read the clock later
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:  # a killed run has written rows after its last checkpoint
@@ -96,6 +96,7 @@ class Keeper(Checkpoint):
 
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)  # where it was removed, the rest of the run is not lost
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(to_json({"step": trainer.global_step, **row}) + "\n")
 
@@ -132,7 +133,10 @@ class Keeper(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
         self.seconds, self.command = run["seconds"], run["command"]
-        self.best_model_score = run["best"] if Path(self.best_model_path).is_file() else None
+        best, ours = Path(self.best_model_path), False  # a damaged or another run's is replaced by the next
+        with suppress(ValueError):
+            ours = best.is_file() and read(best)["hyper_parameters"] == dict(pl_module.hparams)
+        self.best_model_score = run["best"] if trainer.strategy.broadcast(ours) else None
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """The losses of the last step, means over its parts and all processes, each of which must call this."""

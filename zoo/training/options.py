@@ -58,6 +58,8 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     asked = replace(asked, task=sources.absolute(asked.task))
     if asked.resume is None:
         return asked, {}
+    if not asked.resume:
+        raise ValueError("resume= names no run: give its folder or a checkpoint")
     file = checkpoint.find(asked.resume, "last")
     folder = file.absolute().parent.parent
     if file.absolute().parent.name != "checkpoints":
@@ -90,7 +92,8 @@ def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 FLAGS = ("deterministic", "benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar")
 STORED = {
-    **dict.fromkeys(("accelerator", "precision", *FLAGS), r"True|False|'[\w-]{1,20}'"),
+    **dict.fromkeys(FLAGS, "True|False|'warn'"),
+    **dict.fromkeys(("accelerator", "precision"), r"'[\w-]{1,20}'|\d\d"),
     "strategy": "'(auto|ddp|ddp_find_unused_parameters_true|ddp_static_graph|fsdp)'",
     "devices": r"'auto'|-1|\d{1,9}|\[\d{1,9}(, \d{1,9}){0,1023}\]",
     **dict.fromkeys(("limit_val_batches", "limit_test_batches"), r"\d{1,9}|0\.\d+|1\.0|[1-9][.\d]*e-\d+"),
@@ -102,7 +105,14 @@ or objects. None stands for Lightning's own default."""
 def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments of its trainer that a run keeps when it is resumed."""
     kept = {key: value for key, value in arguments.items() if key in STORED}
-    return {key: value for key, value in kept.items() if value is None or re.fullmatch(STORED[key], repr(value))}
+    return {key: value for key, value in kept.items() if value is None or re.fullmatch(STORED[key], _short(value))}
+
+
+def _short(value: Any) -> str:
+    """repr() of a number, a text or a list of numbers, "" for what is longer or another thing."""
+    items = value if isinstance(value, list) else [value]
+    numbers = len(items) <= 1024 and all(isinstance(x, bool | int | float) and abs(x) < 2**63 for x in items)
+    return repr(value) if numbers or (isinstance(value, str) and len(value) < 99) else ""
 
 
 def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

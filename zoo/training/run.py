@@ -21,8 +21,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zoo.config import plain, show
+from zoo.config import one_line, plain, show
 from zoo.console import describe, say, warn
 from zoo.files import to_json, write
 from zoo.models import Model, flops
@@ -84,7 +85,12 @@ def train(
         training, validation, test = streams(network, config, engine, saved.get("global_step", 0))
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(network)
-        engine.fit(network, training, validation, ckpt_path=config.resume, weights_only=True)
+        try:
+            engine.fit(network, training, validation, ckpt_path=config.resume, weights_only=True)
+        except MisconfigurationException as error:  # which some arguments of the trainer meet here alone
+            raise ValueError(f"trainer: {one_line(error)}") from error
+        if not engine.global_step:
+            raise ValueError(f"trainer.max_time={show(arguments.get('max_time'))} was over before the first step")
         return _test(network, test, engine, keeper)
 
 
@@ -111,7 +117,7 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     if engine.is_global_zero and engine.global_step < model.optim.steps:
         say(f"stopped at step {engine.global_step}; continue with: python train.py resume={folder}")
     with trained(folder):
-        tested = checkpoint.find(folder, "best")
+        tested = checkpoint.find(folder, "last" if keeper.best_model_score is None else "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         if engine.is_global_zero and tested.stem == "last":
             say(f"nothing was validated: {tested} is what is tested")

@@ -22,8 +22,8 @@ RESULTS = ("checkpoints/*", "metrics.jsonl", "metrics.json", "curve.png")
 
 @contextmanager
 def taken(out: str | Path | None, family: str, resumed: bool) -> Iterator[Path]:
-    """The run folder, held by this process until the end: `out`, else runs/`family`/ID, the id from $ZOO_RUN_ID, which
-    all processes of a run share, or the time.
+    """The run folder, held by this process until the end: `out`, else runs/`family`/ID, the id from $ZOO_RUN_ID or
+    the time; other processes than the first take its folder, see Keeper.
 
     What was made and stayed empty goes. Raises ValueError if the folder cannot be made or written, if another process
     holds it, or if it holds a run and is not `resumed`.
@@ -43,7 +43,7 @@ def taken(out: str | Path | None, family: str, resumed: bool) -> Iterator[Path]:
             advice = "wait for it, or choose another out="
             raise ValueError(f"{folder} is in use by a run that has not ended: {advice}") from None
         except OSError as error:
-            if error.errno != errno.ENOLCK:  # some network file systems have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # some file systems have no locks
                 raise ValueError(f"cannot use {folder} as run folder: {error.strerror}; choose another out=") from None
         stack.callback(_remove, folder / LOCK)
         if not resumed and any(any(folder.glob(pattern)) for pattern in RESULTS):
@@ -52,6 +52,6 @@ def taken(out: str | Path | None, family: str, resumed: bool) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, or a folder that is empty."""
+    """Removes the lock, or a folder that was made here and stayed empty."""
     with suppress(OSError):
-        path.rmdir() if path.is_dir() else path.unlink()
+        path.unlink() if path.name == LOCK else path.rmdir()

@@ -84,6 +84,8 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
     for number, moment in moments.items():
         if not 0 <= moment["step"] <= step:  # 16-mixed passes over steps whose gradients are not finite
             raise ValueError(f"optimizer_states.0.state.{number}.step is {moment['step']}, the run stands at {step}")
+        if "exp_avg_sq" in moment and (moment["exp_avg_sq"] < 0).any():
+            raise ValueError(f"optimizer_states.0.state.{number}.exp_avg_sq is negative, and no square is")
         moments[number] = {name: t.clone(memory_format=torch.contiguous_format) for name, t in moment.items()}
     schedule.last_epoch = step - 1
     schedule.step()  # computes the learning rates of this step

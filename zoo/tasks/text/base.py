@@ -38,11 +38,13 @@ def one_source(config: Config, *options: str) -> Config:
     """`config` with its source of text, all domains where none of `options` names one; raises ValueError for several
     sources and for one that names nothing, or something twice."""
     given = {name: plain(value) for name in options if (value := getattr(config, name)) is not None}
-    named = " and ".join(f"task.{name}={value}" for name, value in given.items())
     if len(given) > 1:
+        named = " and ".join(f"task.{name}={show(value)}" for name, value in given.items())
         raise ValueError(f"{named} exclude each other: text has one source")
-    if any(not value or len(set(value)) < len(value) for value in given.values() if isinstance(value, list)):
-        raise ValueError(f"{named} must name something, nothing twice; the domains are {', '.join(domains.DOMAINS)}")
+    for name, value in given.items():
+        if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+            known = ", ".join(domains.DOMAINS)
+            raise ValueError(f"task.{name}={show(value)} must name something, nothing twice; the domains are {known}")
     return config if given else replace(config, domains=tuple(domains.DOMAINS))
 
 

@@ -195,8 +195,7 @@ TABLES: dict[str, Callable[[IO[bytes], Sequence[str]], Iterator[Row]]] = {
 
 
 def hub_origin(hub: str, subset: str | None, column: str, documents: int | None) -> str:
-    """A name for all that a set's text depends on; one of the hub is asked for its state once, before reading. Raises
-    ValueError if `hub` is neither a folder nor OWNER/NAME."""
+    """A name for all that a set's text depends on; raises ValueError if `hub` is neither a folder nor OWNER/NAME."""
     options, folder = f"{hub} {subset} {column} {documents}", _path(hub)
     if os.path.isdir(folder):
         return f"{options} {fingerprint(sorted(path.resolve() for path in folder.rglob('*') if path.is_file()))}"
