@@ -81,7 +81,8 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 def stopwatch(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run."""
-    now, finish = clock(device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    now = clock(device)
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     finish()
     start = now()
     own = work()

@@ -60,13 +60,15 @@ class MoEConfig(ModelConfig):
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
         if self.renormalise and (self.top_k == 1 or self.score == "linear"):  # weights are all 1, or a sum may be 0
             raise ValueError(f"model.renormalise=true does not fit model.top_k={self.top_k}, model.score={self.score}")
-        chunk, on_token = self.chunk, self.route_on == "token"
-        if chunk is not None and (on_token or task.n_context):
+        chunk = self.chunk
+        if chunk is not None and (self.route_on == "token" or task.n_context):
             raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
-        if not on_token:
+        if self.route_on == "context":
             chunk = Source.resolve(task.n_context, task.tokens, None, chunk).chunk
-        sums = self.top_k > 1 and self.score != "linear" if self.renormalise is None else self.renormalise
-        return replace(super().resolve(task), renormalise=sums, chunk=chunk)
+        renormalise = self.renormalise
+        if renormalise is None:
+            renormalise = self.top_k > 1 and self.score != "linear"
+        return replace(super().resolve(task), renormalise=renormalise, chunk=chunk)
 
     @property
     def decoder_options(self) -> dict[str, Any]:

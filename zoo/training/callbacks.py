@@ -109,9 +109,9 @@ class Keeper(Checkpoint):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(self)  # type: ignore[arg-type]
         if self._signalled(trainer):
-            stop, step = signal.Signals(self.signal or signal.SIGTERM), trainer.global_step
+            stop = signal.Signals(self.signal or signal.SIGTERM)
             again = f"continue with: python train.py resume={self.folder}"
-            raise Interrupted(f"stopped by {stop.name} at step {step}; {again}", stop)
+            raise Interrupted(f"stopped by {stop.name} at step {trainer.global_step}; {again}", stop)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that diverged stops before a checkpoint of it is written; not at every step: reading makes a GPU wait
@@ -140,7 +140,8 @@ class Keeper(Checkpoint):
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """The losses of the last step, means over its parts and all processes, each of which must call this."""
-        losses, share = {}, 1 / trainer.accumulate_grad_batches
+        losses = {}
+        share = 1 / trainer.accumulate_grad_batches
         for name, value in pl_module.losses.items():
             losses[name] = float(trainer.strategy.reduce(value * share, reduce_op="mean"))
             self._refuse("the training loss" if name == "loss" else f"the {name}", losses[name], trainer.global_step)

@@ -69,8 +69,9 @@ def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
         if file.is_dir():
             runs = [file] if (file / "checkpoints").is_dir() else [found.parent for found in file.glob("*/checkpoints")]
             latest = max(runs, key=lambda run: run.stat().st_mtime, default=file)
-            files = [latest / "checkpoints" / f"{one}.ckpt" for one in dict.fromkeys((name, "last"))]
-            file = next(filter(Path.is_file, files), files[0])
+            file, last = (latest / "checkpoints" / f"{one}.ckpt" for one in (name, "last"))
+            if last.is_file() and not file.is_file():
+                file = last
     return untrusted.regular(file, "checkpoint", f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
 
 
@@ -85,7 +86,8 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
         model = validate.model(checkpoint)
         return validate.state(checkpoint, model) if resume else checkpoint
     except Exception as error:  # damaged files, and families of somebody else, fail in many ways
-        best, loadable = path.with_name("best.ckpt"), ""
+        best = path.with_name("best.ckpt")
+        loadable = ""
         with suppress(ValueError):
             if path.name == "last.ckpt" and best.is_file() and read(best):
                 loadable = f"; what can still be loaded: {best}"

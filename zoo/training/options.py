@@ -71,7 +71,8 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     for place in sources.PLACES:  # may change; what lies there may not, see zoo.training.run
         if options["task"].get(place) and asked.task.get(place):
             options["task"][place] = asked.task[place]
-    old, new = _dotted(options), _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
+    old = _dotted(options)
+    new = _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
     changed = [
         f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
         for key, value in sorted(new.items())

@@ -59,8 +59,9 @@ def train(
     config, saved = of_run(plain(options))
     before = saved.get("zoo", {})
     arguments = of_trainer(trainer or {}, before.get("trainer") or {})
-    named = {"name": logger} if isinstance(logger, str) else {} if isinstance(logger, list) else logger or {}
-    log = of_logger(named, before.get("logger") or {})
+    own = logger if isinstance(logger, list) else None
+    named = {"name": logger} if isinstance(logger, str) else logger or {}
+    log = of_logger({} if own is not None else named, before.get("logger") or {})  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     network = _model(config, saved)
@@ -74,14 +75,15 @@ def train(
             "logger": asdict(log),
             "placement": placement(engine),
         }
-        engine.loggers = [*map(guarded, logger if isinstance(logger, list) else log.begun(folder, stack))]
+        engine.loggers = [*map(guarded, log.begun(folder, stack) if own is None else own)]
         if engine.is_global_zero:
             say(report.opening(network, engine, folder))
             if saved:
                 say(f"continues at step {saved['global_step']} of {network.optim.steps}")
+            then = before.get("placement") or {}
             for name, value in placement(engine).items():
-                if (was := (before.get("placement") or {}).get(name, value)) != value:
-                    say(f"this run goes on with {name} {value} (was {show(was)})")
+                if then.get(name, value) != value:
+                    say(f"this run goes on with {name} {value} (was {show(then[name])})")
         training, validation, test = streams(network, config, engine, saved.get("global_step", 0))
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(network)

@@ -37,7 +37,7 @@ def make(
     shown = given.pop("enable_progress_bar", True)
     bar = bool(shown and sys.stdout and sys.stdout.isatty())
     if shown:  # between rows of metrics a bar reads nothing from the device
-        callbacks = [*callbacks, TQDMProgressBar(options.log_every) if bar else Progress()]
+        callbacks = [*callbacks, TQDMProgressBar(options.log_every)] if bar else [*callbacks, Progress()]
     decided: dict[str, tuple[Any, str]] = {
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),

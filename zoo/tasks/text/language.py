@@ -133,7 +133,8 @@ class Text(TextTask):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a tokenizer, too; raises ValueError if it is broken, or not one for these options."""
         if self.config.tokenizer == "bpe":
-            restored, state = Tokenizer(state.get("merges")), {key: state[key] for key in state if key != "merges"}
+            state = dict(state)
+            restored = Tokenizer(state.pop("merges", None))
             if (size := len(restored.spelled)) > self.vocabulary:
                 raise ValueError(f"a tokenizer of {size} ids exceeds task.vocabulary={self.vocabulary}")
             self.tokenizer = restored

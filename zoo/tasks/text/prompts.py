@@ -92,11 +92,13 @@ class Prompts(TextTask):
         found, other = self.examples[source][split], place
         while found.document[order[other]] == found.document[order[place]]:
             other = (other + 1) % len(order)
-        (context, query, target), (of_other, _, _) = (self._parts(found, order[index]) for index in (place, other))
+        context, query, target = self._parts(found, order[place])
+        of_other, _, _ = self._parts(found, order[other])
         C = self.n_context
         tokens, wrong = np.full(self.tokens + 1, FILLING), np.full(C, FILLING)
         read = np.concatenate([context, [START], query, target[target != START]])
-        tokens[C - len(context) :][: len(read)] = read
+        start = C - len(context)
+        tokens[start : start + len(read)] = read
         wrong[C - len(of_other) :] = of_other
         targets = np.full(self.tokens - C, IGNORE)
         targets[len(query) :][: len(target)] = target
