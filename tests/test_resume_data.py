@@ -88,6 +88,9 @@ def test_a_moved_run_takes_the_same_text_at_another_place(
         run(resume=folder)
     metrics = run(resume=folder, task={**task, "files": ["part/*.jsonl"]})
     assert metrics["config"]["task"]["files"] == [str(here / "elsewhere/part/*.jsonl")]
+    Path("part").rename("moved")
+    metrics = run(resume=folder, task={**task, "files": ["moved/*.jsonl"]})
+    assert Path(metrics["checkpoint"]).name == "best.ckpt"  # that of this run, though its text lay elsewhere
     with pytest.raises(ValueError, match=r"task\.hub"):
         run(resume=folder, task={**task, "name": "text", "hub": "data"})
 

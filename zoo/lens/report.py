@@ -88,9 +88,9 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
         gap = values[f"{task.main_metric}_wrong_context"] - values[task.main_metric]
         numbers["error with a wrong context minus right"] = float(gap.mean())
     emits = model.decoder.context_to_delta
-    many = task.batch("test", 1, 512)
-    latent = task.latent(many)
-    if emits and emits.code and latent is not None:
+    many = task.batch("test", 1, 512) if emits and emits.code else None
+    latent = task.latent(many) if many else None
+    if many and latent is not None:
         untrained = drawn_anew(model, 0, router_alone=False)  # random codes tell a good part of the task, too
         code, control = (structure.codes(m, many.tokens, n)[-1] for m in (model, untrained))
         latent = latent.to(code)

@@ -135,7 +135,8 @@ class Keeper(Checkpoint):
         self.seconds, self.command = run["seconds"], run["command"]
         best, ours = Path(self.best_model_path), False  # a damaged or another run's is replaced by the next
         with suppress(ValueError):
-            ours = best.is_file() and read(best)["hyper_parameters"] == dict(pl_module.hparams)
+            options = read(best)["hyper_parameters"]  # but for the task's: its text may lie at another place now
+            ours = all(options[name] == pl_module.hparams[name] for name in ("model", "optim", "seed"))
         self.best_model_score = run["best"] if trainer.strategy.broadcast(ours) else None
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
