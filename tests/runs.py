@@ -13,7 +13,7 @@ import torch
 
 import cases
 import zoo
-from zoo.models.base import OptimConfig
+from zoo.models.optim import OptimConfig
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 OPTIM = {"steps": 6, "batch_size": 8, "warmup": 2}

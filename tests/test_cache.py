@@ -18,6 +18,7 @@ import cases
 from cases import AUTOREGRESSIVE, Case, build, taking_turns
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
+from zoo.core.decoding import FORM_AFTER, JOIN_FOR, Joined
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
 from zoo.core.sampling import choose
@@ -117,9 +118,9 @@ def full_logits(model: Model, tokens: Tensor, prompt: int, n_context: int) -> Te
 
 
 @torch.no_grad()
-def cached_logits(model: Model, tokens: Tensor, prompt: int, n_context: int) -> Tensor:
+def cached_logits(model: Model, tokens: Tensor, prompt: int, n_context: int, room: int = 1) -> Tensor:
     """The same from one token at a time."""
-    cache = model.decoder.new_cache()
+    cache = model.decoder.new_cache(room)
     logits = [model.decoder(tokens[:, :prompt], n_context, cache=cache)[0][:, -1]]
     logits += [model.decoder(tokens[:, t : t + 1], cache=cache)[0][:, 0] for t in range(prompt, tokens.shape[1])]
     return torch.stack(logits, 1)
@@ -139,6 +140,16 @@ def test_cached_logits_equal_those_of_the_full_forward(case: Case) -> None:
         end = LENGTH if after == 1 else n + after + 6
         cached = cached_logits(model, tokens[:, :end], n + after, n)
         assert (cached - full[:, after - 1 : end - n]).abs().max() <= EXACT, after
+
+
+@every_case
+@pytest.mark.parametrize("rows", [1, 3])
+def test_joined_matrices_give_the_same(case: Case, rows: int) -> None:
+    model = shared(case.name)
+    tokens, n = ids(model)[:rows], model.task.n_context
+    full = full_logits(model, tokens, n + 3, n)
+    cached = cached_logits(model, tokens, n + 3, n, JOIN_FOR)
+    assert (cached - full).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("case", WITH_CONTEXT, ids=lambda case: case.name)
@@ -163,6 +174,19 @@ def test_tokens_are_those_of_a_loop_over_full_forwards(case: Case, dtype: torch.
     assert len(found.unique()) > 3 or not temperature
 
 
+@pytest.mark.parametrize("name", ["transformer", "hypernet-chunk", "moe-chunk-linear"])
+def test_gradients_pass_through_a_cache(name: str) -> None:
+    model = build(BY_NAME[name])
+    tokens, n = ids(model, 12), model.task.n_context
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    cache = model.decoder.new_cache(JOIN_FOR)
+    logits = [model.decoder(tokens[:, :9], n, cache=cache)[0][:, -1]]
+    logits += [model.decoder(tokens[:, t : t + 1], cache=cache)[0][:, 0] for t in range(9, 12)]
+    found = torch.autograd.grad(torch.stack(logits).square().sum(), parameters, allow_unused=True)
+    expected = torch.autograd.grad(model(tokens, n)[:, 8:].square().sum(), parameters, allow_unused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 # what must be seen to fail
 
 
@@ -175,6 +199,23 @@ def test_a_patch_that_stays_past_its_chunk_is_seen(name: str, monkeypatch: pytes
 
     monkeypatch.setattr(ContextToDelta, "forward", stale)
     assert error(build(BY_NAME[name]), 6, 0) > MISS
+
+
+@pytest.mark.parametrize("name", ["hypernet-chunk", "hypernet-chunk-scale-tied", "chunk-full"])
+def test_matrices_formed_from_another_context_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = build(BY_NAME[name]), ids(build(BY_NAME[name]))[:1]
+    n = model.task.n_context
+    full = full_logits(model, tokens, n + 3, n)
+
+    def forming_once(self: Joined, patch: Patch) -> bool:
+        """The matrices of the first update serve all later ones."""
+        self.uses += 1
+        if self.uses == FORM_AFTER:
+            self.formed = self._join(patch)
+        return self.uses >= FORM_AFTER
+
+    monkeypatch.setattr(Joined, "_serves_long", forming_once)
+    assert (cached_logits(model, tokens, n + 3, n, JOIN_FOR) - full).abs().max() > MISS
 
 
 @pytest.mark.parametrize("name", ["hypernet-chunk", "hypernet-running", "moe-context-chunk", "segment", "moe-context"])
@@ -219,8 +260,10 @@ def test_what_is_kept(case: Case) -> None:
         attended = cache.tokens if model.decoder.attend_context else 7
         assert cache.keys is not None
         assert cache.values is not None
-        assert cache.keys.shape == cache.values.shape == (3, heads, attended, width)
-        kept_sums = [value for value in (*cache.sums, *cache.counts, cache.memory) if torch.is_tensor(value)]
+        assert cache.seen == attended
+        assert attended <= cache.keys.shape[2] <= 7 + 2 * 16
+        assert cache.keys.shape == cache.values.shape == (3, heads, cache.keys.shape[2], width)
+        kept_sums = [value for value in (cache.total, cache.memory) if torch.is_tensor(value)]
         assert all(value.shape in ((3, 1, 16), (3, 1, 1)) for value in kept_sums)
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from zoo.config import from_dict
 from zoo.models import MODELS
-from zoo.models.base import OptimConfig
+from zoo.models.optim import OptimConfig
 from zoo.tasks import TASKS
 from zoo.training.run import RunConfig
 

@@ -31,7 +31,8 @@ import zoo
 from test_readme import README, ROOT, blocks, tiny_run
 from zoo.config import from_dict
 from zoo.models import MODELS, flops
-from zoo.models.base import ModelConfig, OptimConfig
+from zoo.models.base import ModelConfig
+from zoo.models.optim import OptimConfig
 from zoo.tasks import TASKS
 from zoo.training.run import RunConfig, train
 

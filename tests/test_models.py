@@ -11,7 +11,7 @@ import torch
 
 from cases import Case, options_of
 from zoo.models import MODELS, Model
-from zoo.models.base import OptimConfig
+from zoo.models.optim import OptimConfig
 from zoo.tasks import TASKS
 
 pytestmark = pytest.mark.numeric

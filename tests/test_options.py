@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import FAMILIES
 from runs import one_line, rows, small, weights
 from zoo.models import MODELS, Model
-from zoo.models.base import OptimConfig
+from zoo.models.optim import OptimConfig
 from zoo.tasks import TASKS
 
 TINY = {"dim": 16, "layers": 2, "heads": 2, "hidden": 24}

@@ -15,7 +15,7 @@ import zoo
 from runs import FAMILIES, QUIET, one_line, rows, same_weights, saved, signalled, small
 from zoo.console import Interrupted
 from zoo.core.layers import Attention
-from zoo.models.base import OptimConfig
+from zoo.models.optim import OptimConfig
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
 

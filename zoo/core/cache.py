@@ -5,36 +5,50 @@ Axes: B batch, T tokens, D model, G key/value heads, d head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.core.decoding import Joined
 from zoo.core.patch import Patch
 
 
 @dataclass
 class LayerCache:
-    """Empty before the first pass. tokens: how many there were. keys, values (B,G,T,d): those that the next token
-    attends to, keys rotated. sums (B,1,D): of the states that make up the context, and of those in a chunk not yet
-    complete; counts (B,1,1): of how many. patch: the update in force. memory: what else a family keeps."""
+    """Empty before the first pass. room: for how many further tokens space is taken at once. tokens: how many there
+    were. keys, values (B,G,≥seen,d): the first `seen` are those that the next token attends to, keys rotated. total
+    (B,1,D), pending, context: what a Source keeps of the states. patch: the update in force. memory: what else a family
+    keeps. joined: the block's matrices for a token alone, where they pay."""
 
+    room: int = 16
     tokens: int = 0
+    seen: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
-    sums: tuple[Any, Any] = (0.0, 0.0)
-    counts: tuple[Any, Any] = (0.0, 0.0)
+    total: Tensor | None = None
+    pending: list[Tensor] = field(default_factory=list)
+    context: Any = None
     patch: Patch | None = None
     memory: Any = None
+    joined: Joined | None = None
 
     def extend(self, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values with the new ones in the end; keeps those that the last token sees by its mask (T,T)."""
-        if self.keys is not None and self.values is not None:
-            k_BGTd, v_BGTd = torch.cat([self.keys, k_BGTd], 2), torch.cat([self.values, v_BGTd], 2)
-        seen = slice(None) if mask is None else mask[-1]
-        self.keys, self.values = k_BGTd[:, :, seen], v_BGTd[:, :, seen]
-        return k_BGTd, v_BGTd
+        new, before = (k_BGTd, v_BGTd), self.seen
+        if mask is not None:
+            new = k_BGTd[:, :, mask[-1]], v_BGTd[:, :, mask[-1]]
+        self.seen += new[0].shape[2]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (F.pad(t, (0, 0, 0, self.room)) for t in new)
+            return k_BGTd, v_BGTd
+        if self.seen > self.keys.shape[2] or new[0].requires_grad:  # a gradient needs what was there before
+            room = max(self.room, before)
+            self.keys, self.values = (F.pad(t[:, :, :before], (0, 0, 0, room)) for t in (self.keys, self.values))
+        for kept, t in zip((self.keys, self.values), new, strict=True):
+            kept.narrow(2, before, t.shape[2]).copy_(t)
+        return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
 
     def check(self, tokens: int, n_context: int) -> None:
         """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow."""

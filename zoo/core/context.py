@@ -72,37 +72,47 @@ class Source:
         self, z_BTD: Tensor, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> ContextMean:
         """Mean of the states that make up each context; arguments as of ContextToDelta.forward."""
-        cache = LayerCache() if cache is None else cache
+        if cache is not None and cache.tokens and self.kind != "token":
+            return self._of_next(z_BTD, cache)
         counted_BT1 = torch.ones_like(z_BTD[..., :1]) if real is None else real.unsqueeze(-1).to(z_BTD)
         if self.kind == "token":
             return ContextMean(z_BTD, counted_BT1)
         # sums over thousands of tokens lose the small addends in bfloat16
         dtype = torch.promote_types(z_BTD.dtype, torch.float32)
         count_BT1 = counted_BT1.to(dtype)
-        states_BTD = z_BTD.to(dtype) if real is None else z_BTD * count_BT1
-        total, cache.sums = self._sums(states_BTD, n_context, cache.tokens, cache.sums)
-        count, cache.counts = self._sums(count_BT1, n_context, cache.tokens, cache.counts)
-        return ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
+        total = self._sums(z_BTD.to(dtype) if real is None else z_BTD * count_BT1, n_context)
+        count = self._sums(count_BT1, n_context)
+        mean = ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
+        if cache is not None:  # all of a segment is known then
+            cache.context = mean if self.kind == "segment" else ContextMean(*(t[:, -1:] for t in mean))
+            cache.total = None if self.kind == "segment" else total[:, -1:]
+            chunk = self.chunk or 1
+            cache.pending = [z_BTD[:, (z_BTD.shape[1] - 1) // chunk * chunk :]]
+        return mean
 
-    def _sums(
-        self, t_BTn: Tensor, n_context: int, before: int, kept: tuple[Any, Any]
-    ) -> tuple[Tensor, tuple[Any, Any]]:
-        """Sums of t over each context, (*,n), and what to keep of them, given what was kept of the tokens before: sums
-        (B,1,n) of all that later contexts take in, and of the tokens of a chunk that is not complete."""
-        whole, partial = kept
+    def _sums(self, t_BTn: Tensor, n_context: int) -> Tensor:
+        """Sums of t over each context, (*,n)."""
         if self.kind == "segment":
-            whole = whole if before else t_BTn[:, :n_context].sum(1, keepdim=True)
-            return whole[:, 0], (whole, partial)
+            return t_BTn[:, :n_context].sum(1)
         if self.kind == "running":
-            sums_BTn = whole + t_BTn.cumsum(1)
-            return sums_BTn, (sums_BTn[:, -1:], partial)
-        assert self.chunk
-        complete = (before % self.chunk + t_BTn.shape[1]) // self.chunk
-        sums_BSn = partial + split_chunks(t_BTn, self.chunk).sum(2)
+            return t_BTn.cumsum(1)
+        sums_BSn = split_chunks(t_BTn, self.chunk).sum(2)
         # shifted, not cumsum − sums: (a + b) − b is a only up to a rounding that depends on b, which is later
-        before_BSn = whole + F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
-        whole = whole + sums_BSn[:, :complete].sum(1, keepdim=True)
-        return before_BSn, (whole, sums_BSn[:, complete:].sum(1, keepdim=True))
+        return F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
+
+    def _of_next(self, z_B1D: Tensor, cache: LayerCache) -> ContextMean:
+        """The mean of the next token's context, which is that of the token before unless a chunk has become complete;
+        the states of a chunk are added up only then."""
+        if self.kind == "segment":
+            return cache.context
+        running = self.kind == "running"
+        if running or not cache.tokens % (self.chunk or 1):
+            read_B1D = z_B1D if running else torch.cat(cache.pending, 1)
+            cache.total = cache.total + read_B1D.sum(1, keepdim=True, dtype=cache.total.dtype)
+            mean = (cache.total / (cache.tokens + running)).to(z_B1D.dtype)
+            cache.context, cache.pending = ContextMean(mean, torch.ones_like(mean[..., :1])), []
+        cache.pending.append(z_B1D)
+        return cache.context
 
 
 class ContextToDelta(nn.Module):

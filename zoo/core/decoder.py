@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
+from zoo.core.decoding import JOIN_FOR
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch
@@ -119,9 +120,12 @@ class Decoder(nn.Module):
             return Patch()
         return self.context_to_delta(z_BTD, layer, n_context if self.separate_context else 0, cache, real)
 
-    def new_cache(self) -> list[LayerCache]:
-        """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one."""
-        return [LayerCache() for _ in self.blocks]
+    def new_cache(self, room: int = 16) -> list[LayerCache]:
+        """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one; they
+        take space for `room` of these at once, and more when it is used up."""
+        # measured on a CPU alone; copies pass no gradient on
+        pays = room >= JOIN_FOR and self.head.weight.device.type == "cpu" and not torch.is_grad_enabled()
+        return [LayerCache(room, joined=block.joined() if pays else None) for block in self.blocks]
 
     def forward(
         self,

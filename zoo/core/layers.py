@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.core.cache import LayerCache
+from zoo.core.decoding import Joined
 from zoo.core.experts import GROUPED_MATMULS, Combine, Dispatch, backend_for, sort_by_block
 from zoo.core.low_rank import transformed
 from zoo.core.norm import RMSNorm
@@ -31,6 +33,13 @@ class Layout:
 
     positions: Tensor
     mask: Tensor | None
+    tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rotary(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """rotary(positions, ...), made once for all layers."""
+        if arguments not in self.tables:
+            self.tables[arguments] = rotary(self.positions, *arguments)
+        return self.tables[arguments]
 
     def keep(self, kept: Tensor) -> Layout:
         """The layout of the tokens marked in `kept` (T,), at the positions they had."""
@@ -64,10 +73,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         B, T, D = x_BTD.shape
-        cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
-        q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
-        k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
-        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
+        cos, sin = layout.rotary(self.width, self.theta, x_BTD.dtype)
+        if cache is None or cache.joined is None:
+            q_BTHd, k_BTGd, v_BTGd = (m(x_BTD).view(B, T, -1, self.width) for m in (self.q, self.k, self.v))
+            q_BTHd, k_BTGd = _rotate(q_BTHd, cos, sin), _rotate(k_BTGd, cos, sin)
+        else:
+            qkv_BTNd = (x_BTD @ cache.joined.qkv).view(B, T, -1, self.width)
+            qk_BTNd, v_BTGd = qkv_BTNd[:, :, : -self.kv_heads], qkv_BTNd[:, :, -self.kv_heads :]
+            q_BTHd, k_BTGd = _rotate(qk_BTNd, cos, sin).split((self.heads, self.kv_heads), 2)
+        q_BHTd, k_BGTd, v_BGTd = (t.transpose(1, 2) for t in (q_BTHd, k_BTGd, v_BTGd))
         if cache is not None:
             k_BGTd, v_BGTd = cache.extend(k_BGTd, v_BGTd, layout.mask)
         # of torch's kernels only the plain one knows every transform
@@ -131,9 +145,11 @@ class FeedForward(nn.Module):
         h = self._hidden(split_chunks(z_BTD, patch.chunk), patch)
         return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
 
-    def forward(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
-        """The network's output for z (B,T,D) with its weights patched."""
+    def forward(self, z_BTD: Tensor, patch: Patch | None = None, joined: Joined | None = None) -> Tensor:
+        """The network's output for z (B,T,D) with its weights patched; joined: its matrices for a token alone."""
         patch = patch or Patch()
+        if joined and z_BTD.shape[1] == 1 and (y_B1D := joined.ffn(z_BTD, patch)) is not None:
+            return y_B1D
         x = split_chunks(z_BTD, patch.chunk)
         sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
         if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
@@ -196,4 +212,9 @@ class Block(nn.Module):
         v_BTD = self.attend(x_BTD, layout, cache)
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)
-        return v_BTD + self.ffn(z_BTD, patch), patch
+        return v_BTD + self.ffn(z_BTD, patch, cache.joined if cache else None), patch
+
+    def joined(self) -> Joined:
+        """Copies of the matrices for a token alone, see zoo.core.decoding."""
+        weights = (getattr(self.attention, name).weight for name in "qkv")
+        return Joined(*weights, self.ffn.dense, self.ffn.blocks)

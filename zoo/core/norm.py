@@ -26,6 +26,8 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide, weight = x.to(dtype), self.weight.to(dtype)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
+            if not torch.is_grad_enabled():
+                return (wide * _scale(wide, self.eps)).mul_(weight).to(x.dtype)
             return _RMSNorm.apply(wide, weight, self.eps).to(x.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)  # one kernel
 
@@ -52,4 +54,5 @@ class _RMSNorm(torch.autograd.Function):
 
 def _scale(x: Tensor, eps: float) -> Tensor:
     """1 / rms(x), (*,1)."""
-    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt()

@@ -55,7 +55,9 @@ def generate(
         raise ValueError(f"top_k={top_k} must lie between 1 and the vocabulary of {vocabulary}")
 
     def steps() -> Iterator[Tensor]:
-        new_BT, n_new, cache = tokens_BT, n_context, decoder.new_cache()
+        new_BT, n_new = tokens_BT, n_context
+        with torch.no_grad():
+            cache = decoder.new_cache(count)
         for _ in range(count):
             with torch.no_grad():  # which the code between two of them does not see
                 ids_B = choose(decoder(new_BT, n_new, cache=cache)[0][:, -1], temperature, top_k, generator)

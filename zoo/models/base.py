@@ -5,7 +5,6 @@ Axes: B sequences, T tokens, V output numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
@@ -23,6 +22,7 @@ from zoo.core.decoder import Decoder, Sizes
 from zoo.core.exact import exact
 from zoo.core.layers import FILLING
 from zoo.core.patch import Patch
+from zoo.models.optim import OptimConfig, optimizer_of
 from zoo.tasks import TASKS, Batch, Task
 
 
@@ -75,48 +75,6 @@ class ContextConfig(ModelConfig):
     def source(self) -> Source:
         """Where the context of an update comes from, once resolved."""
         return Source(str(self.context), self.chunk)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to min_lr; batch_size: sequences of one optimiser step over all
-    processes and accumulated parts; warmup: null for min(50, steps // 20); clip: largest gradient norm, 0 for none;
-    decay acts on matrices alone."""
-
-    steps: int = 1000
-    batch_size: int = 64
-    accumulate: int = 1
-    lr: float = 3e-3
-    min_lr: float = 0.0
-    warmup: int | None = None
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
-    def resolve(self) -> Self:
-        """This with the warm-up written down; raises ValueError for values that do not fit each other."""
-        require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
-        warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup
-        if not 0 <= warmup < self.steps:
-            raise ValueError(f"optim.warmup={warmup} must be at least 0 and below optim.steps={self.steps}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
-        if self.clip < 0 or self.weight_decay < 0:
-            raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
-        return replace(self, warmup=warmup)
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of optimiser step `step`, counted from 0, as a fraction of lr."""
-        warmup = self.warmup or 0
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / (self.steps - warmup))
-        floor = self.min_lr / self.lr
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Model(L.LightningModule):
@@ -232,11 +190,5 @@ class Model(L.LightningModule):
             self.decoder.context_to_delta.load_training_state(checkpoint.get("family", {}))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        parameters = list(self.decoder.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.optim.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(self.optim.betas[0], self.optim.betas[1]))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.lr_at)
+        optimizer, schedule = optimizer_of(self.decoder, self.optim)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

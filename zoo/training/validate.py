@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.config import lookup, show
 from zoo.models import MODELS, Model
-from zoo.models.base import OptimConfig
+from zoo.models.optim import OptimConfig
 from zoo.training.untrusted import finite
 
 OPTIONS: dict[str, Any] = {"model": {}, "task": {}, "optim": {}, "seed": 0}

@@ -1,0 +1,125 @@
+"""How a model is optimised: the options, the learning rate of each step, and who updates which weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from zoo.config import require_positive
+from zoo.core.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """batch_size: sequences of one optimiser step over all processes and accumulated parts; lr: of AdamW; muon_lr: of
+    Muon, which then updates the matrices of blocks, null: AdamW updates all; schedule: of both rates, after a linear
+    warm-up to min_lr, which is that of AdamW: cosine, wsd (stays, then falls linearly in the last `decay` steps) or
+    constant; warmup: null for min(50, steps // 20); decay: null for steps // 5; betas: of AdamW; clip: largest
+    gradient norm, 0 for none; weight_decay acts on matrices alone."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 6e-3
+    muon_lr: float | None = 0.02
+    min_lr: float = 0.0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int | None = None
+    decay: int | None = None
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def resolve(self) -> Self:
+        """This with the steps of the schedule written down; raises ValueError for values that do not fit each other."""
+        require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
+        require_positive("optim", muon_lr=1 if self.muon_lr is None else self.muon_lr)
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
+        warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup
+        if not 0 <= warmup < self.steps:
+            raise ValueError(f"optim.warmup={warmup} must be at least 0 and below optim.steps={self.steps}")
+        decay = self.decay
+        if self.schedule == "wsd":
+            decay = self.steps // 5 if decay is None else decay
+            if not 0 <= decay <= self.steps - warmup:
+                raise ValueError(f"optim.decay={decay} must lie between 0 and the {self.steps - warmup} steps left")
+        elif decay is not None:
+            raise ValueError(f"optim.decay={decay} needs optim.schedule=wsd, not {self.schedule}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
+        if self.min_lr and self.schedule == "constant":
+            raise ValueError(f"optim.min_lr={self.min_lr} needs a schedule that falls, not optim.schedule=constant")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if self.clip < 0 or self.weight_decay < 0:
+            raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
+        return replace(self, warmup=warmup, decay=decay)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rates of optimiser step `step`, counted from 0, as a fraction of the highest."""
+        warmup = self.warmup or 0
+        if step < warmup:
+            return (step + 1) / warmup
+        falling = {"cosine": self.steps - warmup, "wsd": self.decay or 0, "constant": 0}[self.schedule]
+        done = (step - self.steps + falling) / falling if falling else 0.0  # of the fall
+        done = min(max(done, 0.0), 1.0)
+        left = 1 - done if self.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
+        floor = self.min_lr / self.lr
+        return floor + (1 - floor) * left
+
+
+class Muon(torch.optim.Muon):
+    """Momentum whose steps are orthogonalised (Jordan et al. 2024), of the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982); each of the group's `blocks` of rows of a matrix, an expert, for itself."""
+
+    def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:
+        """Fills the lists of weights, gradients and momenta that torch updates in place: here of views."""
+        super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [part for t in tensors for part in t.unflatten(0, (group["blocks"], -1)).unbind(0)]
+        return False  # none is complex
+
+
+class Joined(Optimizer):
+    """Optimisers of different weights as one: one state, one step."""
+
+    def __init__(self, *parts: Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = closure() if closure else None
+        groups = iter(self.param_groups)  # load_state_dict makes new ones
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
+            part.step()
+        return loss
+
+
+def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, LambdaLR]:
+    """The optimiser of a decoder's weights and the schedule of its learning rates."""
+    parts: list[Optimizer] = []
+    rest = list(decoder.parameters())
+    if config.muon_lr is not None:
+        attention, ffns = (
+            [p for block in decoder.blocks for p in getattr(block, part).parameters()] for part in ("attention", "ffn")
+        )
+        groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
+        parts.append(Muon(groups, config.muon_lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        taken = {id(p) for p in [*attention, *ffns]}
+        rest = [p for p in rest if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    parts.append(AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1])))
+    optimizer = parts[0] if len(parts) == 1 else Joined(*parts)
+    return optimizer, LambdaLR(optimizer, config.lr_at)
