@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from test_cache import Recall, recall
 from test_imports import modules
 from test_readme import ROOT, blocks
 from zoo.core import sampling
-from zoo.generate import main
+from zoo.generate import main, visible
 from zoo.models import MODELS
 from zoo.tasks import TASKS
 from zoo.tasks.text.corpus import START
@@ -117,6 +119,11 @@ ANSWERS = [
     (["text", "a", "--top-k", "0"], "top_k=0 must lie"),
     (["text", "a", "--seed", str(10**30)], f"--seed {10**30} must be a number of 64 bits"),
     (["text", "\udcff"], "argument prompt: invalid utf8 value"),
+    (["text"], "give a prompt, or --prompts FILE and --out FILE"),
+    (["text", "a", "--prompts", "p", "--out", "o"], "give a prompt, or --prompts FILE and --out FILE"),
+    (["text", "--prompts", "p"], "give a prompt, or --prompts FILE and --out FILE"),
+    (["text", "--prompts", "p", "--out", "o", "--context", "c"], "give it in each row of --prompts"),
+    (["text", "--prompts", "missing.jsonl", "--out", "o"], "No such file or directory: 'missing.jsonl'"),
 ]
 
 
@@ -150,10 +157,44 @@ def test_help_loads_no_torch_and_unknown_options_are_one_line(capsys: pytest.Cap
     loaded, printed = modules(code)
     assert "torch" not in loaded
     assert "python -m zoo.generate [-h]" in printed
-    assert main(["--counts", "3"]) == 2
+    assert main(["--count", "3"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: the following arguments are required: prompt; python -m zoo.generate -")
+    assert error.startswith("error: the following arguments are required: checkpoint; python -m zoo.generate -")
     assert len(error.splitlines()) == 1
+
+
+def test_a_file_of_prompts(checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In any order of lengths and in any batch, a prompt is continued as it is alone."""
+    prompts, out = ["ab", "longer than", "cd", "", "ef\u00fc"], tmp_path / "out.jsonl"
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n".join(prompts), encoding="utf-8")
+    table = tmp_path / "prompts.jsonl"
+    table.write_text("".join(json.dumps({"prompt": text, "context": f"c{text}"}) + "\n" for text in prompts))
+    greedy = ["--count", "20", "--temperature", "0"]
+    for task, file in (("text", lines), ("recall", table)):
+        assert main([checkpoints[task], "--prompts", str(file), "--out", str(out), *greedy]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["prompt"] for row in rows] == prompts
+        total = 0
+        for row in rows:
+            context = ["--context", row["context"]] if task == "recall" else []
+            assert main([checkpoints[task], row["prompt"], *context, *greedy]) == 0
+            alone = capsys.readouterr()
+            assert alone.out == row["prompt"] + "".join(map(visible, row["text"])) + "\n"
+            total += int(alone.err.split()[0])
+        assert f"{total} tokens in " in printed.err
+        assert re.search(r"[\d,]+ tokens/s$", printed.err.strip())
+
+
+def test_nothing_is_written_for_prompts_that_do_not_fit(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "context": "b"}\n')
+    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n')
+    for name, file in (("text", "p.jsonl"), ("recall", "q.jsonl")):
+        assert main([checkpoints[name], "--prompts", str(tmp_path / file), "--out", str(out)]) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("p.jsonl", "q.jsonl")] == []
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class LayerCache:
     seen: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
-    total: Tensor | None = None
+    total: Any = None
     pending: list[Tensor] = field(default_factory=list)
     context: Any = None
     patch: Patch | None = None

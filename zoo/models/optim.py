@@ -95,7 +95,7 @@ class Joined(Optimizer):
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = closure() if closure else None
         groups = iter(self.param_groups)  # load_state_dict makes new ones
         for part in self.parts:

@@ -82,14 +82,14 @@ def find(patterns: Sequence[str], kinds: Sequence[str] = TEXTS) -> list[Path]:
             hint = folder if os.path.isdir(path) else "matches no file"
             raise ValueError(f"task.files: {show(pattern, 300)} {hint} (looked in {Path.cwd()})")
         for file in files:
-            if _kind(file) not in (*TABLES, *kinds):
+            if kind(file) not in (*TABLES, *kinds):
                 known = ", ".join(kind or "none, for plain text" for kind in (*TABLES, *kinds))
                 raise ValueError(f"task.files: {file} has an unknown extension; known: {known}; with .gz, too")
             found.setdefault(os.path.realpath(file), file)
     return list(found.values())
 
 
-def _kind(path: Path) -> str:
+def kind(path: Path) -> str:
     """The extension; the one before .gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
@@ -106,7 +106,7 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[Document]:
     that is missing."""
     for path in files:
         with named(f"task.files: {path}"):
-            if _kind(path) in TABLES:
+            if kind(path) in TABLES:
                 texts = _texts(rows(path, [column]), column)
             else:
                 with _open(path) as file:
@@ -141,7 +141,7 @@ def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a table, with `columns` at least, where it has them."""
     with _open(path) as file:
-        for place, row in TABLES[_kind(path)](file, columns):
+        for place, row in TABLES[kind(path)](file, columns):
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a row is an object, not {type(row).__name__}")
             yield place, row
