@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.bench import __main__ as bench
 from zoo.bench import growth, timing
 from zoo.bench.layers import DIM, HIDDEN, TOKENS, mixture
-from zoo.bench.timing import Case, Row, Setting, backward, kernels, measure, saved_bytes
+from zoo.bench.timing import Case, Rates, Row, Setting, backward, kernels, measure, saved_bytes
 
-CPU = torch.device("cpu")
+CPU, RATES = torch.device("cpu"), Rates(90e9, 9e9)
 
 
 def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round(monkeypat
     monkeypatch.setattr(timing, "stopwatch", clock)
     work: dict[str, Callable[[], object]] = {name: lambda name=name: name for name in speed}
     case = Case("c", "plain", work, {("twice", "plain"): 1.5, ("plain", "twice"): 0.6})
-    row, reverse = measure(case, Setting(CPU, rounds=5))
+    row, reverse = measure(case, Setting(CPU, rates=RATES, rounds=5))
     assert (row.ratio, row.low, row.high, row.bar) == (2.0, 2.0, 2.0, 1.5)
     assert (reverse.variant, reverse.baseline, reverse.ratio, reverse.bar) == ("plain", "twice", 0.5, 0.6)
     assert calls[:4] == ["plain", "twice", "twice", "plain"]  # none is always first
@@ -41,7 +41,7 @@ def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round(monkeypat
 
 def test_a_variant_may_take_its_own_time() -> None:
     work = {"slow": lambda: 3.0, "fast": lambda: 1.0}
-    (row,) = measure(Case("c", "fast", work), Setting(CPU, rounds=3))
+    (row,) = measure(Case("c", "fast", work), Setting(CPU, rates=RATES, rounds=3))
     assert (row.ratio, row.seconds, row.megabytes) == (3.0, 3.0, 0.0)
 
 
@@ -79,7 +79,7 @@ def test_kernels_are_the_products_and_attentions_of_a_step() -> None:
 
 
 def test_the_variants_of_a_mixture_compute_the_same() -> None:
-    case = mixture(1024, 2, CPU)
+    case = mixture(1024, 2, Setting(CPU, 1, RATES))
     assert flops(case.variants["matrix products"]) == 9 * 2 * TOKENS * 2 * HIDDEN * DIM
     ours, theirs = (case.variants[name]() for name in ("moe", "transformers Mixtral, grouped_mm"))
     assert ours[0].norm() > 0

@@ -45,7 +45,7 @@ def defaults(config: type) -> dict[str, Any]:
 
 GROUPS = [(f"model/{name}.yaml", MODELS[name].Config) for name in MODELS]
 GROUPS += [(f"task/{name}.yaml", TASKS[name].Config) for name in TASKS]
-GROUPS += [("optim/adamw.yaml", OptimConfig)]
+GROUPS += [("optim/muon.yaml", OptimConfig)]
 
 
 PRESETS = ["fineweb_edu", "tinystories", "wikitext103"]  # task=PRESET is task=text with other options

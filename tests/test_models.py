@@ -1,9 +1,8 @@
-"""Every family on every task: shapes, gradients, options that rebuild the model, groups and rates of the optimiser."""
+"""Every family on every task: shapes, gradients, options that rebuild the model."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 from cases import Case, options_of
 from zoo.models import MODELS, Model
-from zoo.models.optim import OptimConfig
 from zoo.tasks import TASKS
 
 pytestmark = pytest.mark.numeric
@@ -89,34 +87,6 @@ def test_seed_decides_the_weights(family: str, task: str) -> None:
     assert all(torch.equal(first[name], same[name]) for name in first)
     weight = "decoder.blocks.0.ffn.gate"
     assert not torch.equal(first[weight], other[weight])
-
-
-@every_pair
-def test_weight_decay_acts_on_matrices_alone(family: str, task: str) -> None:
-    model = make(family, task)
-    matrices, others = model.configure_optimizers()["optimizer"].param_groups  # type: ignore[call-overload,index]
-    assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
-    assert matrices["betas"] == (0.9, 0.95)
-    decayed = {id(p) for p in matrices["params"]}
-    assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
-    assert len(matrices["params"]) + len(others["params"]) == len(list(model.parameters()))
-    norms = {id(p) for name, p in model.named_parameters() if "norm" in name}
-    assert norms
-    assert not norms & decayed
-
-
-@pytest.mark.parametrize("min_lr", [0.0, 1e-3])
-@pytest.mark.parametrize("warmup", [0, 5])
-def test_rate_warms_up_then_decays_to_min_lr(warmup: int, min_lr: float) -> None:
-    optim = OptimConfig(steps=40, warmup=warmup, lr=0.01, min_lr=min_lr)
-    rates = [optim.lr * optim.lr_at(step) for step in range(optim.steps + 1)]
-    up, down = rates[:warmup], rates[warmup:]
-    assert up == pytest.approx([0.01 * (step + 1) / 5 for step in range(warmup)])
-    assert down[0] == pytest.approx(0.01)
-    assert all(later < earlier for earlier, later in pairwise(down))
-    assert down[len(down) // 2] == pytest.approx((0.01 + min_lr) / 2, rel=0.05)
-    assert rates[-1] == pytest.approx(min_lr, abs=1e-12)
-    assert optim.lr * optim.lr_at(10 * optim.steps) == pytest.approx(min_lr, abs=1e-12)
 
 
 NUMBERS = {

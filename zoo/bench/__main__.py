@@ -13,17 +13,21 @@ from pathlib import Path
 
 import torch
 
+from zoo.bench.generation import generation
 from zoo.bench.growth import figure, growth
 from zoo.bench.layers import layers
+from zoo.bench.startup import startup
 from zoo.bench.steps import loops, steps
-from zoo.bench.timing import Row, Setting
+from zoo.bench.timing import Rates, Row, Setting, rates
 from zoo.config import lookup, require_positive
 from zoo.console import Parser, command
 from zoo.files import write
 from zoo.lens.draw import save
 from zoo.training.memory import keep_freed_memory
 
-SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {f.__name__: f for f in (layers, growth, steps, loops)}
+SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+    section.__name__: section for section in (layers, growth, steps, loops, generation, startup)
+}
 """A section yields rows; the line that --help has of it is its docstring."""
 PAGE = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -64,11 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(options.threads)
     freed = "kept" if keep_freed_memory() else "given back"  # as train.py does
-    setting = Setting(torch.device(options.device), options.rounds, options.quick, options.compile)
-    about = {**machine(setting.device), "freed memory": freed, "rounds": options.rounds}
+    device = torch.device(options.device)
+    setting = Setting(device, options.rounds, rates(device), options.quick, options.compile)
+    about = {**machine(device, setting.rates), "freed memory": freed, "rounds": options.rounds}
     rows = [row for name in options.sections for row in SECTIONS[name](setting)]
     text = ", ".join(f"{key} {value}" for key, value in about.items()) + "\n\n" + table(rows)
-    print(text)
+    print(f"{text}\n\n{verdict(rows)}")
     if options.figure:
         print(save(figure(rows), options.figure))
     if options.page:
@@ -77,12 +82,14 @@ def main(argv: list[str] | None = None) -> None:
         write(options.page, PAGE.sub(lambda marks: f"{marks[1]}`{typed}`\n\n{text}\n{marks[2]}", page))
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """The machine and the libraries that the numbers depend on."""
+def machine(device: torch.device, rates: Rates) -> dict[str, str]:
+    """The machine, its rates, and the libraries that the numbers depend on."""
     cpus = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", cpus.read_text() if cpus.is_file() else "")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu[1] if cpu else platform.machine(),
+        "float32 products": f"{rates.products / 1e9:.0f} GFLOP/s",
+        "copies": f"{rates.copies / 1e9:.1f} GB/s",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **{one.name: one.version for one in distributions() if one.name in ("torch", "lightning", "transformers")},
@@ -98,6 +105,16 @@ def table(rows: list[Row]) -> str:
         measured = f"{1e3 * row.seconds:.1f} | {row.megabytes:.0f}"
         lines.append(f"| {names} | {row.ratio:.2f} | {spread} | {wanted} | {measured} |")
     return "\n".join(lines)
+
+
+def verdict(rows: list[Row]) -> str:
+    """One line: whether all is as fast as wanted, and where it is not."""
+    wanted = [row for row in rows if row.bar]
+    slow = [row for row in wanted if row.bar and row.ratio > row.bar]
+    if not slow:
+        return f"As fast as wanted: all {len(wanted)} ratios."
+    places = "; ".join(f"{row.case}: {row.variant} {row.ratio:.2f} instead of {row.bar:.2f}" for row in slow)
+    return f"Slower than wanted in {len(slow)} of {len(wanted)} ratios: {places}."
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Axes: B sequences, T tokens, D model, F hidden units of an expert, E experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from zoo.models.moe import ExpertRouting, MoEConfig
 
 DIM, HIDDEN, TOKENS = 256, 512, 2048
 """D; F, also of the dense FFN; tokens that the experts share."""
+MOVED = 19
+"""Times that the state of a token is read or written for each of its choices: sorted, joined, and their gradients."""
 ONCE, CHUNKS = "one code per sequence of 128", "lagged chunks of 64"
 
 
@@ -27,18 +29,25 @@ def layers(setting: Setting) -> Iterator[Row]:
     """One FFN with its family against a dense FFN of equal active FLOPs, matrix products alone, and a peer."""
     sizes = [(256, 1), (32, 1)] if setting.quick else [(512, 1), (256, 1), (128, 1), (64, 1), (32, 1), (256, 2)]
     for n, top_k in sizes:
-        yield from measure(mixture(n, top_k, setting.device), setting)
+        yield from measure(mixture(n, top_k, setting), setting)
     yield from measure(hypernetwork(setting.device), setting)
 
 
-def mixture(n: int, top_k: int, device: torch.device) -> Case:
+def mixture(n: int, top_k: int, setting: Setting) -> Case:
     """The mixture at n tokens per expert."""
-    z, experts = torch.randn(1, TOKENS, DIM, device=device), TOKENS * top_k // n
+    z, experts = torch.randn(1, TOKENS, DIM, device=setting.device), TOKENS * top_k // n
     module = routing(experts, top_k)
     variants = {"dense": backward(feed_forward(top_k * HIDDEN), z), "moe": backward(module, z)}
     variants |= {"matrix products": kernels(variants["dense"]), "moe, kernels alone": kernels(variants["moe"])}
-    wanted = {512: 1.15, 256: 1.15, 128: 1.30, 32: 1.75}
-    bars = {("moe", "dense"): wanted[n]} if n in wanted else {}
+
+    def wanted(seconds: Mapping[str, float]) -> float:
+        """What the products, weights that are read again for fewer tokens, and the rows moved to their expert take."""
+        share = seconds["matrix products"] / seconds["dense"]
+        weights = 16 / 6 * setting.rates.products / (n * setting.rates.copies)  # 48·D·F bytes for 18·n·D·F FLOPs
+        rows = MOVED * 4 * TOKENS * top_k * DIM / setting.rates.copies / seconds["dense"]
+        return 1 + share * weights + rows
+
+    bars: dict[tuple[str, str], Any] = {("moe", "dense"): wanted}
     if peers.installed():
         peer = "transformers Mixtral, grouped_mm"
         variants[peer] = backward(peers.mixtral(module.ffn, module.context_to_delta.routers[0], top_k), z)

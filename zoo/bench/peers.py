@@ -6,6 +6,7 @@ It gets our weights, under the names they have there: it computes the same numbe
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def without_ffn(model: Model) -> dict[str, Tensor]:
     return state
 
 
-def llama(model: Model) -> nn.Module:
+def llama(model: Model, **options: Any) -> nn.Module:
     """A transformer of ours as LlamaForCausalLM, weight for weight."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,9 +67,17 @@ def llama(model: Model) -> nn.Module:
     for layer, block in enumerate(model.decoder.blocks):
         mlp = {"gate": block.ffn.gate, "up": block.ffn.up, "down": block.ffn.down.mT}
         state |= {f"model.layers.{layer}.mlp.{name}_proj.weight": weight for name, weight in mlp.items()}
-    theirs: Any = LlamaForCausalLM(LlamaConfig(**config_of(model)))
+    theirs: Any = LlamaForCausalLM(LlamaConfig(**config_of(model, **options)))
     theirs.to(model.decoder.norm.weight.dtype).load_state_dict(state)
     return theirs
+
+
+def new_tokens(theirs: nn.Module, ids: Tensor, count: int) -> Callable[[], Any]:
+    """`count` new tokens of a model of `transformers`, greedy, with its default cache."""
+    generator: Any = theirs.to(ids.device).eval()
+    generator.generation_config.eos_token_id = None
+    chosen = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+    return lambda: generator.generate(ids, attention_mask=torch.ones_like(ids), **chosen)
 
 
 def experts(ffn: FeedForward, router: nn.Module) -> dict[str, Tensor]:

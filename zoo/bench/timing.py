@@ -25,13 +25,20 @@ class Case:
     """Variants of one computation: each is divided by the baseline, and by those that `bars` names besides.
 
     variants: by name; one that returns a float has taken its own time, in seconds. bars: the largest ratio wanted of
-    (variant, baseline).
+    (variant, baseline), or what gives it, from the median seconds of all variants.
     """
 
     name: str
     baseline: str
     variants: Mapping[str, Callable[[], Any]]
-    bars: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    bars: Mapping[tuple[str, str], float | Callable[[Mapping[str, float]], float]] = field(default_factory=dict)
+
+
+class Rates(NamedTuple):
+    """Of a machine: FLOP/s of a large product in float32, bytes/s of a large copy, reads and writes counted."""
+
+    products: float
+    copies: float
 
 
 class Setting(NamedTuple):
@@ -39,6 +46,7 @@ class Setting(NamedTuple):
 
     device: torch.device
     rounds: int
+    rates: Rates
     quick: bool = False
     compiled: bool = False
 
@@ -67,11 +75,13 @@ def measure(case: Case, setting: Setting) -> Iterator[Row]:
         for name in names:
             seconds[name].append(stopwatch(case.variants[name], setting.device))
         names.rotate(-1)  # no one is always first
+    medians = {name: float(np.median(taken)) for name, taken in seconds.items()}
     pairs = dict.fromkeys((name, case.baseline) for name in seconds if name != case.baseline)
     for name, base in pairs | dict.fromkeys(case.bars):
         low, ratio, high = np.percentile(np.array(seconds[name]) / np.array(seconds[base]), [25, 50, 75]).tolist()
-        bar, median = case.bars.get((name, base)), float(np.median(seconds[name]))
-        yield Row(case.name, name, base, low, ratio, high, bar, median, megabytes[name])
+        bar = case.bars.get((name, base))
+        wanted = bar(medians) if callable(bar) else bar
+        yield Row(case.name, name, base, low, ratio, high, wanted, medians[name], megabytes[name])
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -88,6 +98,16 @@ def stopwatch(work: Callable[[], Any], device: torch.device) -> float:
     own = work()
     finish()
     return own if isinstance(own, float) else now() - start
+
+
+def rates(device: torch.device) -> Rates:
+    """Medians of products of the size of an FFN's, and of copies that no cache holds."""
+    a, b = torch.randn(2048, 256, device=device), torch.randn(256, 704, device=device)
+    c, big = torch.empty(2048, 704, device=device), torch.ones(2**24, device=device)
+    target = torch.empty_like(big)
+    product = np.median([stopwatch(lambda: torch.mm(a, b, out=c), device) for _ in range(30)][9:])
+    copy = np.median([stopwatch(lambda: target.copy_(big), device) for _ in range(10)][1:])
+    return Rates(2.0 * a.numel() * b.shape[1] / float(product), 2.0 * big.nbytes / float(copy))
 
 
 KERNELS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "rows_by_blocks", "blocks_of_rows")

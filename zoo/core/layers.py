@@ -216,5 +216,5 @@ class Block(nn.Module):
 
     def joined(self) -> Joined:
         """Copies of the matrices for a token alone, see zoo.core.decoding."""
-        weights = (getattr(self.attention, name).weight for name in "qkv")
-        return Joined(*weights, self.ffn.dense, self.ffn.blocks)
+        attention = self.attention
+        return Joined(attention.q.weight, attention.k.weight, attention.v.weight, self.ffn.dense, self.ffn.blocks)

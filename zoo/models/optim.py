@@ -27,8 +27,8 @@ class OptimConfig:
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
-    lr: float = 6e-3
-    muon_lr: float | None = 0.02
+    lr: float = 3e-3
+    muon_lr: float | None = 0.01
     min_lr: float = 0.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int | None = None
@@ -76,16 +76,46 @@ class OptimConfig:
         return floor + (1 - floor) * left
 
 
-class Muon(torch.optim.Muon):
+class Muon(Optimizer):
     """Momentum whose steps are orthogonalised (Jordan et al. 2024), of the size of AdamW's (Liu et al. 2025, arXiv
-    2502.16982); each of the group's `blocks` of rows of a matrix, an expert, for itself."""
+    2502.16982); each of a group's `blocks` of rows, an expert, for itself.
 
-    def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:
-        """Fills the lists of weights, gradients and momenta that torch updates in place: here of views."""
-        super()._init_group(group, *lists)
-        for tensors in lists:
-            tensors[:] = [part for t in tensors for part in t.unflatten(0, (group["blocks"], -1)).unbind(0)]
-        return False  # none is complex
+    In float32, all matrices of one shape at once: torch.optim.Muon rounds to bfloat16, in which the parts of a batch,
+    or another machine, give visibly other weights, and takes one matrix after the other.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for weights in shapes.values():
+                gradients: Any = [p.grad for p in weights]
+                for p in weights:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                moments = [self.state[p]["momentum_buffer"] for p in weights]
+                torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradients, moments, group["momentum"])  # Nesterov's
+                step_LEoi = orthogonal(torch.stack(ahead).unflatten(1, (group["blocks"], -1)))
+                size = 0.2 * math.sqrt(max(step_LEoi.shape[-2:]))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, step_LEoi.flatten(1, 2).to(weights[0]).unbind(), alpha=-group["lr"] * size)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """About u vᵀ of each matrix u s vᵀ, (*,o,i): singular values between .7 and 1.2, by five Newton-Schulz steps."""
+    wide = x.shape[-2] <= x.shape[-1]
+    y = (x if wide else x.mT).to(torch.promote_types(x.dtype, torch.float32))
+    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = 3.4445 * y + (2.0315 * gram @ gram - 4.775 * gram) @ y
+    return y if wide else y.mT
 
 
 class Joined(Optimizer):
@@ -106,20 +136,16 @@ class Joined(Optimizer):
 
 def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, LambdaLR]:
     """The optimiser of a decoder's weights and the schedule of its learning rates."""
-    parts: list[Optimizer] = []
-    rest = list(decoder.parameters())
-    if config.muon_lr is not None:
-        attention, ffns = (
-            [p for block in decoder.blocks for p in getattr(block, part).parameters()] for part in ("attention", "ffn")
-        )
-        groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
-        parts.append(Muon(groups, config.muon_lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"))
-        taken = {id(p) for p in [*attention, *ffns]}
-        rest = [p for p in rest if id(p) not in taken]
-    groups = [
+    attention = [p for block in decoder.blocks for p in block.attention.parameters()]
+    ffns = [p for block in decoder.blocks for p in block.ffn.parameters()]
+    matrices = {id(p) for p in [*attention, *ffns] if config.muon_lr is not None}
+    rest = [p for p in decoder.parameters() if id(p) not in matrices]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    parts.append(AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1])))
-    optimizer = parts[0] if len(parts) == 1 else Joined(*parts)
+    optimizer: Optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    if config.muon_lr is not None:
+        groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
+        optimizer = Joined(optimizer, Muon(groups, config.muon_lr, config.weight_decay))
     return optimizer, LambdaLR(optimizer, config.lr_at)

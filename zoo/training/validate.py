@@ -82,7 +82,7 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
     template = dict(zip(numbers, ours["state"].values(), strict=True))
     moments = like(saved["state"], template, "optimizer_states.0.state")
     for number, moment in moments.items():
-        if not 0 <= moment["step"] <= step:  # 16-mixed passes over steps whose gradients are not finite
+        if not 0 <= moment.get("step", 0) <= step:  # 16-mixed passes over steps whose gradients are not finite
             raise ValueError(f"optimizer_states.0.state.{number}.step is {moment['step']}, the run stands at {step}")
         if "exp_avg_sq" in moment and (moment["exp_avg_sq"] < 0).any():
             raise ValueError(f"optimizer_states.0.state.{number}.exp_avg_sq is negative, and no square is")

@@ -1,0 +1,156 @@
+"""Who updates which weights, by how much, and at which rate."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from test_models import every_pair, make
+from zoo.config import from_dict
+from zoo.models import Model
+from zoo.models.optim import Joined, Muon, OptimConfig, optimizer_of, orthogonal
+
+pytestmark = pytest.mark.numeric
+
+
+def optimizer(model: Model, **options: Any) -> Any:
+    return optimizer_of(model.decoder, from_dict(OptimConfig, options, "optim").resolve())[0]
+
+
+def parameters(*groups: dict[str, Any]) -> set[int]:
+    return {id(p) for group in groups for p in group["params"]}
+
+
+@every_pair
+def test_weight_decay_acts_on_matrices_alone(family: str, task: str) -> None:
+    model = make(family, task)
+    for options in ({"muon_lr": None}, {}):
+        found = optimizer(model, **options)
+        matrices, others, *rest = found.param_groups
+        assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+        assert matrices["betas"] == (0.9, 0.95)
+        assert all(group["weight_decay"] == 0.01 for group in rest)
+        assert parameters(matrices, *rest) == {id(p) for p in model.parameters() if p.dim() >= 2}
+        assert sum(len(group["params"]) for group in found.param_groups) == len(list(model.parameters()))
+        assert parameters(others) >= {id(p) for name, p in model.named_parameters() if "norm" in name}
+
+
+@pytest.mark.parametrize("family", ["transformer", "moe"])
+def test_muon_takes_the_matrices_of_blocks_and_each_expert_for_itself(family: str) -> None:
+    model = make(family, "noise")
+    adamw, muon = optimizer(model).parts
+    assert (type(adamw), type(muon)) == (AdamW, Muon)
+    names = {id(p): name for name, p in model.decoder.named_parameters()}
+    taken = {names[i] for i in parameters(*muon.param_groups)}
+    assert taken == {name for name in names.values() if name.startswith("blocks.") and "norm" not in name}
+    assert [group["blocks"] for group in muon.param_groups] == [1, getattr(model.config, "experts", 1)]
+    assert type(optimizer(model, muon_lr=None)) is AdamW
+
+
+def test_orthogonal_keeps_singular_vectors_and_evens_out_their_values() -> None:
+    x = torch.randn(3, 2, 24, 10, dtype=torch.float64)
+    for matrix in (x, x.mT, 1e-3 * x):
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        values = u.mT @ orthogonal(matrix) @ vh.mT
+        even = values.diagonal(dim1=-2, dim2=-1)
+        assert 0.6 < even.min() < even.max() < 1.3
+        assert (values - torch.diag_embed(even)).abs().max() < 1e-10
+    assert not orthogonal(torch.zeros(4, 3)).any()
+
+
+def stepped(make: Any, start: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
+    """The weights after a step with each of the gradients, by the optimiser that `make` makes of them."""
+    weights = [nn.Parameter(w.clone()) for w in start]
+    optimizer = make(weights)
+    for gradient in gradients:
+        for p, g in zip(weights, gradient, strict=True):
+            p.grad = g
+        optimizer.step()
+    return [p.detach() for p in weights]
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_muon_is_that_of_torch_for_each_expert(blocks: int) -> None:
+    """But for bfloat16, in which torch computes."""
+    shapes = [(12, 8), (12, 8), (24, 16)]
+    start, *gradients = ([torch.randn(shape) for shape in shapes] for _ in range(4))
+
+    def parts(matrices: list[Tensor]) -> list[Tensor]:
+        return [part for matrix in matrices for part in matrix.chunk(blocks)]
+
+    def ours(weights: list[nn.Parameter], blocks: int = blocks) -> Muon:
+        return Muon([{"params": weights, "blocks": blocks}], 0.1, 0.01)
+
+    def theirs(weights: list[nn.Parameter]) -> torch.optim.Muon:
+        return torch.optim.Muon(weights, 0.1, 0.01, adjust_lr_fn="match_rms_adamw")
+
+    expected = torch.cat([t.flatten() for t in stepped(theirs, parts(start), [parts(g) for g in gradients])])
+    before = torch.cat([t.flatten() for t in start])
+    for made, low, high in ((ours, 0, 0.02), (lambda weights: ours(weights, 4 - blocks), 0.2, 2)):
+        found = torch.cat([t.flatten() for t in stepped(made, start, gradients)])
+        assert low <= (found - expected).norm() / (expected - before).norm() <= high
+
+
+def test_joined_optimisers_keep_one_state_that_goes_on() -> None:
+    models = [make("moe", "noise") for _ in range(2)]
+    optimizers = [optimizer(model) for model in models]
+
+    def step(which: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in models[which].parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizers[which].step()
+
+    step(0, 1)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for which in range(2):
+        step(which, 2)
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert isinstance(optimizers[0], Joined)
+    assert len(optimizers[0].state) == len(list(models[0].parameters()))
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 1e-3])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_rate_warms_up_then_decays_to_min_lr(warmup: int, min_lr: float) -> None:
+    optim = OptimConfig(steps=40, warmup=warmup, lr=0.01, min_lr=min_lr)
+    rates = [optim.lr * optim.lr_at(step) for step in range(optim.steps + 1)]
+    up, down = rates[:warmup], rates[warmup:]
+    assert up == pytest.approx([0.01 * (step + 1) / 5 for step in range(warmup)])
+    assert down[0] == pytest.approx(0.01)
+    assert all(later < earlier for earlier, later in pairwise(down))
+    assert down[len(down) // 2] == pytest.approx((0.01 + min_lr) / 2, rel=0.05)
+    assert rates[-1] == pytest.approx(min_lr, abs=1e-12)
+    assert optim.lr * optim.lr_at(10 * optim.steps) == pytest.approx(min_lr, abs=1e-12)
+
+
+def test_other_schedules() -> None:
+    stable = OptimConfig(steps=20, warmup=2, lr=1.0, min_lr=0.2, schedule="wsd", decay=4)
+    rates = [stable.lr_at(step) for step in range(22)]
+    assert rates == pytest.approx([0.5, *[1.0] * 16, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert OptimConfig(steps=20, schedule="wsd").resolve().decay == 4
+    constant = OptimConfig(steps=20, warmup=2, schedule="constant")
+    assert [constant.lr_at(step) for step in range(22)] == [0.5, *[1.0] * 21]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 3}, "optim.decay=3 needs optim.schedule=wsd, not cosine"),
+        ({"schedule": "wsd", "decay": 11}, "optim.decay=11 must lie between 0 and the 10 steps left"),
+        ({"schedule": "constant", "min_lr": 1e-3}, "optim.min_lr=0.001 needs a schedule that falls"),
+        ({"schedule": "linear"}, "known: cosine, wsd, constant"),
+        ({"muon_lr": 0.0}, "optim.muon_lr=0.0 must be above 0"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict(OptimConfig, {"steps": 10, **options}, "optim").resolve()
