@@ -90,7 +90,7 @@ def stopwatch(work: Callable[[], Any], device: torch.device) -> float:
     return own if isinstance(own, float) else now() - start
 
 
-KERNELS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "rows_by_blocks", "blocks_of_rows")
+KERNELS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "grouped_mm")
 
 
 class _Kernels(TorchDispatchMode):

@@ -58,16 +58,15 @@ class MoEConfig(ModelConfig):
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.renormalise and (self.top_k == 1 or self.score == "linear"):  # weights are all 1, or a sum may be 0
+        sensible = self.top_k > 1 and self.score != "linear"  # else weights are all 1, or a sum may be 0
+        if self.renormalise and not sensible:
             raise ValueError(f"model.renormalise=true does not fit model.top_k={self.top_k}, model.score={self.score}")
         chunk = self.chunk
         if chunk is not None and (self.route_on == "token" or task.n_context):
             raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
         if self.route_on == "context":
             chunk = Source.resolve(task.n_context, task.tokens, None, chunk).chunk
-        renormalise = self.renormalise
-        if renormalise is None:
-            renormalise = self.top_k > 1 and self.score != "linear"
+        renormalise = sensible if self.renormalise is None else self.renormalise
         return replace(super().resolve(task), renormalise=renormalise, chunk=chunk)
 
     @property
@@ -122,7 +121,6 @@ class ExpertRouting(ContextToDelta):
         self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
             Router(config) for _ in range(config.layers)
         )
-        self.norms, self.empty = None, None
         if config.route_on == "context":
             self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.layers))
             # what routes where there is no context yet: zero logits would send everyone to the same experts
@@ -130,27 +128,23 @@ class ExpertRouting(ContextToDelta):
         self.counts = torch.zeros(config.layers, config.experts)
         self.shares = torch.full((config.layers, config.experts), 1 / config.experts, dtype=torch.float64)
 
-    def _state(
-        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None, real: Tensor | None
-    ) -> Tensor:
-        """The router's input at each token, (B,T,D)."""
-        if self.norms is None or self.empty is None:
-            return z_BTD
-        T, context = z_BTD.shape[1], self.source.mean(z_BTD, n_context, cache, real)
-        if self.source.chunk:
-            mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
-        else:  # the context's own tokens route on what they have seen so far, queries on all of it
-            seen = Source("running").mean(z_BTD[:, :n_context], 0, real=None if real is None else real[:, :n_context])
-            mean, nonempty = (
-                torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
-                for so_far, of_all in zip(seen, context, strict=True)
-            )
-        return torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
-
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
-        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, cache, real)), counted=real)
+        state_BTD, T = z_BTD, z_BTD.shape[1]
+        if self.config.route_on == "context":
+            context = self.source.mean(z_BTD, n_context, cache, real)
+            if self.source.chunk:
+                mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
+            else:  # the context's own tokens route on what they have seen so far, queries on all of it
+                own_real = None if real is None else real[:, :n_context]
+                seen = Source("running").mean(z_BTD[:, :n_context], 0, real=own_real)
+                mean, nonempty = (
+                    torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
+                    for so_far, of_all in zip(seen, context, strict=True)
+                )
+            state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
+        return Patch(routing=self.routers[layer](state_BTD), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""
@@ -194,8 +188,8 @@ class ExpertRouting(ContextToDelta):
 
     def metrics(self) -> dict[str, Metric]:
         return {
-            "load_max_over_mean": ExpertLoad(self.config.experts, max_over_mean),
-            "dead_fraction": ExpertLoad(self.config.experts, dead_fraction),
+            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
+            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
             "entropy": RouterEntropy(),
         }
 
@@ -231,14 +225,6 @@ def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
     p_EN = score_EN / score_EN.sum(0)
     counted = None if patch.counted is None else patch.counted.flatten()
     return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
-
-
-def max_over_mean(count_E: Tensor) -> Tensor:
-    return count_E.max() / count_E.mean()
-
-
-def dead_fraction(count_E: Tensor) -> Tensor:
-    return (count_E == 0).float().mean()
 
 
 class ExpertLoad(Metric):
