@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,15 +83,14 @@ def replace_context(
         out_ctx_BTD, emitted = block(x_ctx_BTD, full, contextual)
 
         def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            v_ctx, z_ctx, out_ctx = (t_BTD[:, kept] for t_BTD in (*seen, out_ctx_BTD))
             states = LayerStates(
                 layer=layer,
                 ffn=block.ffn,
-                emit_with_context=partial(emitted.per_token, kept),
+                emitted=emitted.per_token(kept),
                 emit_without_context=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
-                v_ctx=v_ctx,
-                z_ctx=z_ctx,
-                out_ctx=out_ctx,
+                v_ctx=seen[0][:, kept],
+                z_ctx=seen[1][:, kept],
+                out_ctx=out_ctx_BTD[:, kept],
                 v=v_BTD,
                 z=z_BTD,
             )
@@ -110,11 +109,12 @@ def replace_context(
 @dataclass(frozen=True)
 class LayerStates:
     """One layer's states at the kept tokens, (B,T,D), with the whole context (_ctx) and without what was removed: v
-    enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emit_…: what the family emits."""
+    enters the second half of the block, z = norm2(v) its FFN, out leaves the block. What the family emits with it, one
+    patch per token, and what it would emit for the kept tokens alone."""
 
     layer: int
     ffn: FeedForward
-    emit_with_context: Callable[[], Patch]
+    emitted: Patch
     emit_without_context: Callable[[], Patch]
     v_ctx: Tensor
     z_ctx: Tensor
@@ -122,17 +122,11 @@ class LayerStates:
     v: Tensor
     z: Tensor
 
-    @cached_property
-    def emitted(self) -> Patch:
-        """The family's patch with the whole context, one per token."""
-        return self.emit_with_context()
-
     @property
     def alone(self) -> Routing | None:
         """The choice of blocks, per token, that the kept tokens alone lead to."""
-        if self.emitted.routing is None:
-            return None
-        return self.emit_without_context().per_token(torch.arange(self.z.shape[1], device=self.z.device)).routing
+        routing = self.emit_without_context().routing
+        return routing and routing.per_token(torch.arange(self.z.shape[1], device=self.z.device))
 
     def missing(self, h_BTF: Tensor) -> Tensor:
         """The residual that the stored `down` leaves between hidden units h and the contextual output, (B,T,D)."""

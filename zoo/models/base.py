@@ -160,24 +160,13 @@ class Model(L.LightningModule):
         """The total weight update that stands for the removed tokens; see zoo.core.exact.exact."""
         return exact(self.decoder, tokens, removed, n_context=n_context)
 
-    def generate(
-        self,
-        tokens: Tensor,
-        count: int,
-        n_context: int = 0,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; see zoo.core.sampling.
-
-        n_context: how many leading tokens are a separate context. top_k: None for all. Same seed of `generator`, same
-        ids. Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
-        """
+    def generate(self, tokens: Tensor, count: int, *args: Any, **options: Any) -> Iterator[Tensor]:
+        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; arguments as of
+        zoo.core.sampling.generate. Raises ValueError for tasks whose tokens are no ids in sequence."""
         task = self.task
         if not task.vocabulary or task.output_dim != task.vocabulary or task.independent_queries:
             raise ValueError(f"task.name={task.config.name} has no next token: generate needs a task of token ids")
-        return sampling.generate(self.decoder, tokens, count, n_context, temperature, top_k, generator)
+        return sampling.generate(self.decoder, tokens, count, *args, **options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, patches = self.decoder(batch.tokens, batch.n_context)
