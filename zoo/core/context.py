@@ -109,19 +109,18 @@ class ContextToDelta(nn.Module):
     """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
     A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
-    something else defines `forward`. active_share: the share of the FFN's parameters that one token uses.
+    something else defines `forward`. active_share: the share of the FFN's parameters that one token uses; code: the
+    part whose output is the code of a context, (*,C), for analysis; state: what training keeps beside the weights to go
+    on as if nothing had happened, written into checkpoints.
     """
 
     active_share = 1.0
+    code: nn.Module | None = None
 
     def __init__(self, source: Source, layers: int):
         super().__init__()
         self.source, self.layers = source, layers
-
-    @property
-    def code(self) -> nn.Module | None:
-        """The part whose output is the code of a context, (*,C), for analysis; None where there is none."""
-        return None
+        self.state: dict[str, Tensor] = {}
 
     @property
     def reads_query(self) -> bool:
@@ -173,13 +172,6 @@ class ContextToDelta(nn.Module):
 
     def after_step(self) -> None:
         """Called once after each optimiser step, on every process; nothing to do for most families."""
-
-    def training_state(self) -> dict[str, Any]:
-        """The state that training needs beside the weights to go on as if nothing had happened, as plain values."""
-        return {}
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Takes over what training_state() gave, or nothing; raises ValueError for what it cannot have given."""
 
 
 class RelativeNorm(MeanMetric):

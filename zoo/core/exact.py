@@ -20,7 +20,7 @@ from zoo.config import lookup
 from zoo.core.decoder import Decoder, check_tokens
 from zoo.core.delta import InputShift, LowRank, Replaced
 from zoo.core.layers import FeedForward
-from zoo.core.patch import Patch, Routing
+from zoo.core.patch import Patch
 
 
 def exact(
@@ -123,14 +123,15 @@ class LayerStates:
     z: Tensor
 
     @property
-    def alone(self) -> Routing | None:
-        """The choice of blocks, per token, that the kept tokens alone lead to."""
+    def alone(self) -> Patch:
+        """The choice of blocks, per token, that the kept tokens alone lead to, and no update."""
         routing = self.emit_without_context().routing
-        return routing and routing.per_token(torch.arange(self.z.shape[1], device=self.z.device))
+        tokens = torch.arange(self.z.shape[1], device=self.z.device)
+        return Patch(routing=routing and routing.per_token(tokens), chunk=1)
 
-    def missing(self, h_BTF: Tensor) -> Tensor:
-        """The residual that the stored `down` leaves between hidden units h and the contextual output, (B,T,D)."""
-        return self.out_ctx - self.v - self.ffn.linear("down", h_BTF, Patch())
+    def missing(self, patch: Patch) -> Tensor:
+        """What the stored `down`, under a patch that leaves it alone, lacks of the contextual output, (B,T,D)."""
+        return self.out_ctx - self.v - self.ffn.linear("down", self.ffn.hidden(self.z, patch), Patch())
 
     def along(self, what: str, state: Tensor) -> Tensor:
         """state/|state|² (*,n), the row of a rank-1 update; raises ValueError, naming `what`, where a state is zero."""
@@ -149,20 +150,19 @@ def shear_and_down(states: LayerStates) -> Patch:
 
 def output(states: LayerStates) -> Patch:
     """`down` alone, rank 1: (out_ctx − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
-    return _with_down(states, Patch(routing=states.alone, chunk=1))
+    patch = states.alone
+    return _with_down(states, patch, states.missing(patch))
 
 
 def bias(states: LayerStates) -> Patch:
     """A bias of `down` alone, out_ctx − v − FFN(z), a steering vector: what the context adds at this token."""
-    patch = Patch(routing=states.alone, chunk=1)
-    return replace(patch, biases={"down": states.missing(states.ffn.hidden(states.z, patch))})
+    patch = states.alone
+    return replace(patch, biases={"down": states.missing(patch)})
 
 
-def _with_down(states: LayerStates, patch: Patch, missing_BTD: Tensor | None = None) -> Patch:
+def _with_down(states: LayerStates, patch: Patch, missing_BTD: Tensor) -> Patch:
     """`patch` and the rank-1 update of `down`, the smallest, that adds what is missing from the block's output."""
-    h_BTF = states.ffn.hidden(states.z, patch)
-    missing_BTD = states.missing(h_BTF) if missing_BTD is None else missing_BTD
-    column_BTF = states.along("hidden units of", h_BTF)
+    column_BTF = states.along("hidden units of", states.ffn.hidden(states.z, patch))
     return patch.with_delta("down", LowRank(missing_BTD.unsqueeze(-1), column_BTF.unsqueeze(-1)))
 
 

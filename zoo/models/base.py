@@ -213,12 +213,17 @@ class Model(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.task.state_dict()
         if self.decoder.context_to_delta:
-            checkpoint["family"] = self.decoder.context_to_delta.training_state()
+            state = self.decoder.context_to_delta.state
+            checkpoint["family"] = {name: values.tolist() for name, values in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.task.load_state_dict(checkpoint.get("task", {}))
-        if self.decoder.context_to_delta:
-            self.decoder.context_to_delta.load_training_state(checkpoint.get("family", {}))
+        state = self.decoder.context_to_delta.state if self.decoder.context_to_delta else {}
+        for name, old in state.items():
+            if values := checkpoint.get("family", {}).get(name):  # else of a run that did not keep it
+                state[name] = torch.tensor(values, dtype=old.dtype)
+                if state[name].shape != old.shape or not state[name].isfinite().all():
+                    raise ValueError(f"family.{name} must be finite numbers of shape {tuple(old.shape)}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = list(self.decoder.parameters())

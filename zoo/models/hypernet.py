@@ -95,7 +95,7 @@ class HypernetDelta(ContextToDelta):
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
     @property
-    def code(self) -> nn.Module:
+    def code(self) -> nn.Module:  # type: ignore[override]
         return self.generator.code_norm
 
     def update(self, context: ContextMean, layer: int) -> dict[str, Delta]:

@@ -111,8 +111,8 @@ class Router(nn.Module):
 
 
 class ExpertRouting(ContextToDelta):
-    """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; shares: of each
-    expert in the step before, even ones in the first."""
+    """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; state: the share
+    of each expert in the step before, even ones in the first."""
 
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
@@ -126,7 +126,7 @@ class ExpertRouting(ContextToDelta):
             # what routes where there is no context yet: zero logits would send everyone to the same experts
             self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
         self.counts = torch.zeros(config.layers, config.experts)
-        self.shares = torch.full((config.layers, config.experts), 1 / config.experts, dtype=torch.float64)
+        self.state["shares"] = torch.full((config.layers, config.experts), 1 / config.experts, dtype=torch.float64)
 
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
@@ -137,11 +137,10 @@ class ExpertRouting(ContextToDelta):
             if self.source.chunk:
                 mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
             else:  # the context's own tokens route on what they have seen so far, queries on all of it
-                own_real = None if real is None else real[:, :n_context]
-                seen = Source("running").mean(z_BTD[:, :n_context], 0, real=own_real)
+                seen = Source("running").mean(z_BTD, 0, real=real)
+                own_T1 = torch.arange(T, device=z_BTD.device)[:, None] < n_context
                 mean, nonempty = (
-                    torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
-                    for so_far, of_all in zip(seen, context, strict=True)
+                    torch.where(own_T1, so_far, of_all[:, None]) for so_far, of_all in zip(seen, context, strict=True)
                 )
             state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
         return Patch(routing=self.routers[layer](state_BTD), counted=real)
@@ -152,7 +151,7 @@ class ExpertRouting(ContextToDelta):
         counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
         self.counts = self.counts + counts_LE if part else counts_LE
         loss: Tensor | float = 0.0
-        for patch, share_E in zip(patches, self.shares, strict=True):
+        for patch, share_E in zip(patches, self.state["shares"], strict=True):
             if config.balance_weight:
                 loss = loss + config.balance_weight * balance_loss(patch, share_E, config) / config.layers
             if config.z_weight:
@@ -166,22 +165,11 @@ class ExpertRouting(ContextToDelta):
         keeping its mean at zero."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts)
-        self.shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        self.state["shares"] = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
         if self.config.bias_rate:
             for router, count_E in zip(self.routers, self.counts, strict=True):
                 router.bias += self.config.bias_rate * (count_E.mean() - count_E).sign()
                 router.bias -= router.bias.mean()
-
-    def training_state(self) -> dict[str, Any]:
-        return {"shares": self.shares.tolist()}
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        if not (shares := state.get("shares")):
-            return  # of a run that did not count
-        shares_LE = torch.tensor(shares, dtype=torch.float64)
-        if shares_LE.shape != self.shares.shape or not ((shares_LE >= 0) & (shares_LE <= 1)).all():
-            raise ValueError(f"the shares of experts must be numbers from 0 to 1, {tuple(self.shares.shape)} of them")
-        self.shares = shares_LE
 
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
