@@ -137,10 +137,11 @@ class ExpertRouting(ContextToDelta):
             if self.source.chunk:
                 mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
             else:  # the context's own tokens route on what they have seen so far, queries on all of it
-                seen = Source("running").mean(z_BTD, 0, real=real)
-                own_T1 = torch.arange(T, device=z_BTD.device)[:, None] < n_context
+                own_real = None if real is None else real[:, :n_context]
+                seen = Source("running").mean(z_BTD[:, :n_context], 0, real=own_real)
                 mean, nonempty = (
-                    torch.where(own_T1, so_far, of_all[:, None]) for so_far, of_all in zip(seen, context, strict=True)
+                    torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
+                    for so_far, of_all in zip(seen, context, strict=True)
                 )
             state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
         return Patch(routing=self.routers[layer](state_BTD), counted=real)
