@@ -39,22 +39,6 @@ class Source:
     kind: str
     chunk: int | None = None
 
-    @classmethod
-    def resolve(cls, n_context: int, tokens: int, kind: str | None, chunk: int | None) -> Source:
-        """The source for sequences of `tokens` tokens, the first n_context of them a separate context; open chunk: 32,
-        or half of a short sequence. Raises ValueError, in terms of model.context and model.chunk, for a bad fit."""
-        kind = kind or ("segment" if n_context else "chunk")
-        if (kind == "segment") != bool(n_context):
-            which, choice = ("with", "segment") if n_context else ("without", "chunk, running or token")
-            raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
-        if kind == "chunk":
-            chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
-            if not 0 < chunk < tokens:
-                raise ValueError(f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1")
-        elif chunk is not None:
-            raise ValueError(f"model.chunk={chunk} needs model.context=chunk, not {kind}")
-        return cls(kind, chunk)
-
     @property
     def shared_by(self) -> int | None:
         """How many tokens share an update, None for all of a sequence: Patch.chunk."""

@@ -50,6 +50,18 @@ class ModelConfig(Sizes):
         return {}
 
 
+def open_chunk(chunk: int | None, task: Task, needs: str | None) -> int | None:
+    """How many tokens share an update; open: 32, or half of a short sequence. Raises ValueError where one is given and
+    `needs`, what it would take, is not None, or where it does not fit."""
+    if needs is None:
+        chunk = max(1, min(32, task.tokens // 2)) if chunk is None else chunk
+        if not 0 < chunk < task.tokens:
+            raise ValueError(f"model.chunk={chunk} must lie between 1 and task.tokens={task.tokens} - 1")
+    elif chunk is not None:
+        raise ValueError(f"model.chunk={chunk} needs {needs}")
+    return chunk
+
+
 @dataclass(frozen=True)
 class ContextConfig(ModelConfig):
     """context, chunk: what a token's update is made from, see Source; null: segment where the task has a separate
@@ -60,12 +72,15 @@ class ContextConfig(ModelConfig):
     attend_context: bool | None = None
 
     def resolve(self, task: Task) -> Self:
-        source = Source.resolve(task.n_context, task.tokens, self.context, self.chunk)
+        kind = self.context or ("segment" if task.n_context else "chunk")
+        if (kind == "segment") != bool(task.n_context):
+            which, choice = ("with", "segment") if task.n_context else ("without", "chunk, running or token")
+            raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
+        chunk = open_chunk(self.chunk, task, None if kind == "chunk" else f"model.context=chunk, not {kind}")
         attend = bool(self.attend_context) if task.n_context else None
         if attend is None and self.attend_context is not None:
             raise ValueError(f"model.attend_context={str(self.attend_context).lower()} needs a separate context")
-        config = super().resolve(task)
-        return replace(config, context=source.kind, chunk=source.chunk, attend_context=attend)  # type: ignore[arg-type]
+        return replace(super().resolve(task), context=kind, chunk=chunk, attend_context=attend)
 
     @property
     def decoder_options(self) -> dict[str, Any]:

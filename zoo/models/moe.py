@@ -21,7 +21,7 @@ from zoo.core.context import ContextToDelta, Source
 from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch, Routing
-from zoo.models.base import Model, ModelConfig
+from zoo.models.base import Model, ModelConfig, open_chunk
 from zoo.tasks import Task
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,11 +61,8 @@ class MoEConfig(ModelConfig):
         sensible = self.top_k > 1 and self.score != "linear"  # else weights are all 1, or a sum may be 0
         if self.renormalise and not sensible:
             raise ValueError(f"model.renormalise=true does not fit model.top_k={self.top_k}, model.score={self.score}")
-        chunk = self.chunk
-        if chunk is not None and (self.route_on == "token" or task.n_context):
-            raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
-        if self.route_on == "context":
-            chunk = Source.resolve(task.n_context, task.tokens, None, chunk).chunk
+        by_chunk = self.route_on == "context" and not task.n_context
+        chunk = open_chunk(self.chunk, task, None if by_chunk else "model.route_on=context and running text")
         renormalise = sensible if self.renormalise is None else self.renormalise
         return replace(super().resolve(task), renormalise=renormalise, chunk=chunk)
 
