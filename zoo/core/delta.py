@@ -2,8 +2,7 @@
 
 Axes: B batch, S chunks, c tokens of a chunk, T tokens, R rank; o outputs and i inputs of one linear map with weight
 W (o,i). `*` stands for the leading dims of the input x without its token axis: (B) for x (B,T,i), (B,S) for x
-(B,S,c,i), (B,T) for x (B,T,1,i). One code path serves an update per sequence, per chunk and per token, and no update is
-ever repeated or formed in a forward pass. served (*,T,1), where given, is 0 at tokens that keep W, else 1.
+(B,S,c,i), (B,T) for x (B,T,1,i). served (*,T,1), where given, is 0 at tokens that keep W, else 1.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ from zoo.tasks import TASKS, Batch, Task
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """The sizes of the decoder, and the name of the family."""
+    """The sizes of the decoder, which are all there is of a plain one, and the name of the family."""
 
-    name: str = ""
+    name: str = "transformer"
 
     def resolve(self, task: Task) -> Self:
         """This with every open default written down; raises ValueError for sizes that do not fit each other."""

@@ -48,9 +48,9 @@ class HypernetConfig(ContextConfig):
 class Generator(nn.Module):
     """From the mean of a context (*,D) to the factors of a layer's update: encoder, layer embedding, head per factor.
 
-    Heads are shared by all layers and have no bias. v-heads give entries of variance 1/i, so that vᵀx starts at unit
-    size; the others (u, full, scale) start at zero, so ΔW = 0 at the start, and read code/√C, so that a step of Adam
-    moves ΔW alike at any code size. D·C + L·C parameters, and for low rank C·R·(o + i) per matrix.
+    All layers share the heads. v-heads give entries of variance 1/i, so that vᵀx starts at unit size; the others start
+    at zero, and so does ΔW, and read code/√C, so that a step of Adam moves ΔW alike at any code size. D·C + L·C
+    parameters, and for low rank C·R·(o + i) per matrix.
     """
 
     def __init__(self, config: HypernetConfig):

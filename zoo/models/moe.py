@@ -157,7 +157,6 @@ class ExpertRouting(ContextToDelta):
                 loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
         return loss
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Adds up the choices of all parts and processes; moves each router's bias towards idle experts, by bias_rate,
         keeping its mean at zero."""
@@ -201,11 +200,8 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
-    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`.
-
-    f, the share of choices, is that of the whole step before: all parts and processes together are balanced, not each
-    for itself (Qiu et al. 2025, arXiv 2501.11873), and the first part need not know the last one.
-    """
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`; f:
+    share of choices in the whole step before, of all parts and processes (Qiu et al. 2025, arXiv 2501.11873)."""
     logits = routing_of(patch).logits
     score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
     p_EN = score_EN / score_EN.sum(0)
