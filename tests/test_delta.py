@@ -93,7 +93,7 @@ def test_a_gate_weighs_the_factors_of_each_token(dims: tuple[int, ...], chunk: i
     delta = LowRank(plain.u, plain.v, gate)
     each = act_token_by_token(delta, dims, chunk, None)
     assert not each.dense(W)[:, 1].any()
-    for refused in (delta.dense, delta.svdvals):
+    for refused in (delta.dense, delta.svdvals, delta.norm):
         with pytest.raises(ValueError, match=r"differs from token to token: take delta\.per_token\(tokens\) first"):
             refused(W)
     for total in (delta + plain, plain + delta):

@@ -167,5 +167,4 @@ class RelativeNorm(MeanMetric):
     def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
         delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
         size = delta.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
-        weight = torch.ones_like(size) if patch.counted is None else patch.counted.to(size)
-        super().update(size, weight.view(*weight.shape, *[1] * (size.dim() - weight.dim())).expand_as(size))
+        super().update(size, 1.0 if patch.counted is None else patch.counted)

@@ -71,7 +71,7 @@ class Delta:
         return u @ v.mT
 
     def norm(self, W: Tensor) -> Tensor:
-        """Frobenius norm of ΔW, (*), or (*,T) where it differs from token to token."""
+        """Frobenius norm of ΔW, (*); raises ValueError where it differs from token to token."""
         return torch.linalg.matrix_norm(self._small(W))
 
     def svdvals(self, W: Tensor) -> Tensor:
@@ -117,12 +117,6 @@ class LowRank(Delta):
         u, v = (rows(factor, tokens, chunk) for factor in (self.u, self.v))
         gate = self.gated(served).gate
         return LowRank(u if gate is None else u * picked(gate, tokens, chunk).unsqueeze(-2), v)
-
-    def norm(self, W: Tensor) -> Tensor:
-        if self.gate is None:
-            return super().norm(W)
-        u, v, gate_TR = (t.to(torch.promote_types(W.dtype, torch.float32)) for t in (self.u, self.v, self.gate))
-        return (gate_TR @ ((u.mT @ u) * (v.mT @ v)) * gate_TR).sum(-1).clamp(min=0).sqrt()
 
     def __add__(self, other: LowRank) -> Delta:
         if self.gate is not None or other.gate is not None or self.u.shape[:-2] != other.u.shape[:-2]:
