@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,27 +75,18 @@ def replace_context(
 
     def run(layer: int, x_ctx_BTD: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor, Patch]:
         block = decoder.blocks[layer]
-        seen: list[Tensor] = []
+        seen: dict[str, Any] = {}
 
         def contextual(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            seen.extend((v_BTD, z_BTD))
+            seen.update(v_ctx=v_BTD[:, kept], z_ctx=z_BTD[:, kept])
             return decoder.emit(z_BTD, layer, n_context, real=real)
 
         out_ctx_BTD, emitted = block(x_ctx_BTD, full, contextual)
+        seen.update(out_ctx=out_ctx_BTD[:, kept], emitted=emitted.per_token(kept))
 
         def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            states = LayerStates(
-                layer=layer,
-                ffn=block.ffn,
-                emitted=emitted.per_token(kept),
-                emit_without_context=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
-                v_ctx=seen[0][:, kept],
-                z_ctx=seen[1][:, kept],
-                out_ctx=out_ctx_BTD[:, kept],
-                v=v_BTD,
-                z=z_BTD,
-            )
-            return patch_of(states)
+            emit = partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real)
+            return patch_of(LayerStates(layer, block.ffn, v=v_BTD, z=z_BTD, emit_without_context=emit, **seen))
 
         return out_ctx_BTD, *block(x_BTD, reduced, replaced)
 
