@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cases import Calls
-from zoo.core.experts import Combine, Dispatch, grouped_op, loop, sort_by_block
+from zoo.core.experts import GROUPED_MATMULS, Combine, Dispatch, loop, sort_by_block
 
 pytestmark = pytest.mark.numeric
 
@@ -26,13 +26,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x, weight = rows(dtype)
     offsets = COUNTS.cumsum(0, dtype=torch.int32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.zoo.rows_by_blocks, (x, weight, offsets), test_utils=tests)
+    torch.library.opcheck(torch.ops.zoo.grouped_mm, (x, weight, offsets), test_utils=tests)
     y = torch.randn(11, O, dtype=dtype)
-    torch.library.opcheck(torch.ops.zoo.blocks_of_rows, (x.detach(), y, offsets), test_utils=tests[::2])
+    torch.library.opcheck(torch.ops.zoo.grouped_mm, (x.detach().mT, y, offsets), test_utils=tests)
 
 
 def test_one_graph_serves_all_routings() -> None:
-    compiled = torch.compile(grouped_op, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(GROUPED_MATMULS["grouped_op"], fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for counts in ([5, 0, 6], [11, 0, 0], [1, 9, 1]):

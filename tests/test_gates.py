@@ -124,4 +124,5 @@ def test_running_text_has_no_separate_context(
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(12, 6), (63, 31), (128, 32)])
 def test_an_open_chunk_fits_short_sequences(tokens: int, chunk: int) -> None:
-    assert Source.resolve(0, tokens, None, None) == Source("chunk", chunk)
+    made = GatedModel({"name": "gated"}, {"name": "noise", "tokens": tokens}, {})
+    assert made.config.source == Source("chunk", chunk)

@@ -62,7 +62,7 @@ def test_parts_and_processes_have_the_gradient_of_the_whole(name: str, parts: in
     model = on_file(BY_NAME[name], tmp_path)
     if name.startswith("moe"):
         context_to_delta: Any = model.decoder.context_to_delta
-        context_to_delta.shares = [torch.tensor([0.1, 0.2, 0.3, 0.4])] * 2
+        context_to_delta.state["shares"] = [torch.tensor([0.1, 0.2, 0.3, 0.4])] * 2
     whole, cut = gradient(model, 1, 1), gradient(model, parts, world)
     assert float((cut - whole).norm() / whole.norm()) < 1e-6
 

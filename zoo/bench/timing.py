@@ -110,7 +110,7 @@ def rates(device: torch.device) -> Rates:
     return Rates(2.0 * a.numel() * b.shape[1] / float(product), 2.0 * big.nbytes / float(copy))
 
 
-KERNELS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "rows_by_blocks", "blocks_of_rows")
+KERNELS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_grouped_mm", "grouped_mm")
 
 
 class _Kernels(TorchDispatchMode):

@@ -39,22 +39,6 @@ class Source:
     kind: str
     chunk: int | None = None
 
-    @classmethod
-    def resolve(cls, n_context: int, tokens: int, kind: str | None, chunk: int | None) -> Source:
-        """The source for sequences of `tokens` tokens, the first n_context of them a separate context; open chunk: 32,
-        or half of a short sequence. Raises ValueError, in terms of model.context and model.chunk, for a bad fit."""
-        kind = kind or ("segment" if n_context else "chunk")
-        if (kind == "segment") != bool(n_context):
-            which, choice = ("with", "segment") if n_context else ("without", "chunk, running or token")
-            raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
-        if kind == "chunk":
-            chunk = max(1, min(32, tokens // 2)) if chunk is None else chunk
-            if not 0 < chunk < tokens:
-                raise ValueError(f"model.chunk={chunk} must lie between 1 and task.tokens={tokens} - 1")
-        elif chunk is not None:
-            raise ValueError(f"model.chunk={chunk} needs model.context=chunk, not {kind}")
-        return cls(kind, chunk)
-
     @property
     def shared_by(self) -> int | None:
         """How many tokens share an update, None for all of a sequence: Patch.chunk."""
@@ -119,19 +103,17 @@ class ContextToDelta(nn.Module):
     """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
     A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
-    something else defines `forward`. active_share: the share of the FFN's parameters that one token uses.
+    something else defines `forward`. active_share: of the FFN's parameters, for one token; code: the part whose output
+    is the code of a context, (*,C); state: what checkpoints keep beside the weights.
     """
 
     active_share = 1.0
+    code: nn.Module | None = None
 
     def __init__(self, source: Source, layers: int):
         super().__init__()
         self.source, self.layers = source, layers
-
-    @property
-    def code(self) -> nn.Module | None:
-        """The part whose output is the code of a context, (*,C), for analysis; None where there is none."""
-        return None
+        self.state: dict[str, Tensor] = {}
 
     @property
     def reads_query(self) -> bool:
@@ -183,13 +165,6 @@ class ContextToDelta(nn.Module):
 
     def after_step(self) -> None:
         """Called once after each optimiser step, on every process; nothing to do for most families."""
-
-    def training_state(self) -> dict[str, Any]:
-        """The state that training needs beside the weights to go on as if nothing had happened, as plain values."""
-        return {}
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Takes over what training_state() gave, or nothing; raises ValueError for what it cannot have given."""
 
 
 class RelativeNorm(MeanMetric):

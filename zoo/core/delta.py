@@ -2,13 +2,11 @@
 
 Axes: B batch, S chunks, c tokens of a chunk, T tokens, R rank; o outputs and i inputs of one linear map with weight
 W (o,i). `*` stands for the leading dims of the input x without its token axis: (B) for x (B,T,i), (B,S) for x
-(B,S,c,i), (B,T) for x (B,T,1,i). One code path serves an update per sequence, per chunk and per token, and no update is
-ever repeated or formed in a forward pass. served (*,T,1), where given, is 0 at tokens that keep W, else 1.
+(B,S,c,i), (B,T) for x (B,T,1,i). served (*,T,1), where given, is 0 at tokens that keep W, else 1.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +27,7 @@ def picked(t: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
     return t[:, tokens] if chunk is None else t[:, tokens // chunk, tokens % chunk]
 
 
-class Delta(ABC):
+class Delta:
     """An update ΔW (o×i) of one linear map; the fields of its kinds have the leading dims *.
 
     nothing: the fields whose value, where they hold it everywhere, makes ΔW = 0.
@@ -37,9 +35,10 @@ class Delta(ABC):
 
     nothing: ClassVar[dict[str, float]]
 
-    @abstractmethod
     def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
         """(W + ΔW) x for x (*,T,i): (*,T,o)."""
+        extra = x @ self.dense(W).mT
+        return F.linear(x, W) + (extra if served is None else extra * served)
 
     def dense(self, W: Tensor) -> Tensor:
         """ΔW itself, (*,o,i), for tests and analysis; raises ValueError where it differs from token to token."""
@@ -163,10 +162,6 @@ class Full(Delta):
     matrix: Tensor
     nothing: ClassVar = {"matrix": 0.0}
 
-    def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        extra = x @ self.matrix.mT
-        return F.linear(x, W) + (extra if served is None else extra * served)
-
     def dense(self, W: Tensor) -> Tensor:
         return self.matrix
 
@@ -200,9 +195,6 @@ class InputShift(Delta):
         """x + shift·(a·x)/|a|² for x (*,T,i): what the patched matrices read."""
         share = (x @ self.a.unsqueeze(-1)) / (self.a.square().sum(-1)[..., None, None])
         return x + (share if served is None else share * served) * self.shift.unsqueeze(-2)
-
-    def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        return F.linear(self.apply(x, served), W)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         v = self.a / self.a.square().sum(-1, keepdim=True)

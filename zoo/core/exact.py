@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from zoo.config import lookup
 from zoo.core.decoder import Decoder, check_tokens
 from zoo.core.delta import InputShift, LowRank, Replaced
 from zoo.core.layers import FeedForward
-from zoo.core.patch import Patch, Routing
+from zoo.core.patch import Patch
 
 
 def exact(
@@ -74,28 +75,18 @@ def replace_context(
 
     def run(layer: int, x_ctx_BTD: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor, Patch]:
         block = decoder.blocks[layer]
-        seen: list[Tensor] = []
+        seen: dict[str, Any] = {}
 
         def contextual(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            seen.extend((v_BTD, z_BTD))
+            seen.update(v_ctx=v_BTD[:, kept], z_ctx=z_BTD[:, kept])
             return decoder.emit(z_BTD, layer, n_context, real=real)
 
         out_ctx_BTD, emitted = block(x_ctx_BTD, full, contextual)
+        seen.update(out_ctx=out_ctx_BTD[:, kept], emitted=emitted.per_token(kept))
 
         def replaced(v_BTD: Tensor, z_BTD: Tensor) -> Patch:
-            v_ctx, z_ctx, out_ctx = (t_BTD[:, kept] for t_BTD in (*seen, out_ctx_BTD))
-            states = LayerStates(
-                layer=layer,
-                ffn=block.ffn,
-                emit_with_context=partial(emitted.per_token, kept),
-                emit_without_context=partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real),
-                v_ctx=v_ctx,
-                z_ctx=z_ctx,
-                out_ctx=out_ctx,
-                v=v_BTD,
-                z=z_BTD,
-            )
-            return patch_of(states)
+            emit = partial(decoder.emit, z_BTD, layer, n_kept, real=kept_real)
+            return patch_of(LayerStates(layer, block.ffn, v=v_BTD, z=z_BTD, emit_without_context=emit, **seen))
 
         return out_ctx_BTD, *block(x_BTD, reduced, replaced)
 
@@ -110,11 +101,12 @@ def replace_context(
 @dataclass(frozen=True)
 class LayerStates:
     """One layer's states at the kept tokens, (B,T,D), with the whole context (_ctx) and without what was removed: v
-    enters the second half of the block, z = norm2(v) its FFN, out leaves the block. emit_…: what the family emits."""
+    enters the second half of the block, z = norm2(v) its FFN, out leaves the block. What the family emits with it, one
+    patch per token, and what it would emit for the kept tokens alone."""
 
     layer: int
     ffn: FeedForward
-    emit_with_context: Callable[[], Patch]
+    emitted: Patch
     emit_without_context: Callable[[], Patch]
     v_ctx: Tensor
     z_ctx: Tensor
@@ -122,21 +114,16 @@ class LayerStates:
     v: Tensor
     z: Tensor
 
-    @cached_property
-    def emitted(self) -> Patch:
-        """The family's patch with the whole context, one per token."""
-        return self.emit_with_context()
-
     @property
-    def alone(self) -> Routing | None:
-        """The choice of blocks, per token, that the kept tokens alone lead to."""
-        if self.emitted.routing is None:
-            return None
-        return self.emit_without_context().per_token(torch.arange(self.z.shape[1], device=self.z.device)).routing
+    def alone(self) -> Patch:
+        """The choice of blocks, per token, that the kept tokens alone lead to, and no update."""
+        routing = self.emit_without_context().routing
+        tokens = torch.arange(self.z.shape[1], device=self.z.device)
+        return Patch(routing=routing and routing.per_token(tokens), chunk=1)
 
-    def missing(self, h_BTF: Tensor) -> Tensor:
-        """The residual that the stored `down` leaves between hidden units h and the contextual output, (B,T,D)."""
-        return self.out_ctx - self.v - self.ffn.linear("down", h_BTF, Patch())
+    def missing(self, patch: Patch) -> Tensor:
+        """What the stored `down`, under a patch that leaves it alone, lacks of the contextual output, (B,T,D)."""
+        return self.out_ctx - self.v - self.ffn.linear("down", self.ffn.hidden(self.z, patch), Patch())
 
     def along(self, what: str, state: Tensor) -> Tensor:
         """state/|state|² (*,n), the row of a rank-1 update; raises ValueError, naming `what`, where a state is zero."""
@@ -155,20 +142,19 @@ def shear_and_down(states: LayerStates) -> Patch:
 
 def output(states: LayerStates) -> Patch:
     """`down` alone, rank 1: (out_ctx − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
-    return _with_down(states, Patch(routing=states.alone, chunk=1))
+    patch = states.alone
+    return _with_down(states, patch, states.missing(patch))
 
 
 def bias(states: LayerStates) -> Patch:
     """A bias of `down` alone, out_ctx − v − FFN(z), a steering vector: what the context adds at this token."""
-    patch = Patch(routing=states.alone, chunk=1)
-    return replace(patch, biases={"down": states.missing(states.ffn.hidden(states.z, patch))})
+    patch = states.alone
+    return replace(patch, biases={"down": states.missing(patch)})
 
 
-def _with_down(states: LayerStates, patch: Patch, missing_BTD: Tensor | None = None) -> Patch:
+def _with_down(states: LayerStates, patch: Patch, missing_BTD: Tensor) -> Patch:
     """`patch` and the rank-1 update of `down`, the smallest, that adds what is missing from the block's output."""
-    h_BTF = states.ffn.hidden(states.z, patch)
-    missing_BTD = states.missing(h_BTF) if missing_BTD is None else missing_BTD
-    column_BTF = states.along("hidden units of", h_BTF)
+    column_BTF = states.along("hidden units of", states.ffn.hidden(states.z, patch))
     return patch.with_delta("down", LowRank(missing_BTD.unsqueeze(-1), column_BTF.unsqueeze(-1)))
 
 

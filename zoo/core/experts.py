@@ -6,6 +6,7 @@ outputs of one block.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,51 +21,37 @@ def loop(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
     return torch.cat([part @ weight for part, weight in parts])
 
 
-def grouped(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
-    """One kernel for all blocks."""
-    dtype = product_dtype(x_Ni)  # grouped_mm does not take part in autocast
-    return F.grouped_mm(x_Ni.to(dtype), weight_Eio.to(dtype), offs=counts_E.cumsum(0, dtype=torch.int32))
-
-
-def grouped_op(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor) -> Tensor:
-    """The same kernel as an operator that torch.compile takes as it is, in every dtype it knows."""
-    dtype = product_dtype(x_Ni)
-    return _rows_by_blocks(x_Ni.to(dtype), weight_Eio.to(dtype), counts_E.cumsum(0, dtype=torch.int32))
-
-
 # torch 2.13 can trace F.grouped_mm in bfloat16 alone: its shapes and its gradient are stated here
-@torch.library.custom_op("zoo::rows_by_blocks", mutates_args=())
-def _rows_by_blocks(x_Ni: Tensor, weight_Eio: Tensor, offsets_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_Ni, weight_Eio, offs=offsets_E)
+@torch.library.custom_op("zoo::grouped_mm", mutates_args=())
+def traceable(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """Rows (N,i) times matrices (E,i,o): (N,o); columns (i,N) times rows (N,o), block by block: (E,i,o)."""
+    return F.grouped_mm(a, b, offs=offs)
 
 
-@_rows_by_blocks.register_fake
-def _(x_Ni: Tensor, weight_Eio: Tensor, offsets_E: Tensor) -> Tensor:
-    return x_Ni.new_empty(x_Ni.shape[0], weight_Eio.shape[2])
-
-
-@torch.library.custom_op("zoo::blocks_of_rows", mutates_args=())
-def _blocks_of_rows(x_Ni: Tensor, y_No: Tensor, offsets_E: Tensor) -> Tensor:
-    """Σ x yᵀ over the rows of each block, (E,i,o)."""
-    return F.grouped_mm(x_Ni.mT, y_No, offs=offsets_E)
-
-
-@_blocks_of_rows.register_fake
-def _(x_Ni: Tensor, y_No: Tensor, offsets_E: Tensor) -> Tensor:
-    return x_Ni.new_empty(offsets_E.shape[0], x_Ni.shape[1], y_No.shape[1])
+@traceable.register_fake
+def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    blocks = offs.shape if a.dim() == b.dim() == 2 else ()
+    return a.new_empty(*blocks, a.shape[-2], b.shape[-1])
 
 
 def _backward(ctx: Any, dy_No: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x_Ni, weight_Eio, offsets_E = ctx.saved_tensors
+    x_Ni, weight_Eio, offs_E = ctx.saved_tensors
     dy_No = dy_No.contiguous()  # the kernel wants rows of whole 16 bytes
-    dx_Ni = _rows_by_blocks(dy_No, weight_Eio.mT, offsets_E) if ctx.needs_input_grad[0] else None
-    dweight_Eio = _blocks_of_rows(x_Ni, dy_No, offsets_E) if ctx.needs_input_grad[1] else None
+    dx_Ni = traceable(dy_No, weight_Eio.mT, offs_E) if ctx.needs_input_grad[0] else None
+    dweight_Eio = traceable(x_Ni.mT, dy_No, offs_E) if ctx.needs_input_grad[1] else None
     return dx_Ni, dweight_Eio, None
 
 
-_rows_by_blocks.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+traceable.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-GROUPED_MATMULS = {"loop": loop, "grouped": grouped, "grouped_op": grouped_op}
+
+def grouped(x_Ni: Tensor, weight_Eio: Tensor, counts_E: Tensor, kernel: Any = F.grouped_mm) -> Tensor:
+    """One kernel for all blocks, which does not take part in autocast by itself."""
+    dtype = product_dtype(x_Ni)
+    return kernel(x_Ni.to(dtype), weight_Eio.to(dtype), offs=counts_E.cumsum(0, dtype=torch.int32))
+
+
+GROUPED_MATMULS: dict[str, Any] = {"loop": loop, "grouped": grouped, "grouped_op": partial(grouped, kernel=traceable)}
 """From rows x (N,i), matrices (E,i,o) and the number of rows of each block (E) to (N,o)."""
 
 

@@ -31,13 +31,14 @@ def generate(
     decoder: Decoder,
     tokens_BT: Tensor,
     count: int,
-    n_context: int,
-    temperature: float,
-    top_k: int | None,
-    generator: torch.Generator | None,
+    n_context: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """The next `count` ids of each row, (B) at a time, without gradients.
 
+    n_context: how many leading tokens are a separate context. top_k: None for all. Same seed of `generator`, same ids.
     Raises ValueError, at once, for arguments that nothing can be generated from.
     """
     if tokens_BT.dim() != 2 or tokens_BT.is_floating_point():

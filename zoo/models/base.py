@@ -28,9 +28,9 @@ from zoo.tasks import TASKS, Batch, Task
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """The sizes of the decoder, and the name of the family."""
+    """The sizes of the decoder, which are all there is of a plain one, and the name of the family."""
 
-    name: str = ""
+    name: str = "transformer"
 
     def resolve(self, task: Task) -> Self:
         """This with every open default written down; raises ValueError for sizes that do not fit each other."""
@@ -50,6 +50,18 @@ class ModelConfig(Sizes):
         return {}
 
 
+def open_chunk(chunk: int | None, task: Task, needs: str | None) -> int | None:
+    """How many tokens share an update; open: 32, or half of a short sequence. Raises ValueError where one is given and
+    `needs`, what it would take, is not None, or where it does not fit."""
+    if needs is None:
+        chunk = max(1, min(32, task.tokens // 2)) if chunk is None else chunk
+        if not 0 < chunk < task.tokens:
+            raise ValueError(f"model.chunk={chunk} must lie between 1 and task.tokens={task.tokens} - 1")
+    elif chunk is not None:
+        raise ValueError(f"model.chunk={chunk} needs {needs}")
+    return chunk
+
+
 @dataclass(frozen=True)
 class ContextConfig(ModelConfig):
     """context, chunk: what a token's update is made from, see Source; null: segment where the task has a separate
@@ -60,12 +72,15 @@ class ContextConfig(ModelConfig):
     attend_context: bool | None = None
 
     def resolve(self, task: Task) -> Self:
-        source = Source.resolve(task.n_context, task.tokens, self.context, self.chunk)
+        kind = self.context or ("segment" if task.n_context else "chunk")
+        if (kind == "segment") != bool(task.n_context):
+            which, choice = ("with", "segment") if task.n_context else ("without", "chunk, running or token")
+            raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
+        chunk = open_chunk(self.chunk, task, None if kind == "chunk" else f"model.context=chunk, not {kind}")
         attend = bool(self.attend_context) if task.n_context else None
         if attend is None and self.attend_context is not None:
             raise ValueError(f"model.attend_context={str(self.attend_context).lower()} needs a separate context")
-        config = super().resolve(task)
-        return replace(config, context=source.kind, chunk=source.chunk, attend_context=attend)  # type: ignore[arg-type]
+        return replace(super().resolve(task), context=kind, chunk=chunk, attend_context=attend)
 
     @property
     def decoder_options(self) -> dict[str, Any]:
@@ -118,24 +133,13 @@ class Model(L.LightningModule):
         """The total weight update that stands for the removed tokens; see zoo.core.exact.exact."""
         return exact(self.decoder, tokens, removed, n_context=n_context)
 
-    def generate(
-        self,
-        tokens: Tensor,
-        count: int,
-        n_context: int = 0,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; see zoo.core.sampling.
-
-        n_context: how many leading tokens are a separate context. top_k: None for all. Same seed of `generator`, same
-        ids. Raises ValueError for arguments out of range and for tasks whose tokens are no ids in sequence.
-        """
+    def generate(self, tokens: Tensor, count: int, *args: Any, **options: Any) -> Iterator[Tensor]:
+        """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; arguments as of
+        zoo.core.sampling.generate. Raises ValueError for tasks whose tokens are no ids in sequence."""
         task = self.task
         if not task.vocabulary or task.output_dim != task.vocabulary or task.independent_queries:
             raise ValueError(f"task.name={task.config.name} has no next token: generate needs a task of token ids")
-        return sampling.generate(self.decoder, tokens, count, n_context, temperature, top_k, generator)
+        return sampling.generate(self.decoder, tokens, count, *args, **options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, patches = self.decoder(batch.tokens, batch.n_context)
@@ -182,12 +186,17 @@ class Model(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.task.state_dict()
         if self.decoder.context_to_delta:
-            checkpoint["family"] = self.decoder.context_to_delta.training_state()
+            state = self.decoder.context_to_delta.state
+            checkpoint["family"] = {name: values.tolist() for name, values in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.task.load_state_dict(checkpoint.get("task", {}))
-        if self.decoder.context_to_delta:
-            self.decoder.context_to_delta.load_training_state(checkpoint.get("family", {}))
+        state = self.decoder.context_to_delta.state if self.decoder.context_to_delta else {}
+        for name, old in state.items():
+            if values := checkpoint.get("family", {}).get(name):  # else of a run that did not keep it
+                state[name] = torch.tensor(values, dtype=old.dtype)
+                if state[name].shape != old.shape or not state[name].isfinite().all():
+                    raise ValueError(f"family.{name} must be finite numbers of shape {tuple(old.shape)}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, schedule = optimizer_of(self.decoder, self.optim)

@@ -12,15 +12,12 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from zoo.config import require_positive, show
+from zoo.config import require_positive
 from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
 from zoo.core.delta import Delta, Full, LowRank, Scale
 from zoo.core.norm import RMSNorm
-from zoo.core.patch import Patch
 from zoo.models.base import ContextConfig, Model
 from zoo.tasks import Task
-
-MATRICES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class HypernetConfig(ContextConfig):
 
     name: str = "hypernet"
     emission: Literal["low_rank", "full", "scale"] = "low_rank"
-    matrices: tuple[str, ...] = MATRICES
+    matrices: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
     rank: int | None = None
     code_dim: int = 64
     code: Literal["context", "constant"] = "context"
@@ -40,10 +37,8 @@ class HypernetConfig(ContextConfig):
         require_positive("model", code_dim=self.code_dim)
         if self.emission != "low_rank" and self.rank is not None:
             raise ValueError(f"model.rank={self.rank} needs model.emission=low_rank, not {self.emission}")
-        if not self.matrices or set(self.matrices) - set(MATRICES) or len(set(self.matrices)) < len(self.matrices):
-            raise ValueError(
-                f"model.matrices={show(list(self.matrices))} must be different names out of {list(MATRICES)}"
-            )
+        if len({*self.matrices}) < max(len(self.matrices), 1):
+            raise ValueError(f"model.matrices={list(self.matrices)} must be different ones of gate, up and down")
         rank = (4 if self.rank is None else self.rank) if self.emission == "low_rank" else None
         if rank is not None and not 0 < rank <= min(self.dim, self.hidden):
             raise ValueError(f"model.rank={rank} must be 1 to model.dim={self.dim} and model.hidden={self.hidden}")
@@ -53,9 +48,9 @@ class HypernetConfig(ContextConfig):
 class Generator(nn.Module):
     """From the mean of a context (*,D) to the factors of a layer's update: encoder, layer embedding, head per factor.
 
-    Heads are shared by all layers and have no bias. v-heads give entries of variance 1/i, so that vᵀx starts at unit
-    size; the others (u, full, scale) start at zero, so ΔW = 0 at the start, and read code/√C, so that a step of Adam
-    moves ΔW alike at any code size. D·C + L·C parameters, and for low rank C·R·(o + i) per matrix.
+    All layers share the heads. v-heads give entries of variance 1/i, so that vᵀx starts at unit size; the others start
+    at zero, and so does ΔW, and read code/√C, so that a step of Adam moves ΔW alike at any code size. D·C + L·C
+    parameters, and for low rank C·R·(o + i) per matrix.
     """
 
     def __init__(self, config: HypernetConfig):
@@ -100,12 +95,8 @@ class HypernetDelta(ContextToDelta):
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
     @property
-    def code(self) -> nn.Module:
+    def code(self) -> nn.Module:  # type: ignore[override]
         return self.generator.code_norm
-
-    def forward(self, *args: Any, **options: Any) -> Patch:
-        patch = super().forward(*args, **options)
-        return patch if self.constant is None else replace(patch, counted=None)  # no context is empty
 
     def update(self, context: ContextMean, layer: int) -> dict[str, Delta]:
         if self.constant is not None:

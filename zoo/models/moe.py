@@ -21,7 +21,7 @@ from zoo.core.context import ContextToDelta, Source
 from zoo.core.layers import FeedForward
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch, Routing
-from zoo.models.base import Model, ModelConfig
+from zoo.models.base import Model, ModelConfig, open_chunk
 from zoo.tasks import Task
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,16 +58,12 @@ class MoEConfig(ModelConfig):
         for name in ("shared", "balance_weight", "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.renormalise and (self.top_k == 1 or self.score == "linear"):  # weights are all 1, or a sum may be 0
+        sensible = self.top_k > 1 and self.score != "linear"  # else weights are all 1, or a sum may be 0
+        if self.renormalise and not sensible:
             raise ValueError(f"model.renormalise=true does not fit model.top_k={self.top_k}, model.score={self.score}")
-        chunk = self.chunk
-        if chunk is not None and (self.route_on == "token" or task.n_context):
-            raise ValueError(f"model.chunk={chunk} needs model.route_on=context and running text")
-        if self.route_on == "context":
-            chunk = Source.resolve(task.n_context, task.tokens, None, chunk).chunk
-        renormalise = self.renormalise
-        if renormalise is None:
-            renormalise = self.top_k > 1 and self.score != "linear"
+        by_chunk = self.route_on == "context" and not task.n_context
+        chunk = open_chunk(self.chunk, task, None if by_chunk else "model.route_on=context and running text")
+        renormalise = sensible if self.renormalise is None else self.renormalise
         return replace(super().resolve(task), renormalise=renormalise, chunk=chunk)
 
     @property
@@ -112,8 +108,8 @@ class Router(nn.Module):
 
 
 class ExpertRouting(ContextToDelta):
-    """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; shares: of each
-    expert in the step before, even ones in the first."""
+    """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; state: the share
+    of each expert in the step before, even ones in the first."""
 
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
@@ -122,35 +118,30 @@ class ExpertRouting(ContextToDelta):
         self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
             Router(config) for _ in range(config.layers)
         )
-        self.norms, self.empty = None, None
         if config.route_on == "context":
             self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.layers))
             # what routes where there is no context yet: zero logits would send everyone to the same experts
             self.empty = nn.Parameter(torch.randn(config.layers, config.dim))
         self.counts = torch.zeros(config.layers, config.experts)
-        self.shares = torch.full((config.layers, config.experts), 1 / config.experts, dtype=torch.float64)
-
-    def _state(
-        self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None, real: Tensor | None
-    ) -> Tensor:
-        """The router's input at each token, (B,T,D)."""
-        if self.norms is None or self.empty is None:
-            return z_BTD
-        T, context = z_BTD.shape[1], self.source.mean(z_BTD, n_context, cache, real)
-        if self.source.chunk:
-            mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
-        else:  # the context's own tokens route on what they have seen so far, queries on all of it
-            seen = Source("running").mean(z_BTD[:, :n_context], 0, real=None if real is None else real[:, :n_context])
-            mean, nonempty = (
-                torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
-                for so_far, of_all in zip(seen, context, strict=True)
-            )
-        return torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
+        self.state["shares"] = torch.full((config.layers, config.experts), 1 / config.experts, dtype=torch.float64)
 
     def forward(
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
-        return Patch(routing=self.routers[layer](self._state(z_BTD, layer, n_context, cache, real)), counted=real)
+        state_BTD, T = z_BTD, z_BTD.shape[1]
+        if self.config.route_on == "context":
+            context = self.source.mean(z_BTD, n_context, cache, real)
+            if self.source.chunk:
+                mean, nonempty = (t.repeat_interleave(self.source.chunk, 1)[:, :T] for t in context)
+            else:  # the context's own tokens route on what they have seen so far, queries on all of it
+                own_real = None if real is None else real[:, :n_context]
+                seen = Source("running").mean(z_BTD[:, :n_context], 0, real=own_real)
+                mean, nonempty = (
+                    torch.cat([so_far, of_all[:, None].expand(-1, T - n_context, -1)], 1)
+                    for so_far, of_all in zip(seen, context, strict=True)
+                )
+            state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
+        return Patch(routing=self.routers[layer](state_BTD), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""
@@ -158,7 +149,7 @@ class ExpertRouting(ContextToDelta):
         counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
         self.counts = self.counts + counts_LE if part else counts_LE
         loss: Tensor | float = 0.0
-        for patch, share_E in zip(patches, self.shares, strict=True):
+        for patch, share_E in zip(patches, self.state["shares"], strict=True):
             if config.balance_weight:
                 loss = loss + config.balance_weight * balance_loss(patch, share_E, config) / config.layers
             if config.z_weight:
@@ -166,36 +157,24 @@ class ExpertRouting(ContextToDelta):
                 loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
         return loss
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Adds up the choices of all parts and processes; moves each router's bias towards idle experts, by bias_rate,
         keeping its mean at zero."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts)
-        self.shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        self.state["shares"] = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
         if self.config.bias_rate:
             for router, count_E in zip(self.routers, self.counts, strict=True):
                 router.bias += self.config.bias_rate * (count_E.mean() - count_E).sign()
                 router.bias -= router.bias.mean()
-
-    def training_state(self) -> dict[str, Any]:
-        return {"shares": self.shares.tolist()}
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        if not (shares := state.get("shares")):
-            return  # of a run that did not count
-        shares_LE = torch.tensor(shares, dtype=torch.float64)
-        if shares_LE.shape != self.shares.shape or not ((shares_LE >= 0) & (shares_LE <= 1)).all():
-            raise ValueError(f"the shares of experts must be numbers from 0 to 1, {tuple(self.shares.shape)} of them")
-        self.shares = shares_LE
 
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
 
     def metrics(self) -> dict[str, Metric]:
         return {
-            "load_max_over_mean": ExpertLoad(self.config.experts, max_over_mean),
-            "dead_fraction": ExpertLoad(self.config.experts, dead_fraction),
+            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
+            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
             "entropy": RouterEntropy(),
         }
 
@@ -221,24 +200,13 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
-    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`.
-
-    f, the share of choices, is that of the whole step before: all parts and processes together are balanced, not each
-    for itself (Qiu et al. 2025, arXiv 2501.11873), and the first part need not know the last one.
-    """
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`; f:
+    share of choices in the whole step before, of all parts and processes (Qiu et al. 2025, arXiv 2501.11873)."""
     logits = routing_of(patch).logits
     score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
     p_EN = score_EN / score_EN.sum(0)
     counted = None if patch.counted is None else patch.counted.flatten()
     return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
-
-
-def max_over_mean(count_E: Tensor) -> Tensor:
-    return count_E.max() / count_E.mean()
-
-
-def dead_fraction(count_E: Tensor) -> Tensor:
-    return (count_E == 0).float().mean()
 
 
 class ExpertLoad(Metric):

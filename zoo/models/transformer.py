@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from zoo.models.base import Model, ModelConfig
-
-
-@dataclass(frozen=True)
-class TransformerConfig(ModelConfig):
-    """The decoder's sizes are all there is."""
-
-    name: str = "transformer"
 
 
 class Transformer(Model):
     """Llama-like decoder; ΔW is rank 1 per token and never formed (Dherin et al. 2025, arXiv 2507.16003)."""
 
-    Config = TransformerConfig
+    Config = ModelConfig
