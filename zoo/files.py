@@ -9,16 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from zoo.config import show
-
-
-def home(path: str | Path) -> Path:
-    """`path` with ~ and ~name written out; raises ValueError for a name that nobody has."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{show(str(path))}: nobody of that name has a home folder here") from None
-
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:

@@ -15,20 +15,14 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from zoo.config import from_dict, one_line, plain, require_positive, show
-from zoo.files import home
 from zoo.tasks.text import sources
 from zoo.training import checkpoint
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of a run; model, task and optim are groups of their own.
-
-    validate_every, log_every: optimiser steps; validation_batches, test_batches: batches of optim.batch_size
-    sequences; overfit: train on the first batch alone; compile: translate the decoder with torch.compile first (takes
-    a minute, then steps are faster); activation_checkpointing: keep what enters each layer and compute the rest anew in
-    the backward pass; out: run folder, null for runs/MODEL-TASK/TIME; resume: a run folder or checkpoint to continue.
-    """
+    """Options of a run, see docs/configuration.md; model, task and optim are groups of their own. validate_every and
+    log_every count optimiser steps, validation_batches and test_batches batches of optim.batch_size sequences."""
 
     model: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
@@ -64,7 +58,7 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     folder = file.absolute().parent.parent
     if file.absolute().parent.name != "checkpoints":
         raise ValueError(f"{file} lies in no RUN_DIR/checkpoints, and resume= continues in RUN_DIR")
-    if asked.out and home(asked.out).absolute() != folder:
+    if asked.out and Path(os.path.expanduser(asked.out)).absolute() != folder:
         raise ValueError(f"resume={asked.resume} continues in its own folder, {folder}: leave out={asked.out} away")
     saved = checkpoint.read(file, resume=True)
     options = asdict(from_dict(RunConfig, saved["zoo"]["config"], ""))
@@ -91,29 +85,20 @@ def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return named
 
 
-FLAGS = ("deterministic", "benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar")
-STORED = {
-    **dict.fromkeys(FLAGS, "True|False|'warn'"),
-    **dict.fromkeys(("accelerator", "precision"), r"'[\w-]{1,20}'|\d\d"),
-    "strategy": "'(auto|ddp|ddp_find_unused_parameters_true|ddp_static_graph|fsdp)'",
-    "devices": r"'auto'|-1|\d{1,9}|\[\d{1,9}(, \d{1,9}){0,1023}\]",
-    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), r"\d{1,9}|0\.\d+|1\.0|[1-9][.\d]*e-\d+"),
+STORED: dict[str, Any] = {
+    **dict.fromkeys(("accelerator", "precision", "strategy"), str),
+    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), bool),
+    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), int | float),
+    "deterministic": bool | str,
+    "devices": int | list | str,
 }
-"""Arguments of lightning.Trainer that a run keeps when it is resumed, and how Python writes their values: never paths
-or objects. None stands for Lightning's own default."""
+"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their types: never paths or objects."""
 
 
 def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of its trainer that a run keeps when it is resumed."""
-    kept = {key: value for key, value in arguments.items() if key in STORED}
-    return {key: value for key, value in kept.items() if value is None or re.fullmatch(STORED[key], _short(value))}
-
-
-def _short(value: Any) -> str:
-    """repr() of a number, a text or a list of numbers, "" for what is longer or another thing."""
-    items = value if isinstance(value, list) else [value]
-    numbers = len(items) <= 1024 and all(isinstance(x, bool | int | float) and abs(x) < 2**63 for x in items)
-    return repr(value) if numbers or (isinstance(value, str) and len(value) < 99) else ""
+    """Those arguments of its trainer that a run keeps when it is resumed; None stands for Lightning's own default."""
+    kept = {name: arguments[name] for name in STORED if name in arguments}
+    return {name: value for name, value in kept.items() if value is None or isinstance(value, STORED[name])}
 
 
 def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +109,9 @@ def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, 
     arguments = {**stored(saved), **given}
     devices, here = arguments.get("devices"), max(2, os.cpu_count() or 1, torch.cuda.device_count())
     count = len(devices) if isinstance(devices, list) else devices
-    if "devices" not in given and isinstance(count, int) and count > here:
-        raise ValueError(f"the run had {count} devices, here are at most {here}: give trainer.devices=")
+    fits = count in (None, "auto") or (isinstance(count, int) and count <= here)
+    if "devices" not in given and not fits:
+        raise ValueError(f"the run had {show(count)} devices, here are at most {here}: give trainer.devices=")
     for key, value in given.items():
         with suppress(ValueError):  # a strategy, a profiler, plugins: Lightning's own objects
             arguments[key] = plain(value)

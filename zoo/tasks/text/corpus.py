@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from zoo.files import home, to_json, write
+from zoo.files import to_json, write
 from zoo.tasks.base import SPLITS
 
 START = 256
@@ -38,7 +38,7 @@ Part = tuple[str, Any]
 
 def cache() -> Path:
     """The folder that holds all others; it is made if need be."""
-    folder = home(os.environ.get("ZOO_CACHE") or "~/.cache/zoo")
+    folder = Path(os.path.expanduser(os.environ.get("ZOO_CACHE") or "~/.cache/zoo"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

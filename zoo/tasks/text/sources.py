@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from zoo.config import one_line, show
-from zoo.files import home
 from zoo.tasks.base import SPLITS
 from zoo.tasks.text.corpus import Document, Part, byte_ids, split_documents
 
@@ -49,7 +48,7 @@ def absolute(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(name: str) -> Path:
-    return home(name).absolute()
+    return Path(os.path.expanduser(name)).absolute()
 
 
 @contextmanager
