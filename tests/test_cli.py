@@ -111,7 +111,7 @@ WRONG = [
     ("trainer.min_steps=abc", "trainer.min_steps is decided by the option optim.steps"),
     (f"log_every={10**20}", f"log_every={10**20} must be a number of 64 bits"),
     ("model.dim=1000000000000", "can't allocate memory"),
-    ("resume=", "resume= names no run"),
+    ("resume=", "no checkpoint at checkpoints/last.ckpt"),
     ("out=train.py", "train.py as run folder: File exists; choose another out="),
     ("out=train.py/below", "train.py/below as run folder: Not a directory"),
     (f"out={'x' * 300}", "as run folder: File name too long"),

@@ -12,8 +12,8 @@ import zoo
 from runs import QUIET, saved, small
 from zoo.training.options import LoggerConfig, of_logger, of_trainer
 
-SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-STEP = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SLURM |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
 
 
 class Started(Exception):
@@ -23,7 +23,7 @@ class Started(Exception):
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """How many processes a run with `devices` would have under the environment of a cluster."""
-    for name in (*STEP, "SLURM_STEP_ID"):
+    for name in SLURM:
         monkeypatch.delenv(name, raising=False)
 
     def placed(engine: Any) -> dict[str, Any]:
@@ -92,10 +92,9 @@ RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "
 
 
 def test_processes_are_those_asked_for(processes: Any) -> None:
-    assert processes(SLURM, devices=2) == 2  # a shell of Slurm has started none
-    assert processes(STEP, devices=2) == 2
+    assert processes(SLURM, devices=2) == 2
     with pytest.raises(ValueError, match=r"^2 processes were started, trainer\.devices × num_nodes is 1$"):
-        processes(STEP, devices=1)
+        processes(SLURM, devices=1)
     with pytest.raises(ValueError, match=r"^2 processes were started"):
         processes({**RANKS, "TORCHELASTIC_RUN_ID": "a"}, devices=1)
 
@@ -115,7 +114,6 @@ def test_a_logger_keeps_its_id() -> None:
         ({"name": "wandbb"}, r"logger\.name 'wandbb' does not exist; did you mean wandb\?"),
         ({"name": "wandb", "projct": "a"}, r"logger\.projct is not an option of LoggerConfig; did you mean project\?"),
         ({"name": "wandb", "id": "../../a"}, r"logger\.id='\.\./\.\./a' must be letters"),
-        ({"name": "wandb", "project": ""}, r"logger\.project='' must be letters"),
         ("wandb", "logger must be a group of options, got 'wandb'"),
     ],
 )

@@ -22,9 +22,6 @@ class _Short(reprlib.Repr):
 
     repr_OrderedDict = reprlib.Repr.repr_dict
 
-    def repr_int(self, x: int, level: int) -> str:
-        return f"an integer of {x.bit_length()} bits" if x.bit_length() > 256 else repr(x)
-
     def repr_instance(self, x: Any, level: int) -> str:
         if shape := getattr(x, "shape", None):
             return f"{type(x).__name__} of shape {self.repr(tuple(shape))}, {getattr(x, 'dtype', None)}"

@@ -19,16 +19,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from zoo.config import VERSION
 from zoo.console import Interrupted, say
 from zoo.files import to_json, write
-from zoo.training.checkpoint import SCHEMA, read
+from zoo.training.checkpoint import SCHEMA
 
 
 class Keeper(Checkpoint):
-    """Keeps what a run is: its checkpoints and its rows in metrics.jsonl.
+    """Keeps what a run is, its checkpoints and its rows in metrics.jsonl, and stops it after the step in which Ctrl-C
+    or SIGTERM came; a second Ctrl-C stops it at once. It is a Checkpoint because Lightning calls those last.
 
-    best.ckpt, last.ckpt and a row after each validation; last.ckpt when a signal comes; a row every log_every optimiser
-    steps; with `says`, a line on stdout after each validation. Ctrl-C and SIGTERM stop a run after the current step; a
-    second Ctrl-C stops it at once. It is a Checkpoint because Lightning calls those last. config, command, begun_with:
-    what checkpoints say of their run besides the seconds of training, over all its parts, and the score of the best.
+    config, command, begun_with: what checkpoints say of their run besides the seconds of training, over all its parts,
+    and the score of the best; says: a line on stdout after each validation.
     """
 
     says = False
@@ -143,10 +142,8 @@ class Keeper(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
         self.seconds, self.command = run["seconds"], run["command"]
-        whole = False
-        with suppress(ValueError):  # a best checkpoint that is gone or damaged is replaced by the next
-            whole = bool(read(self.folder / "checkpoints" / "best.ckpt"))
-        self.best = run["best"] if trainer.strategy.broadcast(whole) else None
+        there = trainer.strategy.broadcast((self.folder / "checkpoints" / "best.ckpt").is_file())
+        self.best = run["best"] if there else None  # of a checkpoint that is gone, the next is the best
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """The losses of the last step, means over its parts and all processes, each of which must call this."""

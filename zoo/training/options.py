@@ -52,8 +52,6 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     asked = replace(asked, task=sources.absolute(asked.task))
     if asked.resume is None:
         return asked, {}
-    if not asked.resume:
-        raise ValueError("resume= names no run: give its folder or a checkpoint")
     file = checkpoint.find(asked.resume, "last")
     folder = file.absolute().parent.parent
     if file.absolute().parent.name != "checkpoints":
@@ -129,9 +127,8 @@ class LoggerConfig:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        for key, value in (("project", self.project), ("id", self.id or "-")):
-            if not re.fullmatch(r"[\w-][\w.-]{0,100}", value):  # wandb names files by them
-                raise ValueError(f"logger.{key}={show(value)} must be letters, digits, -, _ and .")
+        if self.id is not None and not re.fullmatch(r"[\w-][\w.-]{0,100}", self.id):  # wandb names files by it
+            raise ValueError(f"logger.id={show(self.id)} must be letters, digits, -, _ and .")
 
     def begun(self, folder: Path, stack: ExitStack) -> list[Logger]:
         """The loggers, started before anything could be lost, and ended by `stack`; raises ValueError for one that

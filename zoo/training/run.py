@@ -26,7 +26,7 @@ from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
 from zoo.training.callbacks import Keeper
-from zoo.training.data import Stream, streams
+from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import place, taken
 from zoo.training.trainer import guarded, make, placement, quiet
@@ -79,7 +79,11 @@ def train(
             for name, value in placement(engine).items():
                 if (then := before["placement"].get(name, value)) != value:
                     say(f"this run goes on with {name} {value} (was {show(then)})")
-        training, validation, test = streams(network, config, engine, saved.get("global_step", 0))
+        size, where = network.optim.batch_size, {"rank": engine.global_rank, "world": engine.world_size}
+        training = Stream(network.task, "train", size, network.optim.steps, network.optim.accumulate, **where)
+        training.start, training.repeat = saved.get("global_step", 0), config.overfit
+        validation = Stream(network.task, "validation", size, config.validation_batches, **where)
+        test = Stream(network.task, "test", size, config.test_batches, **where)
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(network)
         try:
@@ -116,8 +120,6 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     try:
         tested = checkpoint.find(folder, "last" if keeper.best is None else "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
-        if engine.is_global_zero and tested.stem == "last":
-            say(f"nothing was validated: {tested} is what is tested")
         engine.test(model, test, verbose=False)
         metrics = _metrics(model, engine, keeper, tested)
         if engine.is_global_zero:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -42,13 +42,8 @@ def taken(folder: Path, resumed: bool) -> Iterator[None]:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # some file systems have no locks
                     reason = f"{error.strerror}; choose another out="
                     raise ValueError(f"cannot use {folder} as run folder: {reason}") from None
-            stack.callback(_remove, folder / LOCK)
+            stack.callback((folder / LOCK).unlink, missing_ok=True)
             if not resumed and any(any(folder.glob(pattern)) for pattern in RESULTS):
                 advice = f"continue it with resume={folder}, or choose another out="
                 raise ValueError(f"{folder} holds a run already: {advice}")
         yield
-
-
-def _remove(lock: Path) -> None:
-    with suppress(OSError):
-        lock.unlink()

@@ -16,13 +16,11 @@ from zoo.training.callbacks import read_rows
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
     """Model, data, device and folder of a run that begins."""
     config, task, optim = model.config, model.task, model.optim
-    count = flops.parameters(model)
-    parts = ", ".join(f"{name} {n:,}" for name, n in count.items() if n and name not in ("total", "active"))
     device = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}"
     files = getattr(task.config, "files", None)
     read = f"reads {', '.join(files)}\n" if files else ""  # a checkpoint may be somebody else's
     return (
-        f"{config.name} on {task.config.name}: {count['total']:,} parameters ({parts})\n"
+        f"{config.name} on {task.config.name}: {flops.parameters(model)['total']:,} parameters\n"
         f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n{read}"
         f"run folder: {folder}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
@@ -14,7 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
@@ -63,10 +61,6 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     if given["precision"] == "16-true":  # the squares of gradients that AdamW keeps are zero in float16
         raise ValueError("trainer.precision=16-true trains nothing: take 16-mixed or bf16-true")
     given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
-    # a batch script or a shell of Slurm sets the variables of srun but for the step; the numbers of its own are huge
-    srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31
-    if SLURMEnvironment.detect() and not srun and not TorchElasticEnvironment.detect():
-        given["plugins"].append(LightningEnvironment())  # else Lightning takes the other processes for started
     try:
         engine = L.Trainer(**given, **{name: value for name, (value, _) in decided.items()})
     except Exception as error:  # each argument fails in its own way
