@@ -20,8 +20,6 @@ T = TypeVar("T")
 class _Short(reprlib.Repr):
     """repr() of a few items of a few levels; of a tensor its shape: its numbers are read from the device."""
 
-    repr_OrderedDict = reprlib.Repr.repr_dict
-
     def repr_instance(self, x: Any, level: int) -> str:
         if shape := getattr(x, "shape", None):
             return f"{type(x).__name__} of shape {self.repr(tuple(shape))}, {getattr(x, 'dtype', None)}"

@@ -46,9 +46,4 @@ def write(path: str | Path, text: str) -> None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: ASCII, and null for nan and infinity, which JSON does not have."""
-    return json.dumps(finite(value), indent=indent)
-
-
-def finite(value: Any) -> Any:
-    """Plain data as JSON gives it back, with None for every number that is not finite."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=indent)

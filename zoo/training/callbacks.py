@@ -52,7 +52,7 @@ class Keeper(Checkpoint):
             path = self.folder / "metrics.jsonl"
             rows = [row for row in read_rows(path) if row["step"] <= trainer.global_step]
             write(path, "".join(to_json(row) + "\n" for row in rows))  # a file of its own, never one of a link
-        self.since = monotonic()
+        self.since = monotonic() - self.seconds
         handle(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -72,8 +72,7 @@ class Keeper(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = monotonic()
-        self.seconds, self.since = self.seconds + now - self.since, now
+        self.seconds = monotonic() - self.since
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.config["log_every"] == 0:
             losses = self._losses(trainer, pl_module)

@@ -24,11 +24,9 @@ SCHEMA = 4
 
 def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best validation loss was in the state of Lightning's ModelCheckpoint, beside paths."""
-    score = None
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("ModelCheckpoint") and state["best_model_score"] is not None:
-            score = float(state["best_model_score"])
-    return {**checkpoint, "zoo": {**checkpoint["zoo"], "schema": 4, "best": score}}
+    states = [state for name, state in checkpoint.get("callbacks", {}).items() if name.startswith("ModelCheckpoint")]
+    scores = [float(state["best_model_score"]) for state in states if state["best_model_score"] is not None]
+    return {**checkpoint, "zoo": {**checkpoint["zoo"], "schema": 4, "best": scores[0] if scores else None}}
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best}

@@ -84,19 +84,19 @@ def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 STORED: dict[str, Any] = {
-    **dict.fromkeys(("accelerator", "precision", "strategy"), str),
-    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), bool),
-    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), int | float),
-    "deterministic": bool | str,
-    "devices": int | list | str,
+    **dict.fromkeys(("accelerator", "precision", "strategy"), str | None),
+    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), bool | None),
+    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), int | float | None),
+    "deterministic": bool | str | None,
+    "devices": int | list | str | None,
 }
-"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their types: never paths or objects."""
+"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their types: never paths or objects. None
+stands for Lightning's own default."""
 
 
 def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of its trainer that a run keeps when it is resumed; None stands for Lightning's own default."""
-    kept = {name: arguments[name] for name in STORED if name in arguments}
-    return {name: value for name, value in kept.items() if value is None or isinstance(value, STORED[name])}
+    """Those arguments of its trainer that a run keeps when it is resumed."""
+    return {name: x for name, x in arguments.items() if name in STORED and isinstance(x, STORED[name])}
 
 
 def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

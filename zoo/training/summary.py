@@ -61,9 +61,8 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.12, "top": 0.92})
     styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
     for name, (label, colour, marker) in styles.items():
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
+        steps = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+        axes.plot([*steps], [*steps.values()], label=label, color=colour, marker=marker)
     for name, level in references.items():
         axes.axhline(level, color="0.4", linestyle="--", label=name)
     axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", title=head)

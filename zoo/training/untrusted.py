@@ -95,7 +95,7 @@ def copied(value: Any, size: int) -> Any:
                 return value
         elif value is None or type(value) in (str, float, bool, int):
             return value
-        raise ValueError(f"it holds {show(value)}")
+        raise ValueError(f"it holds a value of type {type(value).__name__}, or more than the file has")
 
     return copy(value, DEPTH)
 

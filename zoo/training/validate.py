@@ -96,17 +96,16 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
 def place(steps: int, optim: OptimConfig) -> dict[str, Any]:
     """Where a run stands after so many steps, by Lightning's names."""
 
-    def count(**numbers: int) -> dict[str, Any]:
+    def done(count: int) -> dict[str, Any]:
+        numbers = dict.fromkeys(("ready", "started", "processed", "completed"), count)
         return {"total": numbers, "current": numbers}
 
-    done, batches = count(ready=steps, started=steps, completed=steps), steps * optim.accumulate
-    parts = count(ready=batches, started=batches, processed=batches, completed=batches)
+    optimizer = {"step": done(steps), "zero_grad": done(steps)}
     return {
         "fit_loop": {
-            "epoch_progress": count(ready=1, started=1),
             "epoch_loop.state_dict": {"_batches_that_stepped": steps},
-            "epoch_loop.batch_progress": {**parts, "is_last_batch": steps == optim.steps},
-            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": done, "zero_grad": done}},
+            "epoch_loop.batch_progress": {**done(steps * optim.accumulate), "is_last_batch": steps == optim.steps},
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
         }
     }
 
