@@ -27,17 +27,6 @@ def whole(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def read(path: str | Path) -> str:
-    """The text of a file; raises ValueError for one that is empty or not UTF-8."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
-
-
 def write(path: str | Path, text: str) -> None:
     """The whole text as UTF-8, or nothing; the bytes of file names that are no text stay what they are."""
     with whole(path) as temporary:

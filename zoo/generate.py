@@ -9,8 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 
 import zoo
-from zoo.console import Parser, command
-from zoo.files import read
+from zoo.console import Parser, command, read
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -25,11 +25,8 @@ def place(out: str | None, family: str) -> Path:
 
 @contextmanager
 def taken(folder: Path, resumed: bool) -> Iterator[None]:
-    """Makes a run folder, which this process holds until the end; other processes than the first take its, see Keeper.
-
-    Raises ValueError if it cannot be made or written, if another process holds it, or if it holds a run and is not
-    `resumed`.
-    """
+    """Makes a run folder, which the first process of a run holds until the end; the others take its, see Keeper. Raises
+    ValueError if it cannot be made or written, if another run holds it, or if it holds a run and is not `resumed`."""
     with ExitStack() as stack:
         if not rank_zero_only.rank:  # type: ignore[attr-defined]
             try:

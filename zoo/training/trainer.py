@@ -83,11 +83,10 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
 
 def placement(engine: L.Trainer) -> dict[str, Any]:
     """Where and how a run computes."""
-    strategy = getattr(engine.strategy, "strategy_name", type(engine.strategy).__name__)
     return {
         "accelerator": engine.strategy.root_device.type,
         "devices": engine.world_size,
-        "strategy": str(strategy),
+        "strategy": str(getattr(engine.strategy, "strategy_name", type(engine.strategy).__name__)),
         "precision": str(engine.precision),
     }
 
