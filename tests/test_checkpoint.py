@@ -145,7 +145,7 @@ def test_load_needs_no_run_folder_no_conf_and_no_training(best: Path, tmp_path: 
         (lambda c: c.pop("hyper_parameters"), r"it lacks 'hyper_parameters'"),
         (lambda c: c["zoo"].pop("schema"), r"zoo lacks 'schema'"),
         (lambda c: c["zoo"].update(schema=SCHEMA + 1), rf"has schema {SCHEMA + 1}, this zoo"),
-        (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"zoo.schema must be a whole .*, got tensor\(4\)"),
+        (lambda c: c["zoo"].update(schema=torch.tensor(SCHEMA)), r"zoo.schema must be a whole .*, got tensor\(5\)"),
         (lambda c: c["state_dict"].pop("decoder.head.weight"), r"state_dict lacks 'decoder.head.weight'"),
         (lambda c: c["state_dict"].update(bogus=torch.zeros(1)), r"state_dict holds {'bogus'}, which the model lacks"),
         (
@@ -260,4 +260,4 @@ def test_schema_3_had_the_score_of_the_best_in_the_state_of_a_callback(tmp_path:
     for schema in (1, 2):
         old["zoo"]["schema"] = schema
         torch.save(old, file)
-        assert f"it has schema {schema}, this zoo ({zoo.__version__}) reads 3, 4" in one_line(lambda: zoo.load(file))
+        assert f"it has schema {schema}, this zoo ({zoo.__version__}) reads 3, 4, 5" in one_line(lambda: zoo.load(file))

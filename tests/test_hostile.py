@@ -179,9 +179,9 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].sort(key=lambda k: -k),
         r"state.\d.exp_avg must be",
     ),
-    "steps of a moment": (lambda c: moment(c)["step"].neg_(), "state.0.step is -1.0, the run stands at 1"),
+    "steps of a moment": (lambda c: moment(c)["step"].neg_(), r"state.0.step is -\d.0, the run stands at \d"),
     "a family": (lambda c: c.update(family=[1]), "family must be a dict"),
-    "another step": (lambda c: c.update(global_step=0), "step is 1.0, the run stands at 0"),
+    "another step": (lambda c: c.update(global_step=0), r"step is \d.0, the run stands at 0"),
     "a far step": (lambda c: c.update(global_step=9), "global_step is 9, beyond optim.steps=3"),
     "an option": (lambda c: c["zoo"]["config"].update(validate_every=torch.ones(2)), "validate_every=.* of type int"),
     "sizes": (
@@ -209,9 +209,9 @@ def test_only_moments_and_the_step_are_taken_from_a_file(run: Path, last: Path) 
     content["lr_schedulers"][0].update(base_lrs="x", optimizer=5, lr_lambdas=[{"__code__": 5}] * 2, _last_lr=[9.0, 9.0])
     content["loops"] = {"fit_loop": 5}
     content.update({"pytorch-lightning_version": "2.1", "callbacks": [1]})
-    steps = [state["step"] for state in content["optimizer_states"][0]["state"].values()]
-    for state in content["optimizer_states"][0]["state"].values():
-        state["step"] = steps[0]
+    states = [state for state in content["optimizer_states"][0]["state"].values() if "step" in state]
+    for state in states:
+        state["step"] = states[0]["step"]
     torch.save(content, last)
     last.with_name("best.ckpt").write_bytes(b"damaged")
     zoo.train(resume=last.parent.parent, trainer=QUIET)

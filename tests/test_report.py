@@ -28,9 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
 def test_opening(run: tuple[Path, dict[str, Any], str]) -> None:
     folder, metrics, printed = run
     opening = printed.split("\n\n")[0]
-    assert f"moe on regression: {metrics['params_total']:,} parameters (" in opening
-    for part, count in metrics["params"].items():
-        assert part in ("total", "active") or not count or f"{part} {count:,}" in opening
+    assert f"moe on regression: {metrics['params_total']:,} parameters\n" in opening
     assert "6 steps of 8 sequences of 8 tokens on 1 × cpu, 32-true" in opening
     assert f"run folder: {folder}" in opening
 

@@ -13,9 +13,9 @@ import zoo
 from runs import QUIET, small
 from zoo.training.run_folder import LOCK, taken
 
-HOLD = "import pathlib, sys, time; from zoo.training.run_folder import taken\n"
-HOLD += "with taken({}, 'moe-noise', False) as folder:\n"
-HOLD += "    print(folder, flush=True); sys.stdin.read()"
+HOLD = "import sys; from zoo.training.run_folder import place, taken\n"
+HOLD += "folder = place({!r}, 'moe-noise')\n"
+HOLD += "with taken(folder, False): print(folder, flush=True); sys.stdin.read()"
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZOO_RUN_ID", raising=False)
 
 
-def holder(out: str) -> subprocess.Popen:
+def holder(out: str | None) -> subprocess.Popen:
     """A process that holds the run folder `out` until its input ends."""
     command = [sys.executable, "-c", HOLD.format(out)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -32,12 +32,12 @@ def holder(out: str) -> subprocess.Popen:
 
 def test_two_runs_into_one_folder_are_one(tmp_path: Path) -> None:
     in_use = r"run is in use by a run .*: wait .* choose another out="
-    with taken(tmp_path / "run", "", False):
+    with taken(tmp_path / "run", False):
         with pytest.raises(ValueError, match=in_use):
             small(tmp_path / "run")
         assert (tmp_path / "run" / LOCK).exists()  # which its owner removes, not who was refused
     small(tmp_path / "run", seed=0)
-    with taken(tmp_path / "run", "", True), pytest.raises(ValueError, match=in_use):
+    with taken(tmp_path / "run", True), pytest.raises(ValueError, match=in_use):
         zoo.train(resume=tmp_path / "run", trainer=QUIET)
 
 
@@ -52,34 +52,30 @@ def test_results_are_not_overwritten(tmp_path: Path, result: str) -> None:
 
 
 def test_a_folder_is_given_back_however_the_run_ends(tmp_path: Path) -> None:
-    (tmp_path / "used").mkdir()
-    for name in ("used", "new"):
-        with pytest.raises(KeyError), taken(tmp_path / name / "below", "", False):
+    for _ in range(2):
+        with pytest.raises(KeyError), taken(tmp_path / "run", False):
             raise KeyError
-        with taken(tmp_path / name / "below", "", False) as folder:
-            pass
-        assert not folder.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["used"]  # what was there, and not what was made
+        assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.slow
 def test_processes_exclude_each_other_until_they_end(tmp_path: Path) -> None:
-    holders = [holder("None") for _ in range(3)]
+    holders = [holder(None) for _ in range(3)]
     folders = {Path(process.stdout.readline().strip()) for process in holders}  # type: ignore[union-attr]
     assert len(folders) == 3
     for process in holders:
         process.communicate("")
-    assert not any(folder.exists() for folder in folders)
+    assert not any(list(folder.iterdir()) for folder in folders)
 
-    killed = holder(f"pathlib.Path({str(tmp_path / 'run')!r})")
+    killed = holder(str(tmp_path / "run"))
     assert killed.stdout
     killed.stdout.readline()
-    with pytest.raises(ValueError, match="is in use"), taken(tmp_path / "run", "", False):
+    with pytest.raises(ValueError, match="is in use"), taken(tmp_path / "run", False):
         pass
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
-    with taken(tmp_path / "run", "", False) as folder:
-        assert (folder / LOCK).exists()
+    with taken(tmp_path / "run", False):
+        assert (tmp_path / "run" / LOCK).exists()
 
 
 def test_runs_one_after_the_other_have_folders_of_their_own_and_leave_no_lock(tmp_path: Path) -> None:

@@ -64,9 +64,7 @@ def test_what_changes_is_said_and_written(tmp_path: Path, capsys: pytest.Capture
     "entry",
     [
         *({"default_root_dir": "elsewhere"}, {"callbacks": []}, {"plugins": None}, {"logger": True}, {"max_steps": 9}),
-        *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 1e9}, {"devices": [0] * 2000}),
-        *({"strategy": "x" * 41}, {"devices": "9" * 9}, {3: 1}, {"num_nodes": 2}),
-        *({"strategy": "ddp_spawn"}, {"strategy": "xla"}, {"limit_val_batches": -1}),
+        *({"strategy": {"_target_": "os.system"}}, {"precision": ["x"]}, {"devices": 1e9}, {3: 1}, {"num_nodes": 2}),
     ],
     ids=str,
 )
@@ -77,8 +75,9 @@ def test_the_trainer_of_a_file_is_names_and_numbers(entry: Any) -> None:
 def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
     with pytest.raises(ValueError, match=r"the run had 100000 devices, here are at most \d+: give trainer.devices="):
         of_trainer({}, {"devices": 100_000})
-    with pytest.raises(ValueError, match="the run had 1024 devices"):
-        of_trainer({}, {"devices": [0] * 1024})
+    for devices in ([0] * 1024, "9" * 9):
+        with pytest.raises(ValueError, match=r"the run had .* devices, here are"):
+            of_trainer({}, {"devices": devices})
     assert of_trainer({"devices": 1}, {"devices": 100_000}) == {"devices": 1}
 
 
@@ -116,7 +115,6 @@ def test_a_logger_keeps_its_id() -> None:
         ({"name": "wandbb"}, r"logger\.name 'wandbb' does not exist; did you mean wandb\?"),
         ({"name": "wandb", "projct": "a"}, r"logger\.projct is not an option of LoggerConfig; did you mean project\?"),
         ({"name": "wandb", "id": "../../a"}, r"logger\.id='\.\./\.\./a' must be letters"),
-        ({"name": "wandb", "project": ""}, r"logger\.project='' must be letters"),
         ("wandb", "logger must be a group of options, got 'wandb'"),
     ],
 )

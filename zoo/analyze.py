@@ -17,8 +17,7 @@ from torch import Tensor
 
 import zoo
 from zoo.config import lookup
-from zoo.console import Parser, command
-from zoo.files import read
+from zoo.console import Parser, command, read
 from zoo.lens import draw
 from zoo.lens import report as pages
 from zoo.lens.figure import Figure

@@ -20,8 +20,6 @@ T = TypeVar("T")
 class _Short(reprlib.Repr):
     """repr() of a few items of a few levels; of a tensor its shape: its numbers are read from the device."""
 
-    repr_OrderedDict = reprlib.Repr.repr_dict
-
     def repr_int(self, x: int, level: int) -> str:
         return f"an integer of {x.bit_length()} bits" if x.bit_length() > 256 else repr(x)
 

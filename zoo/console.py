@@ -1,4 +1,4 @@
-"""The frame of every command: output that nothing stops, and one line on stderr for mistakes."""
+"""The frame of every command: files it reads, output that nothing stops, and one line on stderr for mistakes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TextIO
 
 from zoo.config import one_line
@@ -100,6 +101,17 @@ def command(
         return code if isinstance(code, int) else 0
 
     return run
+
+
+def read(path: str | Path) -> str:
+    """The text of a file; raises ValueError for one that is empty or not UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
 
 
 def _discard(stream: Any) -> None:

@@ -37,17 +37,6 @@ def whole(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def read(path: str | Path) -> str:
-    """The text of a file; raises ValueError for one that is empty or not UTF-8."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
-
-
 def write(path: str | Path, text: str) -> None:
     """The whole text as UTF-8, or nothing; the bytes of file names that are no text stay what they are."""
     with whole(path) as temporary:
@@ -56,9 +45,4 @@ def write(path: str | Path, text: str) -> None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: ASCII, and null for nan and infinity, which JSON does not have."""
-    return json.dumps(finite(value), indent=indent)
-
-
-def finite(value: Any) -> Any:
-    """Plain data as JSON gives it back, with None for every number that is not finite."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=indent)

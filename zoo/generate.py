@@ -13,8 +13,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from zoo.console import Parser, command, say
-from zoo.files import read, to_json, whole
+from zoo.console import Parser, command, read, say
+from zoo.files import to_json, whole
 
 if TYPE_CHECKING:
     from zoo.models import Model

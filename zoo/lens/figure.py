@@ -5,11 +5,12 @@ A figure is one or more panels: Lines or Heat. zoo.lens.draw makes pictures of t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from zoo.files import finite
+from zoo.files import to_json
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,4 @@ class Figure:
     def plain(self) -> dict[str, Any]:
         """The figure as JSON data; panels name their kind, numbers that are not finite are null."""
         panels = [{"kind": type(panel).__name__, **asdict(panel)} for panel in self.panels]
-        return finite({**asdict(self), "panels": panels})
+        return json.loads(to_json({**asdict(self), "panels": panels}))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -14,34 +14,35 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Checkpoint
 
 from zoo.config import VERSION
-from zoo.console import Interrupted, Untested, describe, say
+from zoo.console import Interrupted, say
 from zoo.files import to_json, write
 from zoo.training.checkpoint import SCHEMA, read
 
 
 class Keeper(Checkpoint):
-    """Keeps what a run is: its checkpoints and its rows in metrics.jsonl.
+    """Keeps what a run is, its checkpoints and its rows in metrics.jsonl, and stops it after the step in which Ctrl-C
+    or SIGTERM came; a second Ctrl-C stops it at once. It is a Checkpoint because Lightning calls those last.
 
-    best.ckpt, last.ckpt and a row after each validation; last.ckpt when a signal comes; a row every log_every optimiser
-    steps. Ctrl-C and SIGTERM stop a run after the current step; a second Ctrl-C stops it at once. It is a Checkpoint
-    because Lightning calls those last. config, command, begun_with: what checkpoints say of their run besides the
-    seconds of training, over all its parts, and the score of the best. Loggers read best_model_… and save_top_k.
+    config, command, begun_with: what checkpoints say of their run besides the seconds of training, over all its parts,
+    and the score of the best; says: a line on stdout after each validation.
     """
 
-    save_top_k = 1
+    says = False
 
     def __init__(self, folder: Path, config: dict[str, Any], command: str):
         self.folder, self.config, self.command = folder, config, command
         self.begun_with: dict[str, Any] = {}
-        self.best_model_score: float | None = None
+        self.best: float | None = None
         self.seconds, self.since, self.signal, self.lr = 0.0, 0.0, 0, 0.0
 
     @property
-    def best_model_path(self) -> str:
-        return str(self.folder / "checkpoints" / "best.ckpt")
+    def safe(self) -> str:
+        """What is left of a run whose test did not end."""
+        again = f"test again with: python train.py resume={self.folder}"
+        return f"training is complete and saved in {self.folder}/checkpoints; {again}"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # others have read the clock later
@@ -51,13 +52,19 @@ class Keeper(Checkpoint):
             path = self.folder / "metrics.jsonl"
             rows = [row for row in read_rows(path) if row["step"] <= trainer.global_step]
             write(path, "".join(to_json(row) + "\n" for row in rows))  # a file of its own, never one of a link
-        self.since = monotonic()
-        handle(self._note)  # Lightning puts all handlers back when the fit ends, however it ends
+        self.since = monotonic() - self.seconds
+        handle(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}; {self.safe}", number)
+
+        handle(stop)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self.lr = optimizer.param_groups[0]["lr"]  # after the step it is that of the next one
@@ -65,8 +72,7 @@ class Keeper(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = monotonic()
-        self.seconds, self.since = self.seconds + now - self.since, now
+        self.seconds = monotonic() - self.since
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.config["log_every"] == 0:
             losses = self._losses(trainer, pl_module)
@@ -89,9 +95,13 @@ class Keeper(Checkpoint):
         loss = row["validation_loss"]
         self._refuse("the validation loss", loss, trainer.global_step)
         self._append(trainer, row)
-        if self.best_model_score is None or loss < self.best_model_score:
-            self.best_model_score = loss
-            trainer.save_checkpoint(self.best_model_path)
+        if self.says and trainer.is_global_zero:
+            trained = trainer.callback_metrics.get("loss")
+            losses = ("" if trained is None else f"loss {float(trained):.4f}, ") + f"val {loss:.4f}"
+            say(f"step {trainer.global_step}/{trainer.max_steps}, {losses}, {self.seconds:.0f} s")
+        if self.best is None or loss < self.best:
+            self.best = loss
+            trainer.save_checkpoint(self.folder / "checkpoints" / "best.ckpt")
         self._save(trainer)
 
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
@@ -106,8 +116,6 @@ class Keeper(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.after_save_checkpoint(self)  # type: ignore[arg-type]
         if self._signalled(trainer):
             stop = signal.Signals(self.signal or signal.SIGTERM)
             again = f"continue with: python train.py resume={self.folder}"
@@ -126,18 +134,19 @@ class Keeper(Checkpoint):
             "config": {**self.config, **dict(pl_module.hparams)},
             "command": self.command,
             "seconds": self.seconds,
-            "best": self.best_model_score,
+            "best": self.best,
             **self.begun_with,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
         self.seconds, self.command = run["seconds"], run["command"]
-        best, ours = Path(self.best_model_path), False  # a damaged or another run's is replaced by the next
+        ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
         with suppress(ValueError):
-            options = read(best)["hyper_parameters"]  # but for the task's: its text may lie at another place now
+            options = read(self.folder / "checkpoints" / "best.ckpt")["hyper_parameters"]
+            # but for the task's: its text may lie at another place now
             ours = all(options[name] == pl_module.hparams[name] for name in ("model", "optim", "seed"))
-        self.best_model_score = run["best"] if trainer.strategy.broadcast(ours) else None
+        self.best = run["best"] if trainer.strategy.broadcast(ours) else None
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """The losses of the last step, means over its parts and all processes, each of which must call this."""
@@ -167,40 +176,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Progress(Callback):
-    """Steps and losses on stdout, a line per validation."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.since = monotonic()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            names = {"loss": "loss", "validation_loss": "val"}
-            metrics = {text: trainer.callback_metrics.get(name) for name, text in names.items()}
-            losses = "".join(f", {text} {float(loss):.4f}" for text, loss in metrics.items() if loss is not None)
-            say(f"step {trainer.global_step}/{trainer.max_steps}{losses}, {monotonic() - self.since:.0f} s")
-
-
-def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Has `handler` called for Ctrl-C and SIGTERM; returns the handlers so far, {} where that cannot be."""
+def handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Has `handler` called for Ctrl-C and SIGTERM until Lightning, when it ends, puts the handlers so far back."""
     with suppress(ValueError):  # no other thread than the main one may do this
-        return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    return {}
-
-
-@contextmanager
-def trained(folder: Path) -> Iterator[None]:
-    """Turns a failure inside into Untested, a signal into Interrupted: both say how to test again."""
-    safe = f"training is complete and saved in {folder}/checkpoints; test again with: python train.py resume={folder}"
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; {safe}", number)
-
-    before = handle(stop)
-    try:
-        yield
-    except Exception as error:
-        raise Untested(f"the test failed, {describe(error)}; {safe}") from error
-    finally:
-        for number, handler in before.items():
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handler)

@@ -1,8 +1,5 @@
-"""Checkpoints that explain themselves: what is written beside the weights, and the one call that reads it back.
-
-A checkpoint is somebody else's data: it loads with weights_only=True, names in it are looked up in dicts, nothing in it
-is ever imported or instantiated, and no path that is written or removed comes out of it.
-"""
+"""Checkpoints: how they are written and read back. They are somebody else's data: nothing in one is imported, and no
+path that is written or removed comes out of it."""
 
 from __future__ import annotations
 
@@ -21,19 +18,28 @@ from zoo.files import home, whole
 from zoo.models import Model
 from zoo.training import untrusted, validate
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best validation loss was in the state of Lightning's ModelCheckpoint, beside paths."""
-    score = None
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("ModelCheckpoint") and state["best_model_score"] is not None:
-            score = float(state["best_model_score"])
-    return {**checkpoint, "zoo": {**checkpoint["zoo"], "schema": 4, "best": score}}
+    states = [state for name, state in checkpoint.get("callbacks", {}).items() if name.startswith("ModelCheckpoint")]
+    scores = [float(state["best_model_score"]) for state in states if state["best_model_score"] is not None]
+    return {**checkpoint, "zoo": {**checkpoint["zoo"], "schema": 4, "best": scores[0] if scores else None}}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best}
+def _adamw(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """AdamW updated all weights, and there was no choice."""
+    options = checkpoint["hyper_parameters"]
+    optim = {"muon_lr": None, **options.get("optim", {})}
+    return {
+        **checkpoint,
+        "hyper_parameters": {**options, "optim": optim},
+        "zoo": {**checkpoint["zoo"], "schema": 5},
+    }
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best, 4: _adamw}
 """From schema n to a function that turns such a checkpoint into one of a later schema."""
 
 ENTRIES: dict[str, Any] = {"zoo": {"schema": 0}, "hyper_parameters": {}, "state_dict": {}, "task": {}, "family": {}}
@@ -60,27 +66,22 @@ def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
     ValueError if absent. A run is its folder, also below runs/, of a folder of runs the latest, or what zoo.train
     returned."""
     file: Any = path.get("checkpoint") if isinstance(path, Mapping) else path
-    with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name, an unknown user
+    with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name
         file = home(file)
         if not file.exists() and Path("runs", file).exists():
             file = Path("runs", file)
-        if file.name == "checkpoints":
-            file = file.parent
         if file.is_dir():
             runs = [file] if (file / "checkpoints").is_dir() else [found.parent for found in file.glob("*/checkpoints")]
-            latest = max(runs, key=lambda run: run.stat().st_mtime, default=file)
-            file, last = (latest / "checkpoints" / f"{one}.ckpt" for one in (name, "last"))
-            if last.is_file() and not file.is_file():
-                file = last
+            folder = max(runs, key=lambda run: run.stat().st_mtime, default=file) / "checkpoints"
+            validated = (folder / f"{name}.ckpt").is_file() or not (folder / "last.ckpt").is_file()
+            file = folder / f"{name if validated else 'last'}.ckpt"
     return untrusted.regular(file, "checkpoint", f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
 
 
 def read(path: Path, resume: bool = False) -> dict[str, Any]:
-    """The checkpoint's plain contents at today's schema, every option written down.
-
-    resume: those a run goes on with, for the folder of the file. Raises ValueError for files that are not ours
-    or damaged, or that hold options, names, weights or states unknown here.
-    """
+    """The checkpoint's plain contents at today's schema, every option written down; resume: those a run goes on with.
+    Raises ValueError for files that are not ours or damaged, or that hold options, names, weights or states unknown
+    here."""
     try:
         checkpoint = _at_schema(untrusted.contents(path))
         model = validate.model(checkpoint)
@@ -106,11 +107,8 @@ def _at_schema(content: Any) -> dict[str, Any]:
 
 
 def load(path: str | Path | Mapping[str, Any]) -> Model:
-    """The model of a checkpoint file, or the best one of a run, in eval mode on the CPU.
-
-    path: as of find, e.g. hypernet-regression for the latest run of it. Raises ValueError if the file is missing,
-    damaged or foreign, or holds options, names or weights unknown here.
-    """
+    """The model of a checkpoint file, or the best one of a run, in eval mode on the CPU; path: as of find, e.g.
+    hypernet-regression for the latest run of it. Raises ValueError as find and read do."""
     checkpoint = read(find(path, "best"))
     model = validate.build(checkpoint["hyper_parameters"])
     model.on_load_checkpoint(checkpoint)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import lightning as L
 import numpy as np
 
 from zoo.core.layers import FILLING
-from zoo.models import Model
 from zoo.tasks import Batch, Task
-from zoo.training.options import RunConfig
 
 
 class Stream:
@@ -44,15 +41,3 @@ class Stream:
             for part in range(self.parts):
                 rows = batch.rows((part * self.world + self.rank) * share, share)
                 yield rows._replace(part=part, scored=scored, read=read)
-
-
-def streams(model: Model, options: RunConfig, trainer: L.Trainer, step: int) -> tuple[Stream, Stream, Stream]:
-    """What one process of a run trains on, from optimiser step `step` on, is validated on, and tested on."""
-
-    def stream(split: str, batches: int, parts: int = 1) -> Stream:
-        size = model.optim.batch_size
-        return Stream(model.task, split, size, batches, parts, trainer.global_rank, trainer.world_size)
-
-    train = stream("train", model.optim.steps, model.optim.accumulate)
-    train.start, train.repeat = step, options.overfit
-    return train, stream("validation", options.validation_batches), stream("test", options.test_batches)

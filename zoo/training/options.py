@@ -22,13 +22,8 @@ from zoo.training import checkpoint
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of a run; model, task and optim are groups of their own.
-
-    validate_every, log_every: optimiser steps; validation_batches, test_batches: batches of optim.batch_size
-    sequences; overfit: train on the first batch alone; compile: translate the decoder with torch.compile first (takes
-    a minute, then steps are faster); activation_checkpointing: keep what enters each layer and compute the rest anew in
-    the backward pass; out: run folder, null for runs/MODEL-TASK/TIME; resume: a run folder or checkpoint to continue.
-    """
+    """Options of a run, see docs/configuration.md; model, task and optim are groups of their own. validate_every and
+    log_every count optimiser steps, validation_batches and test_batches batches of optim.batch_size sequences."""
 
     model: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
@@ -91,29 +86,20 @@ def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return named
 
 
-FLAGS = ("deterministic", "benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar")
-STORED = {
-    **dict.fromkeys(FLAGS, "True|False|'warn'"),
-    **dict.fromkeys(("accelerator", "precision"), r"'[\w-]{1,20}'|\d\d"),
-    "strategy": "'(auto|ddp|ddp_find_unused_parameters_true|ddp_static_graph|fsdp)'",
-    "devices": r"'auto'|-1|\d{1,9}|\[\d{1,9}(, \d{1,9}){0,1023}\]",
-    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), r"\d{1,9}|0\.\d+|1\.0|[1-9][.\d]*e-\d+"),
+STORED: dict[str, Any] = {
+    **dict.fromkeys(("accelerator", "precision", "strategy"), str | None),
+    **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), bool | None),
+    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), int | float | None),
+    "deterministic": bool | str | None,
+    "devices": int | list | str | None,
 }
-"""Arguments of lightning.Trainer that a run keeps when it is resumed, and how Python writes their values: never paths
-or objects. None stands for Lightning's own default."""
+"""Arguments of lightning.Trainer that a run keeps when it is resumed, and their types: never paths or objects. None
+stands for Lightning's own default."""
 
 
 def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments of its trainer that a run keeps when it is resumed."""
-    kept = {key: value for key, value in arguments.items() if key in STORED}
-    return {key: value for key, value in kept.items() if value is None or re.fullmatch(STORED[key], _short(value))}
-
-
-def _short(value: Any) -> str:
-    """repr() of a number, a text or a list of numbers, "" for what is longer or another thing."""
-    items = value if isinstance(value, list) else [value]
-    numbers = len(items) <= 1024 and all(isinstance(x, bool | int | float) and abs(x) < 2**63 for x in items)
-    return repr(value) if numbers or (isinstance(value, str) and len(value) < 99) else ""
+    return {name: x for name, x in arguments.items() if name in STORED and isinstance(x, STORED[name])}
 
 
 def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +110,9 @@ def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, 
     arguments = {**stored(saved), **given}
     devices, here = arguments.get("devices"), max(2, os.cpu_count() or 1, torch.cuda.device_count())
     count = len(devices) if isinstance(devices, list) else devices
-    if "devices" not in given and isinstance(count, int) and count > here:
-        raise ValueError(f"the run had {count} devices, here are at most {here}: give trainer.devices=")
+    fits = count in (None, "auto") or (isinstance(count, int) and count <= here)
+    if "devices" not in given and not fits:
+        raise ValueError(f"the run had {show(count)} devices, here are at most {here}: give trainer.devices=")
     for key, value in given.items():
         with suppress(ValueError):  # a strategy, a profiler, plugins: Lightning's own objects
             arguments[key] = plain(value)
@@ -143,9 +130,8 @@ class LoggerConfig:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        for key, value in (("project", self.project), ("id", self.id or "-")):
-            if not re.fullmatch(r"[\w-][\w.-]{0,100}", value):  # wandb names files by them
-                raise ValueError(f"logger.{key}={show(value)} must be letters, digits, -, _ and .")
+        if self.id is not None and not re.fullmatch(r"[\w-][\w.-]{0,100}", self.id):  # wandb names files by it
+            raise ValueError(f"logger.id={show(self.id)} must be letters, digits, -, _ and .")
 
     def begun(self, folder: Path, stack: ExitStack) -> list[Logger]:
         """The loggers, started before anything could be lost, and ended by `stack`; raises ValueError for one that

@@ -1,8 +1,4 @@
-"""From options to numbers: what a run is, from the check of its options to the folder it leaves.
-
-A run folder holds checkpoints/best.ckpt and last.ckpt, metrics.jsonl (one row per logged step), metrics.json (the
-result) and curve.png. Everything a run depends on is in its checkpoints.
-"""
+"""From options to numbers: what a run is, from the check of its options to the folder it leaves."""
 
 from __future__ import annotations
 
@@ -24,15 +20,15 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
-from zoo.console import describe, say, warn
+from zoo.console import Untested, describe, say, warn
 from zoo.files import to_json, write
 from zoo.models import Model, flops
 from zoo.training import checkpoint, validate
 from zoo.training import summary as report
-from zoo.training.callbacks import Keeper, trained
-from zoo.training.data import Stream, streams
+from zoo.training.callbacks import Keeper
+from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
-from zoo.training.run_folder import taken
+from zoo.training.run_folder import place, taken
 from zoo.training.trainer import guarded, make, placement, quiet
 
 
@@ -57,40 +53,43 @@ def train(
         if given:
             options[group] = {"name": given} if isinstance(given, str) else given
     config, saved = of_run(plain(options))
-    before = saved.get("zoo", {})
-    arguments = of_trainer(trainer or {}, before.get("trainer") or {})
+    before = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}})
+    arguments = of_trainer(trainer or {}, before["trainer"])
     own = logger if isinstance(logger, list) else None
     named = {"name": logger} if isinstance(logger, str) else logger or {}
-    log = of_logger({} if own is not None else named, before.get("logger") or {})  # type: ignore[arg-type]
+    log = of_logger({} if own is not None else named, before["logger"])  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     network = _model(config, saved)
+    folder = place(config.out, f"{network.config.name}-{network.task.config.name}")
+    keeper = Keeper(folder, {**asdict(config), "resume": None, "out": None}, command())
+    engine = make(network, config, arguments, keeper)
+    keeper.begun_with = {
+        "trainer": {**stored(arguments), "precision": engine.precision},
+        "logger": asdict(log),
+        "placement": placement(engine),
+    }
     with ExitStack() as stack:  # the folder and the logger, given back however the run ends
-        family = f"{network.config.name}-{network.task.config.name}"
-        folder = stack.enter_context(taken(config.out, family, bool(saved)))
-        keeper = Keeper(folder, {**asdict(config), "resume": None, "out": None}, command())
-        engine = make(network, config, arguments, folder, [keeper])
-        keeper.begun_with = {
-            "trainer": {**stored(arguments), "precision": engine.precision},
-            "logger": asdict(log),
-            "placement": placement(engine),
-        }
+        stack.enter_context(taken(folder, bool(saved)))
         engine.loggers = [*map(guarded, log.begun(folder, stack) if own is None else own)]
         if engine.is_global_zero:
             say(report.opening(network, engine, folder))
             if saved:
                 say(f"continues at step {saved['global_step']} of {network.optim.steps}")
-            then = before.get("placement") or {}
             for name, value in placement(engine).items():
-                if then.get(name, value) != value:
-                    say(f"this run goes on with {name} {value} (was {show(then[name])})")
-        training, validation, test = streams(network, config, engine, saved.get("global_step", 0))
+                if (then := before["placement"].get(name, value)) != value:
+                    say(f"this run goes on with {name} {value} (was {show(then)})")
+        size, where = network.optim.batch_size, {"rank": engine.global_rank, "world": engine.world_size}
+        training = Stream(network.task, "train", size, network.optim.steps, network.optim.accumulate, **where)
+        training.start, training.repeat = saved.get("global_step", 0), config.overfit
+        validation = Stream(network.task, "validation", size, config.validation_batches, **where)
+        test = Stream(network.task, "test", size, config.test_batches, **where)
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(network)
         try:
             engine.fit(network, training, validation, ckpt_path=config.resume, weights_only=True)
         except MisconfigurationException as error:  # which some arguments of the trainer meet here alone
-            raise ValueError(f"trainer: {one_line(error)}") from error
+            raise ValueError(f"trainer: {one_line(error, 300)}") from error
         if not engine.global_step:
             raise ValueError(f"trainer.max_time={show(arguments.get('max_time'))} was over before the first step")
         return _test(network, test, engine, keeper)
@@ -118,11 +117,9 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     folder = keeper.folder
     if engine.is_global_zero and engine.global_step < model.optim.steps:
         say(f"stopped at step {engine.global_step}; continue with: python train.py resume={folder}")
-    with trained(folder):
-        tested = checkpoint.find(folder, "last" if keeper.best_model_score is None else "best")
+    try:
+        tested = checkpoint.find(folder, "last" if keeper.best is None else "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
-        if engine.is_global_zero and tested.stem == "last":
-            say(f"nothing was validated: {tested} is what is tested")
         engine.test(model, test, verbose=False)
         metrics = _metrics(model, engine, keeper, tested)
         if engine.is_global_zero:
@@ -132,6 +129,8 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
             except Exception as error:
                 warn(f"curve.png failed: {describe(error)}")
             say(report.closing(metrics))
+    except Exception as error:
+        raise Untested(f"the test failed, {describe(error)}; {keeper.safe}") from error
     return metrics
 
 

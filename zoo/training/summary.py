@@ -16,13 +16,11 @@ from zoo.training.callbacks import read_rows
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
     """Model, data, device and folder of a run that begins."""
     config, task, optim = model.config, model.task, model.optim
-    count = flops.parameters(model)
-    parts = ", ".join(f"{name} {n:,}" for name, n in count.items() if n and name not in ("total", "active"))
     device = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}"
     files = getattr(task.config, "files", None)
     read = f"reads {', '.join(files)}\n" if files else ""  # a checkpoint may be somebody else's
     return (
-        f"{config.name} on {task.config.name}: {count['total']:,} parameters ({parts})\n"
+        f"{config.name} on {task.config.name}: {flops.parameters(model)['total']:,} parameters\n"
         f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n{read}"
         f"run folder: {folder}"
     )
@@ -63,9 +61,8 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.12, "top": 0.92})
     styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
     for name, (label, colour, marker) in styles.items():
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
+        steps = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+        axes.plot([*steps], [*steps.values()], label=label, color=colour, marker=marker)
     for name, level in references.items():
         axes.axhline(level, color="0.4", linestyle="--", label=name)
     axes.set(xlabel="optimiser steps", ylabel=f"loss, {unit}", title=head)

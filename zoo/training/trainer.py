@@ -10,34 +10,30 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
 
 from zoo.config import one_line, show
 from zoo.console import describe, warn
 from zoo.models import Model
-from zoo.training.callbacks import Progress
+from zoo.training.callbacks import Keeper
 from zoo.training.checkpoint import AtomicCheckpointIO
 from zoo.training.options import RunConfig
 
 
-def make(
-    model: Model, options: RunConfig, given: Mapping[str, Any], folder: Path, callbacks: list[Callback]
-) -> L.Trainer:
+def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Keeper) -> L.Trainer:
     """The trainer of a run from the arguments `given`, still without loggers. Raises ValueError for those that are
     wrong, that options decide, or that are not those of the processes that were started."""
     given, optim = {"accelerator": "auto", "devices": 1, "precision": None, **given}, model.optim
-    shown = given.pop("enable_progress_bar", True)
-    bar = bool(shown and sys.stdout and sys.stdout.isatty())
-    if shown:  # between rows of metrics a bar reads nothing from the device
-        callbacks = [*callbacks, TQDMProgressBar(options.log_every)] if bar else [*callbacks, Progress()]
+    shown = bool(given.pop("enable_progress_bar", True))
+    bar = shown and bool(sys.stdout) and sys.stdout.isatty()
+    keeper.says = shown and not bar
     decided: dict[str, tuple[Any, str]] = {
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),
@@ -49,9 +45,10 @@ def make(
         "val_check_interval": (min(options.validate_every, optim.steps) * optim.accumulate, "validate_every"),
         "check_val_every_n_epoch": (None, "validate_every"),
         "log_every_n_steps": (options.log_every, "log_every"),
-        "default_root_dir": (folder, "out"),
+        "default_root_dir": (keeper.folder, "out"),
         "logger": (False, "logger"),
-        "callbacks": (callbacks, ""),
+        # between rows of metrics a bar reads nothing from the device
+        "callbacks": ([TQDMProgressBar(options.log_every), keeper] if bar else [keeper], ""),
         "num_sanity_val_steps": (0, ""),
         "enable_progress_bar": (bar, ""),
         **dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), (False, "")),
@@ -70,13 +67,13 @@ def make(
     srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31
     if SLURMEnvironment.detect() and not srun and not TorchElasticEnvironment.detect():
         given["plugins"].append(LightningEnvironment())  # else Lightning takes the other processes for started
-    if given["precision"] == "bf16-true":
-        given["plugins"].append(HalfWeights(given["precision"]))
-        given["precision"] = None
     try:
         engine = L.Trainer(**given, **{name: value for name, (value, _) in decided.items()})
     except Exception as error:  # each argument fails in its own way
-        raise ValueError(f"trainer: {one_line(error)}") from error
+        raise ValueError(f"trainer: {one_line(error, 300)}") from error
+    if isinstance(engine.precision_plugin, HalfPrecision):  # data stay as they are: baselines do not depend on it
+        engine.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        engine.precision_plugin.forward_context = nullcontext  # type: ignore[assignment,method-assign]
     if getattr(engine.strategy, "_start_method", "popen") not in (None, "popen"):  # of a notebook, or ddp_spawn
         strategy = show(given.get("strategy", "auto"))
         raise ValueError(f"trainer.strategy={strategy} loses what its processes trained; take ddp, not in a notebook")
@@ -90,23 +87,12 @@ def make(
     return engine
 
 
-class HalfWeights(HalfPrecision):
-    """Weights in half precision; data and what is counted stay as they are: a baseline must not depend on it."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-    def forward_context(self) -> Any:
-        return nullcontext()
-
-
 def placement(engine: L.Trainer) -> dict[str, Any]:
     """Where and how a run computes."""
-    strategy = getattr(engine.strategy, "strategy_name", type(engine.strategy).__name__)
     return {
         "accelerator": engine.strategy.root_device.type,
         "devices": engine.world_size,
-        "strategy": str(strategy),
+        "strategy": str(getattr(engine.strategy, "strategy_name", type(engine.strategy).__name__)),
         "precision": str(engine.precision),
     }
 
@@ -124,7 +110,7 @@ def guarded(logger: Logger) -> Logger:
             setattr(logger, name, lambda *args, **options: None)
             warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
 
-    for name in ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize"):
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
         setattr(logger, name, partial(call, name, getattr(logger, name)))
     return logger
 

@@ -1,8 +1,5 @@
-"""Files of somebody else as plain data: what a hostile one could cost is bounded before and while it is read.
-
-A pickle is scanned, opcode by opcode, before torch.load(…, weights_only=True) sees it; what comes out is copied into
-fresh dicts, lists and tuples, so that nothing shared, subclassed or endless gets past here.
-"""
+"""Files of somebody else as plain data: a pickle is scanned, opcode by opcode, before torch.load(…, weights_only=True)
+sees it, and what comes out is copied, so that nothing shared, subclassed or endless gets past here."""
 
 from __future__ import annotations
 
@@ -79,11 +76,8 @@ def _scan(pickle: bytes, codes: int) -> None:
 
 
 def copied(value: Any, size: int) -> Any:
-    """A copy of `value`, read from a file of `size` bytes, in plain dicts, lists and tuples.
-
-    Raises ValueError for other types, for more than DEPTH levels or ITEMS values, and for tensors that take more memory
-    than the file has.
-    """
+    """A copy of `value`, read from a file of `size` bytes, in plain dicts, lists and tuples. Raises ValueError for
+    other types, for more than DEPTH levels or ITEMS values, and for tensors that take more memory than the file has."""
     # torch saves a tied matrix once under two names; an expanded tensor says more than it holds
     left = {"values": ITEMS, "bytes": 2 * size}
 
@@ -101,7 +95,7 @@ def copied(value: Any, size: int) -> Any:
                 return value
         elif value is None or type(value) in (str, float, bool, int):
             return value
-        raise ValueError(f"it holds {show(value)}")
+        raise ValueError(f"it holds a value of type {type(value).__name__}, or more than the file has")
 
     return copy(value, DEPTH)
 

@@ -1,8 +1,5 @@
-"""Whether the contents of a checkpoint fit this zoo: tried on the meta device, where weights take no memory.
-
-Families and tasks decide alone what their options mean: a model is built from them, and the file compared with it by
-name, shape and dtype; only then does anything of its size exist.
-"""
+"""Whether a checkpoint fits this zoo: a model is built from its options on the meta device, where weights take no
+memory, and the file compared with that; only then does anything of its size exist."""
 
 from __future__ import annotations
 
@@ -30,10 +27,8 @@ def build(options: dict[str, Any]) -> Model:
 
 
 def model(checkpoint: dict[str, Any]) -> Model:
-    """A model without memory that has the checkpoint's weights; options that it lacks are written into it.
-
-    Raises ValueError if there is none: for unknown options, and for weights of other names, shapes or dtypes.
-    """
+    """A model without memory that has the checkpoint's weights; options that it lacks are written into it. Raises
+    ValueError for unknown options, and for weights of other names, shapes or dtypes."""
     options, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     like(options, OPTIONS, "hyper_parameters")
     layers = options["model"].get("layers")
@@ -51,28 +46,27 @@ def model(checkpoint: dict[str, Any]) -> Model:
 
 
 def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
-    """All that a run goes on with, by Lightning's names; raises ValueError for what cannot have been.
-
-    The file says the options, the weights, the moments and the step; all else follows from these.
-    """
+    """All that a run goes on with, by Lightning's names: the file says the options, the weights, the moments and the
+    step, all else follows from these. Raises ValueError for what cannot have been."""
     configured: Any = meta.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for parameter in meta.decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments, of no memory either
-    ours, zoo = optimizer.state_dict(), checkpoint["zoo"]
-    optional: dict[str, Any] = {"best": 0.0, "trainer": {}, "logger": {}, "placement": {}}
-    optional = {name: value for name, value in optional.items() if zoo.get(name) is not None}
+    ours = optimizer.state_dict()
+    zoo = {"best": None, **checkpoint["zoo"]}
+    begun_with = {name: zoo.get(name) or {} for name in ("trainer", "logger", "placement")}
+    best = None if zoo["best"] is None else 0.0
     described = {
         "global_step": 0,
-        "zoo": {"config": {}, "command": "", "seconds": 0.0, **optional},
+        "zoo": {"config": {}, "command": "", "seconds": 0.0, "best": best, **{name: {} for name in begun_with}},
         "optimizer_states": [
             {"state": None, "param_groups": [{"params": group["params"]} for group in ours["param_groups"]]}
         ],
     }
     if "MixedPrecision" in checkpoint:  # of 16-mixed
         described["MixedPrecision"] = torch.amp.GradScaler("cpu").state_dict()
-    found = like(checkpoint, described, "")
+    found = like({**checkpoint, "zoo": {**zoo, **begun_with}}, described, "")
     step, (saved,) = found["global_step"], found["optimizer_states"]
     if step > meta.optim.steps:
         raise ValueError(f"global_step is {step}, beyond optim.steps={meta.optim.steps}")
@@ -93,7 +87,7 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
     return {
         **found,
         **{name: checkpoint[name] for name in ("hyper_parameters", "state_dict", "task", "family")},
-        "zoo": {"best": None, **zoo, "config": {**zoo["config"], **checkpoint["hyper_parameters"]}},
+        "zoo": {**zoo, **begun_with, "config": {**zoo["config"], **checkpoint["hyper_parameters"]}},
         "optimizer_states": [{"state": moments, "param_groups": [{**group, **numbers} for group, numbers in pairs]}],
         "lr_schedulers": [schedule.state_dict()],
         "loops": place(step, meta.optim),
@@ -106,17 +100,16 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
 def place(steps: int, optim: OptimConfig) -> dict[str, Any]:
     """Where a run stands after so many steps, by Lightning's names."""
 
-    def count(**numbers: int) -> dict[str, Any]:
+    def done(count: int) -> dict[str, Any]:
+        numbers = dict.fromkeys(("ready", "started", "processed", "completed"), count)
         return {"total": numbers, "current": numbers}
 
-    batches = dict.fromkeys(("ready", "started", "processed", "completed"), steps * optim.accumulate)
-    done = count(ready=steps, started=steps, completed=steps)
+    optimizer = {"step": done(steps), "zero_grad": done(steps)}
     return {
         "fit_loop": {
-            "epoch_progress": count(ready=1, started=1),
             "epoch_loop.state_dict": {"_batches_that_stepped": steps},
-            "epoch_loop.batch_progress": {**count(**batches), "is_last_batch": steps == optim.steps},
-            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": done, "zero_grad": done}},
+            "epoch_loop.batch_progress": {**done(steps * optim.accumulate), "is_last_batch": steps == optim.steps},
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
         }
     }
 
