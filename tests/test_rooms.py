@@ -69,7 +69,7 @@ def lines(*places: str) -> int:
     return sum(len(path.read_text().splitlines()) for path in files)
 
 
-READ_FIRST = [f"zoo/models/{name}.py" for name in ("base", "transformer", "hypernet", "moe", "flops")]
+READ_FIRST = [f"zoo/models/{name}.py" for name in ("base", "optim", "transformer", "hypernet", "moe", "flops")]
 READ_FIRST += ["zoo/core", "zoo/training", "zoo/config.py", "zoo/files.py"]
 """What one reads in an afternoon."""
 FAMILY = 130
