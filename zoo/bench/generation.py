@@ -12,7 +12,7 @@ import torch
 
 from zoo.bench import peers
 from zoo.bench.steps import build
-from zoo.bench.timing import Case, Row, Setting, measure
+from zoo.bench.timing import Case, Row, Setting, kernels, measure
 from zoo.models import Model
 
 SMALL = {"dim": 256, "layers": 4, "heads": 8, "hidden": 704}
@@ -39,6 +39,7 @@ def against_peer(B: int, count: int, device: torch.device) -> Case:
     for name, faster in FASTER.items():
         model = of_family(name, SMALL, device)
         variants[name] = new_tokens(model, B, count)
+        variants[f"{name}, kernels alone"] = kernels(variants[name])
         bars[name, PEER] = 1 / faster
         if name == "transformer" and peers.installed():
             variants[PEER] = peers.new_tokens(peers.llama(model, use_cache=True), prompts(model, B), count)

@@ -123,8 +123,9 @@ class Decoder(nn.Module):
     def new_cache(self, room: int = 16) -> list[LayerCache]:
         """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one; they
         take space for `room` of these at once, and more when it is used up."""
-        # measured on a CPU alone; copies pass no gradient on
-        pays = room >= JOIN_FOR and self.head.weight.device.type == "cpu" and not torch.is_grad_enabled()
+        W = self.head.weight  # measured on a CPU alone; copies pass no gradient on
+        pays = room >= JOIN_FOR and W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64)
+        pays = pays and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         return [LayerCache(room, joined=block.joined() if pays else None) for block in self.blocks]
 
     def forward(
@@ -156,6 +157,8 @@ class Decoder(nn.Module):
             layout = replace(layout, positions=cache[0].tokens + layout.positions)
         if positions is not None:
             layout = replace(layout, positions=positions)
+            for kept in cache or ():
+                kept.joined = None  # which stands where the cache ends
 
         def run(x_BTD: Tensor, layer: int) -> tuple[Tensor, Patch]:
             kept = None if cache is None else cache[layer]

@@ -1,13 +1,14 @@
-"""One token alone: the matrices of a block joined, and laid out as a single row multiplies them fastest on a CPU.
+"""One token alone: a block with its matrices joined, and laid out as a single row multiplies them fastest on a CPU.
 
-Axes: B batch, D model, F hidden units of a block, E blocks (experts), K chosen ones, n tokens that chose a block; N all
-heads of queries, keys and values, d their width.
+Axes: B batch, D model, F hidden units of a block, E blocks (experts), G key/value heads, N all heads of queries, keys
+and values, d their width, n tokens that chose a block, M rows (token, choice) sorted by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,52 +21,77 @@ JOIN_FOR = 32
 """The number of tokens from which on joined copies pay."""
 FORM_AFTER = 3
 """Tokens of one update after which W + ΔW is formed: that costs as much as it saves with so many."""
-Matrices: TypeAlias = Callable[[Patch], Mapping[str, Tensor]]
 
 
 class Joined:
-    """Copies of one block's matrices: qkv (D,N·d), gate_up (E,D,2F) and down (E,D,F).
+    """Copies of one block's matrices: qkv (D,N·d), with the weight of norm1 in it, gate_up (E,D,2F), down (E,D,F).
 
-    Rows of many numbers are read from memory at up to twice the rate of short ones. matrices: gate, up and down under a
-    patch that is the same for all tokens, (*,o,i).
+    Rows of many numbers are read from memory at up to twice the rate of short ones, and a token takes a third of the
+    calls that the modules make. rotary: cos and ±sin tables of positions.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, matrices: Matrices, blocks: int):
-        self.qkv, self.matrices, self.blocks = torch.cat([q, k, v]).mT.contiguous(), matrices, blocks
+    def __init__(self, block: Any, rotary: Callable[..., tuple[Tensor, Tensor]]):
+        attention = block.attention
+        self.block, self.heads, self.kv_heads, self.width = block, attention.heads, attention.kv_heads, attention.width
+        qkv = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
+        self.qkv, self.out = (qkv * block.norm1.weight).mT.contiguous(), attention.o.weight.mT
+        self.eps = qkv.new_full((), block.norm1.eps)
+        self.rotary = lru_cache(1)(lambda length: rotary(torch.arange(length), self.width, attention.theta, qkv.dtype))
         self.stored = self._join(Patch())
         self.patch, self.uses, self.formed = Patch(), 0, self.stored
 
     def _join(self, patch: Patch) -> tuple[Tensor, Tensor]:
-        gate, up, down = (w.reshape(w.shape[-2:]) for w in self.matrices(patch).values())
-        gate_EFD, up_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (gate, up))
-        down_DEF = down.unflatten(1, (self.blocks, -1))
+        """gate_up and down under a patch that is the same for all tokens."""
+        ffn = self.block.ffn
+        gate, up, down = (w.reshape(w.shape[-2:]) for w in ffn.dense(patch).values())
+        gate_EFD, up_EFD = (w.unflatten(0, (ffn.blocks, -1)) for w in (gate, up))
+        down_DEF = down.unflatten(1, (ffn.blocks, -1))
         return torch.cat([gate_EFD, up_EFD], 1).mT.contiguous(), down_DEF.transpose(0, 1).contiguous()
 
-    def ffn(self, z_B1D: Tensor, patch: Patch) -> Tensor | None:
-        """The output of the FFN for one token under its patch; None for a patch that needs the general way."""
+    def step(self, x_B1D: Tensor, cache: Any, patch_of: Callable[[Tensor, Tensor], Patch]) -> tuple[Tensor, Patch]:
+        """What the block gives for the token after those in the cache; see Block.forward."""
+        block, x_BD = self.block, x_B1D[:, 0]
+        length = 1 << max(cache.tokens, 255).bit_length()
+        cos_d, sin_d = (table[cache.tokens, 0] for table in self.rotary(length))
+        qkv_BNd = (self._unit(x_BD) @ self.qkv).unflatten(1, (-1, self.width))
+        qk_BNd, v_BG1d = qkv_BNd[:, : -self.kv_heads], qkv_BNd[:, -self.kv_heads :, None]
+        qk_BN1d = torch.addcmul(qk_BNd * cos_d, qk_BNd.roll(self.width // 2, -1), sin_d)[:, :, None]
+        k_BGTd, v_BGTd = cache.extend(qk_BN1d[:, self.heads :], v_BG1d, None)
+        q_BH1d = qk_BN1d[:, : self.heads]
+        y_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BGTd, v_BGTd, enable_gqa=self.kv_heads < self.heads)
+        v_BD = torch.addmm(x_BD, y_BH1d.flatten(1), self.out)
+        z_BD = self._unit(v_BD).mul_(block.norm2.weight)
+        patch = patch_of(v_BD[:, None], z_BD[:, None])
+        out_BD = self._ffn(v_BD, z_BD, patch)
+        return (v_BD + block.ffn(z_BD[:, None], patch)[:, 0] if out_BD is None else out_BD)[:, None], patch
+
+    def _ffn(self, v_BD: Tensor, z_BD: Tensor, patch: Patch) -> Tensor | None:
+        """v + FFN(z) under the patch; None for one that needs the general way."""
         (gate_up_EDF, down_EDF), deltas = self.stored, patch.weights
-        if (
-            patch.biases
-            or patch.input
-            or patch.served is not None
-            or (self.blocks > 1 and (deltas or not patch.routing))
-        ):
+        if patch.biases or patch.input or patch.served is not None or (deltas and patch.routing):
             return None
         if patch.routing:
-            return self._experts(z_B1D[:, 0], patch.routing)[:, None]
-        if deltas and len(z_B1D) == 1 and self._serves_long(patch):
+            return v_BD + self._experts(z_BD, patch.routing)
+        if deltas and len(z_BD) == 1 and self._serves_long(patch):
             (gate_up_EDF, down_EDF), deltas = self.formed, {}
-        if not all(isinstance(delta, LowRank) and delta.gate is None for delta in deltas.values()):
+        low_rank = all(isinstance(delta, LowRank) and delta.gate is None for delta in deltas.values())
+        if len(down_EDF) > 1 or not low_rank:
             return None
 
-        def plus(y: Tensor, name: str, x: Tensor) -> Tensor:
-            delta = deltas.get(name)
-            return y + delta.extra(x) if isinstance(delta, LowRank) else y
+        def extra(name: str, x_Bi: Tensor) -> Tensor | float:
+            return deltas[name].extra(x_Bi[:, None, None] if patch.chunk else x_Bi[:, None]).flatten(1)  # type: ignore[attr-defined]
 
-        x = z_B1D if patch.chunk is None else z_B1D[:, None]
-        gate, up = (x @ gate_up_EDF[0]).chunk(2, -1)
-        h = F.silu(plus(gate, "gate", x)) * plus(up, "up", x)
-        return plus(F.linear(h, down_EDF[0]), "down", h).view(z_B1D.shape)
+        gate_BF, up_BF = (z_BD @ gate_up_EDF[0]).chunk(2, -1)
+        gate_BF = gate_BF + extra("gate", z_BD) if "gate" in deltas else gate_BF
+        up_BF = up_BF + extra("up", z_BD) if "up" in deltas else up_BF
+        h_BF = F.silu(gate_BF) * up_BF
+        out_BD = torch.addmm(v_BD, h_BF, down_EDF[0].mT)
+        return out_BD + extra("down", h_BF) if "down" in deltas else out_BD
+
+    def _unit(self, x_BD: Tensor) -> Tensor:
+        """x / rms(x)."""
+        norm_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
+        return x_BD * torch.addcmul(self.eps, norm_B1, norm_B1, value=1 / x_BD.shape[-1]).rsqrt_()
 
     def _serves_long(self, patch: Patch) -> bool:
         """Whether this patch has served so many tokens that its matrices are formed."""
@@ -85,12 +111,12 @@ class Joined:
                 gate_BF, up_BF = (z_BD @ gate_up_EDF[e]).chunk(2, -1)
                 y_BD.add_(F.linear(F.silu(gate_BF) * up_BF, down_EDF[e]), alpha=weight)
             return y_BD
-        choice_N = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__))  # sorted on the host: few rows
-        token_N = choice_N // routing.index.shape[-1]
-        used, sizes = sorted({*chosen}), [*map(chosen.count, sorted({*chosen}))]
-        parts = z_BD[token_N].split(sizes)
-        gate_NF, up_NF = torch.cat([x @ gate_up_EDF[e] for e, x in zip(used, parts, strict=True)]).chunk(2, -1)
-        parts = (F.silu(gate_NF) * up_NF).split(sizes)
-        y_ND = torch.cat([F.linear(h, down_EDF[e]) for e, h in zip(used, parts, strict=True)])
-        weight_N1 = routing.weight.flatten()[choice_N, None].to(y_ND.dtype)
-        return torch.zeros_like(z_BD).index_add_(0, token_N, y_ND * weight_N1)
+        choice_M = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__))  # on the host: few rows
+        token_M, used = choice_M // routing.index.shape[-1], sorted({*chosen})
+        sizes = [*map(chosen.count, used)]
+        parts = z_BD[token_M].split(sizes)
+        gate_MF, up_MF = torch.cat([x @ gate_up_EDF[e] for e, x in zip(used, parts, strict=True)]).chunk(2, -1)
+        parts = (F.silu(gate_MF) * up_MF).split(sizes)
+        y_MD = torch.cat([F.linear(h, down_EDF[e]) for e, h in zip(used, parts, strict=True)])
+        weight_M1 = routing.weight.flatten()[choice_M, None].to(y_MD.dtype)
+        return torch.zeros_like(z_BD).index_add_(0, token_M, y_MD * weight_M1)

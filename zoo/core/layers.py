@@ -33,7 +33,7 @@ class Layout:
 
     positions: Tensor
     mask: Tensor | None
-    tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     def rotary(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """rotary(positions, ...), made once for all layers."""
@@ -74,14 +74,9 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         cos, sin = layout.rotary(self.width, self.theta, x_BTD.dtype)
-        if cache is None or cache.joined is None:
-            q_BTHd, k_BTGd, v_BTGd = (m(x_BTD).view(B, T, -1, self.width) for m in (self.q, self.k, self.v))
-            q_BTHd, k_BTGd = _rotate(q_BTHd, cos, sin), _rotate(k_BTGd, cos, sin)
-        else:
-            qkv_BTNd = (x_BTD @ cache.joined.qkv).view(B, T, -1, self.width)
-            qk_BTNd, v_BTGd = qkv_BTNd[:, :, : -self.kv_heads], qkv_BTNd[:, :, -self.kv_heads :]
-            q_BTHd, k_BTGd = _rotate(qk_BTNd, cos, sin).split((self.heads, self.kv_heads), 2)
-        q_BHTd, k_BGTd, v_BGTd = (t.transpose(1, 2) for t in (q_BTHd, k_BTGd, v_BTGd))
+        q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
+        k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
+        v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         if cache is not None:
             k_BGTd, v_BGTd = cache.extend(k_BGTd, v_BGTd, layout.mask)
         # of torch's kernels only the plain one knows every transform
@@ -145,11 +140,9 @@ class FeedForward(nn.Module):
         h = self._hidden(split_chunks(z_BTD, patch.chunk), patch)
         return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
 
-    def forward(self, z_BTD: Tensor, patch: Patch | None = None, joined: Joined | None = None) -> Tensor:
-        """The network's output for z (B,T,D) with its weights patched; joined: its matrices for a token alone."""
+    def forward(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
+        """The network's output for z (B,T,D) with its weights patched."""
         patch = patch or Patch()
-        if joined and z_BTD.shape[1] == 1 and (y_B1D := joined.ffn(z_BTD, patch)) is not None:
-            return y_B1D
         x = split_chunks(z_BTD, patch.chunk)
         sparse = patch.routing and not patch.weights and not patch.biases and self.backend != "reference"
         if patch.routing and sparse and not transformed():  # which rows a block gets depends on data
@@ -209,12 +202,13 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Patch]:
         """The block's output, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
+        if cache and cache.joined and cache.tokens:
+            return cache.joined.step(x_BTD, cache, patch_of)
         v_BTD = self.attend(x_BTD, layout, cache)
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)
-        return v_BTD + self.ffn(z_BTD, patch, cache.joined if cache else None), patch
+        return v_BTD + self.ffn(z_BTD, patch), patch
 
     def joined(self) -> Joined:
         """Copies of the matrices for a token alone, see zoo.core.decoding."""
-        attention = self.attention
-        return Joined(attention.q.weight, attention.k.weight, attention.v.weight, self.ffn.dense, self.ffn.blocks)
+        return Joined(self, rotary)
