@@ -112,6 +112,7 @@ def test_the_matrices_of_one_sequence_are_formed_at_once() -> None:
     )
     with at_most(limit):
         relative_norms(model, tokens, n_context)
+        increments(model, tokens, n_context)
     with pytest.raises(AssertionError), at_most(limit):  # the recorder sees what it should
         grid(model, tokens, n_context)
 

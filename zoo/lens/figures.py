@@ -252,7 +252,6 @@ def generation_strip(models: Models, lines: int = 4, prompt: int = 64) -> Figure
         + ".",
         "that patches are a cheaper memory: each one is made by a pass over the whole context.",
         {"count": count, "prompt": prompt, "seed": 0, **same},
-        columns=1,
     )
 
 

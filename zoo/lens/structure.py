@@ -1,8 +1,7 @@
 """A model's weight updates as matrices: size, growth, rank, alignment, and how much the query matters.
 
-A matrix is formed for every query, those of one layer at a time: ask for few queries of a large model.
-Axes: B contexts, n context tokens, Q queries, L layers, M matrices, N updates; o outputs and i inputs of a matrix W
-(o,i).
+A matrix is formed for every query, those of one layer, and mostly of one context, at a time.
+Axes: B contexts, n context tokens, Q queries, L layers, M matrices; o outputs and i inputs of a matrix W (o,i).
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
     W_i stands for c_1 … c_i at query x, on the stream of its own patched layers: increments have rank 1 in layer 0,
     where the query's reduced state is the one key, and rank 2 in deeper layers, where it moves with i.
     """
-    query = tokens[:, n_context:]
-    patches = [model.deltas(torch.cat([tokens[:, :i], query], 1), i) for i in range(n_context + 1)]
-    steps = [
-        torch.stack([_norms(layer).norm(dim=0) for layer in _differences(model, query, new, old)])
-        for old, new in pairwise(patches)
-    ]
-    return torch.stack(steps) / _stored_norms(model).norm(dim=1)[:, None, None]
+    rows = []
+    for row in tokens.split(1):
+        query = row[:, n_context:]
+        patches = [model.deltas(torch.cat([row[:, :i], query], 1), i) for i in range(n_context + 1)]
+        steps = [_differences(model, query, new, old) for old, new in pairwise(patches)]
+        rows.append(torch.stack([torch.stack([_norms(layer).norm(dim=0) for layer in step]) for step in steps]))
+    return torch.cat(rows, 2) / _stored_norms(model).norm(dim=1)[:, None, None]
 
 
 def participation_ratio(singular: Tensor) -> Tensor:
