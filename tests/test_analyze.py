@@ -150,8 +150,6 @@ def test_the_use_of_experts_by_domain_stands_beside_its_controls() -> None:
     assert both.nan_to_num().sum((1, 2)).tolist() == pytest.approx([2, 2])  # two of four experts, in either order
     assert isinstance(load, Lines)
     assert [sum(series.y) for series in load.series] == pytest.approx([4, 4])
-    numbers = report.summary(model, size=4)
-    assert sum("control: router redrawn" in name for name in numbers) == 1
 
 
 def test_numbers_of_a_context_that_is_separate(regression: dict[str, Path]) -> None:
@@ -161,14 +159,14 @@ def test_numbers_of_a_context_that_is_separate(regression: dict[str, Path]) -> N
         values = model.task.evaluate(lambda tokens, n, model=model: model(tokens, n), model.task.batch("test", 0, 64))  # type: ignore[misc]
         gap = (values["nmse_wrong_context"] - values["nmse"]).mean()
         assert numbers[name]["error with a wrong context minus right"] == pytest.approx(gap.item())
-        assert ("task read off the code, held-out R²" in numbers[name]) == (name == "hypernet")
-    read, before, shuffled = list(numbers["hypernet"].values())[-3:]
-    assert shuffled < 0.0 < min(read, before), (read, before, shuffled)
+    share = "variance of ΔW between contexts, last layer, "
+    (of_hypernet,) = (value for name, value in numbers["hypernet"].items() if name.startswith(share))
+    assert of_hypernet == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize(("case", "matrix"), [("hypernet-segment-down", "down"), ("transformer-regression", "gate")])
-def test_ranks_are_those_of_the_matrix_that_the_family_changes_most(case: str, matrix: str) -> None:
-    assert f"effective rank of ΔW, last layer, {matrix}" in report.summary(shared(case), size=4)
+def test_ranks_are_those_of_the_matrix_that_changes_most() -> None:
+    numbers = report.summary(shared("hypernet-segment-down"), size=4)
+    assert 0.99 < numbers["effective rank of ΔW, last layer, down"] < 2.01  # what is emitted has rank 2
 
 
 def test_increments_of_families_fall(regression: dict[str, Path]) -> None:

@@ -336,6 +336,6 @@ def test_the_default_transformer_after_training(tmp_path: Path) -> None:
 
     assert median("output", 256, 1e-3) < 0.01
     assert median("affine", 256, 1e-3) < 0.03
-    assert median("vector", 256, 1e-3) > 0.9
+    assert median("vector", 256, 1e-3) > 0.8
     # one sample for each hidden unit, fitted exactly
     assert median("output", 128, 0.0) > 50 * median("output", 128, 1e-3)

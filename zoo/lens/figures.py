@@ -17,9 +17,7 @@ from zoo.core.exact import exact
 from zoo.lens import static, structure
 from zoo.lens.figure import Figure, Heat, Lines, Panel, Series
 from zoo.lens.routing import information, switched, usage
-from zoo.lens.updates import MATRICES, updates
 from zoo.models import Model
-from zoo.tasks import Batch
 
 Models = Mapping[str, Model]
 PER_LINE = 8  # tokens of generated text
@@ -146,16 +144,12 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     )
 
 
-def batches_of(model: Model, size: int = 256) -> list[Batch]:
-    return [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
-
-
 @torch.no_grad()
 def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
     """The experts of each domain, their information on it beside controls, experts chosen together, and load."""
     panels: list[Panel] = []
     for name, model in models.items():
-        batches = batches_of(model, size)
+        batches = [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
         own = usage(model, batches)
         layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
         domains = getattr(model.task.config, "domains", None) or ()
@@ -197,16 +191,17 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
         tokens = tokens[:, : n + queries]
         relative = structure.relative_norms(model, tokens, n).mean((2, 3))
         layers = [f"layer {layer}" for layer in range(model.config.layers)]
-        panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), MATRICES, layers))
-        few = structure.shared_queries(tokens[:4], n)
-        down = updates(model, few, n)[-1]["down"].each(lambda t: t.flatten(0, 1))
+        panels.append(
+            Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), structure.MATRICES, layers)
+        )
+        down = structure.grid(model, tokens[:4], n)["down"]
         panels.append(
             Heat(
                 f"{name}: alignment, last layer, down",
                 f"update (4 contexts × {queries} queries)",
                 "update, context by context",
                 "cosine of ΔW and ΔW′",
-                structure.cosines(down, down).tolist(),
+                structure.cosines(down).tolist(),
                 diverging=True,
             )
         )
@@ -257,7 +252,6 @@ def generation_strip(models: Models, lines: int = 4, prompt: int = 64) -> Figure
         + ".",
         "that patches are a cheaper memory: each one is made by a pass over the whole context.",
         {"count": count, "prompt": prompt, "seed": 0, **same},
-        columns=1,
     )
 
 

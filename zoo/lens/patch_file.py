@@ -26,7 +26,7 @@ from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
 from zoo.files import whole
-from zoo.lens.updates import MATRICES, terms
+from zoo.lens.structure import MATRICES
 from zoo.models import Model
 from zoo.training import untrusted
 from zoo.training.validate import like
@@ -137,6 +137,11 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return description, tensors
 
 
+def _terms(delta: Delta) -> list[Delta]:
+    """The terms of a sum from the first to the last, any other update alone."""
+    return [*_terms(delta.first), delta.second] if isinstance(delta, Sum) else [delta]
+
+
 def _tensors(patches: Sequence[Patch]) -> dict[str, Tensor]:
     """All tensors of the patches by their name in a file."""
     tensors: dict[str, Tensor | None] = {}
@@ -144,7 +149,7 @@ def _tensors(patches: Sequence[Patch]) -> dict[str, Tensor]:
     for layer, patch in enumerate(patches):
         records: dict[str, Any] = {"input.0": patch.input, "routing": patch.routing}
         for name, delta in patch.weights.items():
-            records |= {f"weights.{name}.{place}": term for place, term in enumerate(terms(delta))}
+            records |= {f"weights.{name}.{place}": term for place, term in enumerate(_terms(delta))}
         for place, record in records.items():
             if record is None:
                 continue

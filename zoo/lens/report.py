@@ -13,8 +13,7 @@ from zoo.console import say
 from zoo.lens import draw, figures, structure
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
-from zoo.lens.routing import drawn_anew, information, routes
-from zoo.lens.updates import MATRICES, PARTS, updates
+from zoo.lens.routing import routes
 from zoo.models import Model, flops
 
 TRAINED: dict[str, Callable[[Models], Figure]] = {
@@ -70,38 +69,21 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
     task = model.task
     tokens, n = example(model, size)
     tokens = tokens[:, : n + 8]
-    total, emitted = (structure.relative_norms(model, tokens, n, part).mean((2, 3)) for part in PARTS)
-    name = MATRICES[int(emitted[-1].argmax())]  # the first, where the family emits nothing
-    singular = updates(model, tokens[:4], n)[-1][name].svdvals()
-    shared = structure.shared_queries(tokens[:4], n)
-    share = structure.context_share(updates(model, shared, n)[-1][name])
+    relative = structure.relative_norms(model, tokens, n).mean((2, 3))
+    name = structure.MATRICES[int(relative[-1].argmax())]
+    update, W = structure.grid(model, tokens[:4], n)[name], model.decoder.blocks[-1].ffn.weight(name)
+    ranks = structure.participation_ratio(torch.linalg.svdvals(update))
     numbers = {
         "parameters": float(flops.parameters(model)["total"]),
-        "size of the update, |ΔW|/|W|": float(total.mean()),
-        "of it emitted by the family": float(emitted.mean()),
-        f"effective rank of ΔW, last layer, {name}": float(structure.participation_ratio(singular).nanmean()),
-        f"variance of ΔW between contexts, last layer, {name}": float(share),
+        "size of the update, |ΔW|/|W|": float(relative.mean()),
+        f"effective rank of ΔW, last layer, {name}": float(ranks.nanmean()),
+        f"variance of ΔW between contexts, last layer, {name}": float(structure.context_share(update, W)),
     }
     batch = task.batch("test", 0, 64)
     if batch.wrong_context is not None:
         values = task.evaluate(lambda tokens, n: model(tokens, n), batch)
         gap = values[f"{task.main_metric}_wrong_context"] - values[task.main_metric]
         numbers["error with a wrong context minus right"] = float(gap.mean())
-    emits = model.decoder.context_to_delta
-    many = task.batch("test", 1, 512) if emits and emits.code else None
-    latent = task.latent(many) if many else None
-    if many and latent is not None:
-        untrained = drawn_anew(model, 0, router_alone=False)  # random codes tell a good part of the task, too
-        code, control = (structure.codes(m, many.tokens, n)[-1] for m in (model, untrained))
-        latent = latent.to(code)
-        shuffled = latent[torch.randperm(len(latent), generator=torch.Generator().manual_seed(0))]
-        numbers["task read off the code, held-out R²"] = structure.linear_r2(code, latent)
-        numbers["  before training"] = structure.linear_r2(control, latent)
-        numbers["  with shuffled tasks"] = structure.linear_r2(code, shuffled)
-    if batch.group is not None and int(batch.group.max()) and routes(model):
-        found = information(model, figures.batches_of(model))
-        numbers["information of expert and domain, mean over layers"] = float(found.pop("as trained").mean())
-        numbers |= {f"  {control}": float(values.mean()) for control, values in found.items()}
     return numbers
 
 

@@ -153,10 +153,6 @@ class Task(ABC):
         total = batch.scored or self.scored(batch).sum().clamp(min=1)
         return self.token_losses(output, batch).sum() / total
 
-    def latent(self, batch: Batch) -> Tensor | None:
-        """Numbers (B,P) behind each sequence that the code of its context may hold, None where none are known."""
-        return None
-
     @abstractmethod
     def baselines(self) -> dict[str, float]:
         """Losses to read a learning curve by, such as that of a trivial prediction."""

@@ -100,20 +100,18 @@ class Regression(Task):
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
         return (output[:, -batch.targets.shape[1] :, 0] - batch.targets).square()
 
-    def latent(self, batch: Batch) -> Tensor:
-        """w (B,d) of y = w·x by ridge regression from the context: the Bayes optimum for linear and noisy functions."""
-        pairs = batch.tokens[:, : batch.n_context].double()
-        x_BCd, y_BC1 = pairs[..., :-1], pairs[..., -1:]
-        penalty = max((self.config.noise or 0.0) ** 2, 1e-9)
-        gram = x_BCd.mT @ x_BCd + penalty * torch.eye(x_BCd.shape[-1], dtype=torch.float64, device=pairs.device)
-        return torch.linalg.solve(gram, x_BCd.mT @ y_BC1).squeeze(-1)
-
     def baselines(self) -> dict[str, float]:
         return {"predicting zero": float(self.variance)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        query_BQd = batch.tokens[:, batch.n_context :, :-1].double()
-        ridge_BQ = (query_BQd @ self.latent(batch).unsqueeze(-1)).squeeze(-1)
         errors = self.errors(predict, batch)
-        errors |= {"nmse_ridge": (ridge_BQ - batch.targets).square(), "nmse_zero": batch.targets.square()}
+        errors |= {"nmse_ridge": (self._ridge(batch) - batch.targets).square(), "nmse_zero": batch.targets.square()}
         return {name: error / self.variance for name, error in errors.items()}
+
+    def _ridge(self, batch: Batch) -> Tensor:
+        """Answers (B,Q) by ridge regression on the context: the Bayes optimum for linear and noisy functions."""
+        tokens, n = batch.tokens.double(), batch.n_context
+        x_BTd, y_BC1 = tokens[..., :-1], tokens[:, :n, -1:]
+        x_BCd, penalty = x_BTd[:, :n], max((self.config.noise or 0.0) ** 2, 1e-9)
+        gram = x_BCd.mT @ x_BCd + penalty * torch.eye(x_BTd.shape[-1], dtype=torch.float64, device=tokens.device)
+        return (x_BTd[:, n:] @ torch.linalg.solve(gram, x_BCd.mT @ y_BC1)).squeeze(-1)
