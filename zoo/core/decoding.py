@@ -74,19 +74,20 @@ class Joined:
             return v_BD + self._experts(z_BD, patch.routing)
         if deltas and len(z_BD) == 1 and self._serves_long(patch):
             (gate_up_EDF, down_EDF), deltas = self.formed, {}
-        low_rank = all(isinstance(delta, LowRank) and delta.gate is None for delta in deltas.values())
-        if len(down_EDF) > 1 or not low_rank:
+        low_rank = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank) and delta.gate is None}
+        if len(down_EDF) > 1 or len(low_rank) < len(deltas) or any(len(d.u) != len(z_BD) for d in low_rank.values()):
             return None
 
-        def extra(name: str, x_Bi: Tensor) -> Tensor | float:
-            return deltas[name].extra(x_Bi[:, None, None] if patch.chunk else x_Bi[:, None]).flatten(1)  # type: ignore[attr-defined]
+        def plus(y_Bo: Tensor, name: str, x_Bi: Tensor) -> Tensor:
+            """y + ΔW x, by one product within the other."""
+            if name not in low_rank:
+                return y_Bo
+            u_BoR, v_BiR = (factor.flatten(0, -3) for factor in (low_rank[name].u, low_rank[name].v))
+            return torch.baddbmm(y_Bo[:, None], torch.bmm(x_Bi[:, None], v_BiR), u_BoR.mT)[:, 0]
 
         gate_BF, up_BF = (z_BD @ gate_up_EDF[0]).chunk(2, -1)
-        gate_BF = gate_BF + extra("gate", z_BD) if "gate" in deltas else gate_BF
-        up_BF = up_BF + extra("up", z_BD) if "up" in deltas else up_BF
-        h_BF = F.silu(gate_BF) * up_BF
-        out_BD = torch.addmm(v_BD, h_BF, down_EDF[0].mT)
-        return out_BD + extra("down", h_BF) if "down" in deltas else out_BD
+        h_BF = F.silu(plus(gate_BF, "gate", z_BD)) * plus(up_BF, "up", z_BD)
+        return plus(torch.addmm(v_BD, h_BF, down_EDF[0].mT), "down", h_BF)
 
     def _unit(self, x_BD: Tensor) -> Tensor:
         """x / rms(x)."""
