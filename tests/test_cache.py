@@ -19,6 +19,7 @@ from cases import AUTOREGRESSIVE, Case, build, taking_turns
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
 from zoo.core.decoding import FORM_AFTER, JOIN_FOR, Joined
+from zoo.core.delta import Full, InputShift, LowRank
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
 from zoo.core.sampling import choose
@@ -172,6 +173,33 @@ def test_tokens_are_those_of_a_loop_over_full_forwards(case: Case, dtype: torch.
     found = torch.stack([*model.generate(prompt, count, n_context, temperature, None, generators[1])], 1)
     assert torch.equal(found, expected[:, prompt.shape[1] :])
     assert len(found.unique()) > 3 or not temperature
+
+
+@torch.no_grad()
+def test_joined_matrices_leave_patches_of_others_to_the_modules() -> None:
+    """Total patches of one's own, of every kind, and a token that stands elsewhere."""
+    model = shared("transformer")
+    tokens, n = ids(model)[:1], model.task.n_context
+    F_, D = model.config.hidden, model.config.dim
+    u, v, gate = torch.randn(1, F_, 2).double(), torch.randn(1, D, 2).double(), torch.randn(1, 1, 2).double()
+    shift = InputShift(torch.randn(1, D).double(), torch.randn(1, D).double())
+    kinds = [
+        Patch(weights={"up": LowRank(u, v)}),
+        Patch(weights={"up": LowRank(u, v, gate)}),
+        Patch(weights={"gate": LowRank(u, v), "down": Full(torch.randn(1, D, F_).double())}),
+        Patch(input=shift, biases={"down": torch.randn(1, D).double()}),
+    ]
+    for patch in kinds:
+        given = {"patches": [patch] * len(model.decoder.blocks)}
+        found = []
+        for room in (1, JOIN_FOR):
+            cache = model.decoder.new_cache(room)
+            steps = [model.decoder(tokens[:, : n + 2], n, cache=cache)]
+            for t in range(n + 2, n + 8):
+                at = {"positions": torch.tensor([t + 30])} if t == n + 7 else {}
+                steps.append(model.decoder(tokens[:, t : t + 1], cache=cache, **given, **at))
+            found.append(torch.cat([out[:, -1:] for out, _ in steps], 1))
+        torch.testing.assert_close(*found, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", ["transformer", "hypernet-chunk", "moe-chunk-linear"])

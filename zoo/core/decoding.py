@@ -62,17 +62,18 @@ class Joined:
         v_BD = torch.addmm(x_BD, y_BH1d.flatten(1), self.out)
         z_BD = self._unit(v_BD).mul_(block.norm2.weight)
         patch = patch_of(v_BD[:, None], z_BD[:, None])
-        out_BD = self._ffn(v_BD, z_BD, patch)
+        out_BD = self._ffn(v_BD, z_BD, patch, own=patch is cache.patch)
         return (v_BD + block.ffn(z_BD[:, None], patch)[:, 0] if out_BD is None else out_BD)[:, None], patch
 
-    def _ffn(self, v_BD: Tensor, z_BD: Tensor, patch: Patch) -> Tensor | None:
-        """v + FFN(z) under the patch; None for one that needs the general way."""
+    def _ffn(self, v_BD: Tensor, z_BD: Tensor, patch: Patch, own: bool) -> Tensor | None:
+        """v + FFN(z) under the patch; None for one that needs the general way. own: it is that of the family."""
         (gate_up_EDF, down_EDF), deltas = self.stored, patch.weights
-        if patch.biases or patch.input or patch.served is not None or (deltas and patch.routing):
+        if patch.biases or patch.input or patch.served is not None:
             return None
         if patch.routing:
-            return v_BD + self._experts(z_BD, patch.routing)
-        if deltas and len(z_BD) == 1 and self._serves_long(patch):
+            chosen = not deltas and len(patch.routing.index) == len(z_BD) and self.block.ffn.backend != "reference"
+            return v_BD + self._experts(z_BD, patch.routing) if chosen else None
+        if deltas and len(z_BD) == 1 and own and self._serves_long(patch):
             (gate_up_EDF, down_EDF), deltas = self.formed, {}
         low_rank = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank) and delta.gate is None}
         if len(down_EDF) > 1 or len(low_rank) < len(deltas) or any(len(d.u) != len(z_BD) for d in low_rank.values()):

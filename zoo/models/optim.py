@@ -27,7 +27,7 @@ class OptimConfig:
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
-    lr: float = 3e-3
+    lr: float = 6e-3
     muon_lr: float | None = 0.01
     min_lr: float = 0.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
