@@ -152,7 +152,7 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
     for more, message in (
         (
             ["optim.lr=1", "seed=5"],
-            "optim.lr is 0.003 in the checkpoint, 1 asked; seed is 0 in the checkpoint, 5 asked",
+            "optim.lr is 0.006 in the checkpoint, 1 asked; seed is 0 in the checkpoint, 5 asked",
         ),
         (["model=moe"], "model.name is 'hypernet' in the checkpoint, 'moe' asked"),
         (["model=hypernet", "model.rnak=2"], "model.rnak is not in the checkpoint, 2 asked"),
