@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import zoo
+from runs import QUIET
+from test_readme import ROOT
 from zoo.bench import __main__ as bench
 from zoo.bench import growth, timing
 from zoo.bench.layers import DIM, HIDDEN, TOKENS, mixture
@@ -120,6 +124,28 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("network", ["gpt2", "x-transformers"])
+def test_peers_train_as_families_of_ones_own(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(network.replace("gpt2", "transformers").replace("-", "_"))
+    monkeypatch.setitem(zoo.MODELS, "peer", None)
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    quality = importlib.import_module("quality")
+    zoo.MODELS["peer"] = quality.Peer
+    sizes, task = {"dim": 32, "heads": 2, "layers": 2, "hidden": 64}, {"name": "noise", "vocabulary": 8, "tokens": 16}
+    options = {"steps": 2, "batch_size": 4, "muon_lr": None}
+    model = {"name": "peer", "network": network, **sizes}
+    metrics = zoo.train(model, task, options, out=str(tmp_path / "run"), trainer=QUIET)
+    ours = zoo.MODELS["transformer"]({"name": "transformer", **sizes}, task, options)
+    count = sum(p.numel() for p in ours.decoder.parameters())
+    assert abs(metrics["params_total"] - count) < 0.02 * count
+    peer, ids = zoo.load(tmp_path / "run"), torch.arange(16)[None] % 8
+    changed = ids.clone()
+    changed[0, 9] = 0
+    difference = (peer(ids) - peer(changed)).abs().amax((0, 2))
+    assert not difference[:9].any()
+    assert difference[9:].all()
+
+
 @pytest.mark.slow
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
@@ -128,7 +154,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed, text = capsys.readouterr().out, page.read_text()
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     cases = {row[0] for row in table[1:]}
-    assert len(cases) == 14
+    assert len(cases) == 18
     assert cases > {growth.EXPERTS, "default run, 10 steps", "model.deltas of one query, moe"}
     assert all(float(row[2]) > 0 and float(row[-1]) >= 0 for row in table[1:])
     assert f"torch {torch.__version__}" in printed
