@@ -63,6 +63,8 @@ def test_backward_gives_all_gradients() -> None:
     gradients = backward(nn.Linear(4, 4), torch.randn(2, 4))()
     assert [tuple(g.shape) for g in gradients] == [(2, 4), (4, 4), (4,)]
     assert all(g.any() for g in gradients[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backward(nn.Linear(4, 4), torch.randn(2, 4))()[0].dtype == torch.float32
 
 
 def flops(f: Callable[[], object]) -> int:

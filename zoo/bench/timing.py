@@ -167,6 +167,7 @@ def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:
 
     def work() -> Any:
         out = module(leaf, *rest)
-        return torch.autograd.grad(out, leaves, z, allow_unused=True)  # z is as good as any gradient of the output
+        # z is as good as any gradient of the output
+        return torch.autograd.grad(out, leaves, z.to(out.dtype), allow_unused=True)
 
     return work

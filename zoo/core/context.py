@@ -103,12 +103,11 @@ class ContextToDelta(nn.Module):
     """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
     A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
-    something else defines `forward`. active_share: of the FFN's parameters, for one token; code: the part whose output
-    is the code of a context, (*,C); state: what checkpoints keep beside the weights.
+    something else defines `forward`. active_share: of the FFN's parameters, for one token; state: what checkpoints keep
+    beside the weights.
     """
 
     active_share = 1.0
-    code: nn.Module | None = None
 
     def __init__(self, source: Source, layers: int):
         super().__init__()

@@ -94,10 +94,6 @@ class HypernetDelta(ContextToDelta):
         self.generator = Generator(config)
         self.constant = nn.Parameter(torch.randn(config.dim)) if config.code == "constant" else None
 
-    @property
-    def code(self) -> nn.Module:  # type: ignore[override]
-        return self.generator.code_norm
-
     def update(self, context: ContextMean, layer: int) -> dict[str, Delta]:
         if self.constant is not None:
             context = ContextMean(self.constant.expand_as(context.mean), torch.ones_like(context.nonempty))
