@@ -119,13 +119,13 @@ class Peer(Model):
 zoo.MODELS["peer"] = Peer
 
 
-def run(name: str, seed: int = 0, **optim: Any) -> dict[str, Any]:
-    """What a run of the model `name` with these options gave, taken from its folder where it is there."""
-    model = {"name": "peer", "network": name} if name in PEERS else {"name": name}
-    words = "-".join([name, *(f"{key}={value}" for key, value in optim.items()), str(seed)])
+def run(model: str, seed: int = 0, **optim: Any) -> dict[str, Any]:
+    """What a run of a model with these options of its optimiser gave, from its folder where it is there."""
+    options = {"name": "peer", "network": model} if model in PEERS else {"name": model}
+    words = "-".join([model, *(f"{key}={value}" for key, value in optim.items()), str(seed)])
     out = RUNS / words
     if not (out / "metrics.json").exists():
-        zoo.train(model, "text", {**OPTIM, **optim}, seed=seed, out=str(out), validate_every=25)
+        zoo.train(options, "text", {**OPTIM, **optim}, seed=seed, out=str(out), validate_every=25)
     metrics = json.loads((out / "metrics.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["step"], row["validation_loss"] / math.log(2)) for row in rows if "validation_loss" in row]
@@ -135,9 +135,9 @@ def run(name: str, seed: int = 0, **optim: Any) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    swept = {name: [run(name, lr=rate, muon_lr=None) for rate in RATES] for name in ("transformer", *PEERS)}
+    swept = {model: [run(model, name="adamw", lr=rate) for rate in RATES] for model in ("transformer", *PEERS)}
     shown = {f"{name}, AdamW": min(runs, key=lambda one: one["best"]) for name, runs in swept.items()}
-    shown |= {f"{name}, default": run(name) for name in ("transformer", "hypernet", "moe")}
+    shown |= {f"{model}, default": run(model) for model in ("transformer", "hypernet", "moe")}
     print("| run | parameters | lr | CPU seconds | bits per byte |\n|---|---|---|---|---|")
     for label, one in shown.items():
         rate, value = one["config"]["optim"]["lr"], one["test"][one["main_metric"]]

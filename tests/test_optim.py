@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from test_models import every_pair, make
+from test_models import arguments_of, every_pair, make
 from zoo.config import from_dict
-from zoo.models import Model
+from zoo.models import MODELS, Model
 from zoo.models.optim import Joined, Muon, OptimConfig, optimizer_of, orthogonal
 
 pytestmark = pytest.mark.numeric
 
 
 def optimizer(model: Model, **options: Any) -> Any:
-    return optimizer_of(model.decoder, from_dict(OptimConfig, options, "optim").resolve())[0]
+    return optimizer_of(model.decoder, from_dict(OptimConfig, options, "optim").resolve(model.task))[0]
 
 
 def parameters(*groups: dict[str, Any]) -> set[int]:
@@ -30,7 +30,7 @@ def parameters(*groups: dict[str, Any]) -> set[int]:
 @every_pair
 def test_weight_decay_acts_on_matrices_alone(family: str, task: str) -> None:
     model = make(family, task)
-    for options in ({"muon_lr": None}, {}):
+    for options in ({"name": "adamw"}, {}):
         found = optimizer(model, **options)
         matrices, others, *rest = found.param_groups
         assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
@@ -50,7 +50,7 @@ def test_muon_takes_the_matrices_of_blocks_and_each_expert_for_itself(family: st
     taken = {names[i] for i in parameters(*muon.param_groups)}
     assert taken == {name for name in names.values() if name.startswith("blocks.") and "norm" not in name}
     assert [group["blocks"] for group in muon.param_groups] == [1, getattr(model.config, "experts", 1)]
-    assert type(optimizer(model, muon_lr=None)) is AdamW
+    assert type(optimizer(model, name="adamw")) is AdamW
 
 
 def test_orthogonal_keeps_singular_vectors_and_evens_out_their_values() -> None:
@@ -136,7 +136,7 @@ def test_other_schedules() -> None:
     stable = OptimConfig(steps=20, warmup=2, lr=1.0, min_lr=0.2, schedule="wsd", decay=4)
     rates = [stable.lr_at(step) for step in range(22)]
     assert rates == pytest.approx([0.5, *[1.0] * 16, 0.8, 0.6, 0.4, 0.2, 0.2])
-    assert OptimConfig(steps=20, schedule="wsd").resolve().decay == 4
+    assert OptimConfig(steps=20, schedule="wsd").resolve(make("moe", "noise").task).decay == 4
     constant = OptimConfig(steps=20, warmup=2, schedule="constant")
     assert [constant.lr_at(step) for step in range(22)] == [0.5, *[1.0] * 21]
 
@@ -149,8 +149,26 @@ def test_other_schedules() -> None:
         ({"schedule": "constant", "min_lr": 1e-3}, "optim.min_lr=0.001 needs a schedule that falls"),
         ({"schedule": "linear"}, "known: cosine, wsd, constant"),
         ({"muon_lr": 0.0}, "optim.muon_lr=0.0 must be above 0"),
+        ({"muon_lr": 0.1, "name": "adamw"}, "optim.muon_lr=0.1 needs optim.name=muon, not adamw"),
+        ({"min_lr": 0.1}, "optim.min_lr=0.1 must lie between 0 and optim.lr=0.006"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        from_dict(OptimConfig, {"steps": 10, **options}, "optim").resolve()
+        from_dict(OptimConfig, {"steps": 10, **options}, "optim").resolve(make("moe", "noise").task)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "rates"),
+    [
+        ("noise", {}, (0.006, 0.01)),
+        ("text", {}, (0.012, 0.02)),
+        ("text", {"lr": 0.5, "muon_lr": 0.25}, (0.5, 0.25)),
+        ("text", {"name": "adamw"}, (0.003, None)),
+    ],
+)
+def test_open_rates_are_those_of_the_task(task: str, options: dict[str, Any], rates: tuple[float, float]) -> None:
+    arguments = arguments_of("transformer", task)
+    model = MODELS["transformer"](**{**arguments, "optim": options})
+    assert (model.optim.lr, model.optim.muon_lr) == rates
+    assert (model.hparams["optim"]["lr"], model.hparams["optim"]["muon_lr"]) == rates

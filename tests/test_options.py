@@ -73,7 +73,7 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
 }
 OPTIM_CHANGES = {
     **{"steps": 5, "batch_size": 8, "accumulate": 2, "lr": 0.01, "min_lr": 0.001, "warmup": 2},
-    **{"betas": [0.5, 0.6], "weight_decay": 10.0, "clip": 0.01, "muon_lr": None, "schedule": "wsd"},
+    **{"betas": [0.5, 0.6], "weight_decay": 10.0, "clip": 0.01, "muon_lr": 0.1, "schedule": "wsd"},
     "decay": (2, {"schedule": "wsd"}),
 }
 
@@ -92,7 +92,7 @@ def test_the_tables_cover_every_option() -> None:
     assert set(tables) == set(MODELS) | set(TASKS)
     tables["optim"] = (OptimConfig, OPTIM_CHANGES)
     for name, (config, table) in tables.items():
-        # `name` chooses the class itself
+        # `name` chooses the class itself, or the optimiser
         assert set(table) == {field.name for field in fields(config)} - {"name"}, name
 
 

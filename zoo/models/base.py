@@ -108,7 +108,7 @@ class Model(L.LightningModule):
         super().__init__()
         self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
         self.config = from_dict(self.Config, model, "model").resolve(self.task)
-        self.optim = from_dict(OptimConfig, optim, "optim").resolve()
+        self.optim = from_dict(OptimConfig, optim, "optim").resolve(self.task)
         groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
         self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed

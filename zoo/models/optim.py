@@ -14,21 +14,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.config import require_positive
 from zoo.core.decoder import Decoder
+from zoo.tasks import Task
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """batch_size: sequences of one optimiser step over all processes and accumulated parts; lr: of AdamW; muon_lr: of
-    Muon, which then updates the matrices of blocks, null: AdamW updates all; schedule: of both rates, after a linear
-    warm-up to min_lr, which is that of AdamW: cosine, wsd (stays, then falls linearly in the last `decay` steps) or
-    constant; warmup: null for min(50, steps // 20); decay: null for steps // 5; betas: of AdamW; clip: largest
-    gradient norm, 0 for none; weight_decay acts on matrices alone."""
+    """name: muon, which updates the matrices of blocks, with AdamW for the rest; or adamw; batch_size: sequences
+    of one optimiser step over all processes and accumulated parts; lr: of AdamW, muon_lr: of Muon, null: the task's, or
+    .003 of AdamW alone; schedule: of both rates, after a linear warm-up to min_lr, which is that of AdamW: cosine, wsd
+    (stays, then falls linearly in the last `decay` steps) or constant; warmup: null for min(50, steps // 20); decay:
+    null for steps // 5; betas: of AdamW; clip: largest gradient norm, 0 for none; weight_decay acts on matrices."""
 
+    name: Literal["muon", "adamw"] = "muon"
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
-    lr: float = 6e-3
-    muon_lr: float | None = 0.01
+    lr: float | None = None
+    muon_lr: float | None = None
     min_lr: float = 0.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int | None = None
@@ -37,10 +39,14 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
 
-    def resolve(self) -> Self:
-        """This with the steps of the schedule written down; raises ValueError for values that do not fit each other."""
-        require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=self.lr)
-        require_positive("optim", muon_lr=1 if self.muon_lr is None else self.muon_lr)
+    def resolve(self, task: Task) -> Self:
+        """This with rates and steps of the schedule written down; raises ValueError for values that do not fit."""
+        lr, muon_lr = (task.lr, task.muon_lr) if self.name == "muon" else (3e-3, None)
+        if self.name == "adamw" and self.muon_lr is not None:
+            raise ValueError(f"optim.muon_lr={self.muon_lr} needs optim.name=muon, not adamw")
+        lr, muon_lr = (lr if self.lr is None else self.lr), (muon_lr if self.muon_lr is None else self.muon_lr)
+        require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=lr)
+        require_positive("optim", muon_lr=1 if muon_lr is None else muon_lr)
         if self.batch_size % self.accumulate:
             raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
         warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup
@@ -53,15 +59,15 @@ class OptimConfig:
                 raise ValueError(f"optim.decay={decay} must lie between 0 and the {self.steps - warmup} steps left")
         elif decay is not None:
             raise ValueError(f"optim.decay={decay} needs optim.schedule=wsd, not {self.schedule}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
+        if not 0 <= self.min_lr <= lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={lr}")
         if self.min_lr and self.schedule == "constant":
             raise ValueError(f"optim.min_lr={self.min_lr} needs a schedule that falls, not optim.schedule=constant")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         if self.clip < 0 or self.weight_decay < 0:
             raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
-        return replace(self, warmup=warmup, decay=decay)
+        return replace(self, lr=lr, muon_lr=muon_lr, warmup=warmup, decay=decay)
 
     def lr_at(self, step: int) -> float:
         """The learning rates of optimiser step `step`, counted from 0, as a fraction of the highest."""
@@ -72,7 +78,7 @@ class OptimConfig:
         done = (step - self.steps + falling) / falling if falling else 0.0  # of the fall
         done = min(max(done, 0.0), 1.0)
         left = 1 - done if self.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
-        floor = self.min_lr / self.lr
+        floor = self.min_lr / (self.lr or 1.0)
         return floor + (1 - floor) * left
 
 
@@ -135,7 +141,7 @@ class Joined(Optimizer):
 
 
 def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, LambdaLR]:
-    """The optimiser of a decoder's weights and the schedule of its learning rates."""
+    """The optimiser of a decoder's weights and the schedule of its learning rates, by resolved options."""
     attention = [p for block in decoder.blocks for p in block.attention.parameters()]
     ffns = [p for block in decoder.blocks for p in block.ffn.parameters()]
     matrices = {id(p) for p in [*attention, *ffns] if config.muon_lr is not None}
@@ -144,7 +150,7 @@ def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, Lamb
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer: Optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    optimizer: Optimizer = AdamW(groups, lr=config.lr or 0.0, betas=(config.betas[0], config.betas[1]))
     if config.muon_lr is not None:
         groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
         optimizer = Joined(optimizer, Muon(groups, config.muon_lr, config.weight_decay))

@@ -79,6 +79,9 @@ class Task(ABC):
     """Metrics in words, for the table at the end of a run."""
     unit: ClassVar[str] = "nats per token"
     """Of the loss."""
+    lr: ClassVar[float] = 6e-3
+    muon_lr: ClassVar[float] = 0.01
+    """Learning rates where optim leaves them open, beside each other: of AdamW, and of Muon."""
     has_text: ClassVar[bool] = False
     """Whether token ids stand for text: then encode and decode are defined."""
 

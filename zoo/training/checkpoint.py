@@ -31,7 +31,7 @@ def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _adamw(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """AdamW updated all weights, and there was no choice."""
     options = checkpoint["hyper_parameters"]
-    optim = {"muon_lr": None, **options.get("optim", {})}
+    optim = {"name": "adamw", **options.get("optim", {})}
     return {
         **checkpoint,
         "hyper_parameters": {**options, "optim": optim},

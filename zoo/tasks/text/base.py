@@ -74,6 +74,7 @@ class TextTask(Task):
         "bits_per_byte_wrong_context": "  with another document's context",
         "bits_per_byte_trigram": "  of a byte trigram",
     }
+    lr, muon_lr = 0.012, 0.02
     has_text = True
 
     vocabulary = output_dim = START + 1
