@@ -5,6 +5,7 @@ Axes: B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -200,6 +201,65 @@ def test_joined_matrices_leave_patches_of_others_to_the_modules() -> None:
                 steps.append(model.decoder(tokens[:, t : t + 1], cache=cache, **given, **at))
             found.append(torch.cat([out[:, -1:] for out, _ in steps], 1))
         torch.testing.assert_close(*found, rtol=0, atol=EXACT)
+
+
+@torch.no_grad()
+def test_generations_of_joined_matrices_are_those_of_a_loop() -> None:
+    """Past the first table of positions, and past the room taken at once."""
+    for name, rows in (("transformer", 2), ("hypernet-chunk", 1), ("moe", 1)):
+        model = build(BY_NAME[name])
+        n = model.task.n_context
+        prompt = ids(model, n + 250)[:rows]
+        found = torch.stack([*model.generate(prompt, JOIN_FOR, n)], 1)
+        for t in range(JOIN_FOR):
+            logits = model(torch.cat([prompt, found[:, :t]], 1), n)[:, -1]
+            assert torch.equal(logits.argmax(-1), found[:, t])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["norm1", "attention", "norm2", "ffn", "attention.q"])
+def test_parts_that_somebody_looks_into_or_replaced_run_themselves(part: str) -> None:
+    model, other = build(BY_NAME["transformer"]), build(BY_NAME["transformer"])
+    tokens, n = ids(model)[:1], model.task.n_context
+    plain = cached_logits(model, tokens, n + 3, n, JOIN_FOR)
+    model.decoder.blocks[1].get_submodule(part).register_forward_hook(lambda module, args, output: -3 * output)
+    module = other.decoder.blocks[1].get_submodule(part)
+    module.__class__ = type(
+        "Mine", (type(module),), {"forward": lambda self, *args: -3 * type(self).__base__.forward(self, *args)}
+    )
+    for changed in (model, other):
+        found = cached_logits(changed, tokens, n + 3, n, JOIN_FOR)
+        assert (found - full_logits(changed, tokens, n + 3, n)).abs().max() <= EXACT
+        assert (found - plain).abs().max() > MISS
+
+
+@pytest.mark.parametrize("room", [1, JOIN_FOR])
+def test_a_cache_may_be_copied_and_used_with_gradients_or_in_inference_mode(room: int) -> None:
+    model = build(BY_NAME["hypernet-chunk"])
+    tokens = ids(model, 14)[:1]
+
+    def step(cache: list[LayerCache], t: int) -> Tensor:
+        return model.decoder(tokens[:, t : t + 1], cache=cache)[0][:, 0]
+
+    full = model(tokens)[0]
+    with torch.no_grad():
+        cache = model.decoder.new_cache(room)
+        model.decoder(tokens[:, :9], cache=cache)
+        other = copy.deepcopy(cache)
+        tokens[:, 9] = (tokens[:, 9] + 1) % 5
+        step(other, 9)
+        tokens[:, 9] = ids(model, 14)[:1, 9]
+        step(cache, 9)
+    assert other[0].joined is cache[0].joined
+    loss = step(cache, 10).square().sum()
+    with torch.no_grad():
+        step(cache, 11)
+    (gradient,) = torch.autograd.grad(loss, [model.decoder.blocks[0].ffn.gate])
+    assert gradient.any()
+    with torch.inference_mode():
+        step(cache, 12)
+    with torch.no_grad():
+        assert (step(cache, 13)[0] - full[13]).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("name", ["transformer", "hypernet-chunk", "moe-chunk-linear"])

@@ -188,13 +188,47 @@ def test_a_file_of_prompts(checkpoints: dict[str, str], tmp_path: Path, capsys: 
         assert re.search(r"[\d,]+ tokens/s$", printed.err.strip())
 
 
-def test_nothing_is_written_for_prompts_that_do_not_fit(checkpoints: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "context": "b"}\n')
-    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n')
-    for name, file in (("text", "p.jsonl"), ("recall", "q.jsonl")):
-        assert main([checkpoints[name], "--prompts", str(tmp_path / file), "--out", str(out)]) == 2
-    assert [path.name for path in tmp_path.iterdir() if path.name not in ("p.jsonl", "q.jsonl")] == []
+def test_documents_of_a_file_end_where_they_end(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = iter([[65, 66], [START, 67], [68, 68], [69, START]])
+    monkeypatch.setattr(sampling, "choose", lambda *_: torch.tensor(next(stream)))
+    (tmp_path / "p.txt").write_bytes("\ufeffa\x0c\u2028b\r\nabcd\u00e9\n".encode())  # two lines, equally long
+    assert main([checkpoints["text"], "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    assert rows == [{"prompt": "a\x0c\u2028b", "text": "A"}, {"prompt": "abcd\u00e9", "text": "BCD"}]
+
+
+def test_nothing_is_written_for_prompts_that_do_not_fit(
+    checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, folder = tmp_path / "out.jsonl", tmp_path / "folder"
+    folder.mkdir()
+    files = {
+        "p.jsonl": '{"prompt": "a", "context": "b"}\n',
+        "q.jsonl": '{"text": "a"}\n',
+        "r.jsonl": '{"prompt": "a"}\n',
+        "s.jsonl": '{"prompt": "\\ud800"}\n',
+        "t.csv": 'prompt\n"a\n',
+        "u.txt": "fine",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    cases = [
+        ("text", "p.jsonl", out, "leave out context in "),
+        ("recall", "q.jsonl", out, "line 1: give a text as prompt"),
+        ("recall", "r.jsonl", out, "r.jsonl, line 1"),
+        ("text", "s.jsonl", out, "s.jsonl"),
+        ("text", "t.csv", out, "t.csv"),
+        ("text", "u.txt", folder, "is a folder: give a file"),
+        ("text", "u.txt", tmp_path / "none" / "out", "No such file or directory"),
+    ]
+    for name, file, where, said in cases:
+        assert main([checkpoints[name], "--prompts", str(tmp_path / file), "--out", str(where)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "folder"}
+    assert main([checkpoints["text"], "--prompts", "", "--out", str(out)]) == 2
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ RESUMES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no moment": (lambda c: c["optimizer_states"][0]["state"].pop(0), "optimizer_states.0.state lacks 0"),
     "other moments": (
         lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].sort(key=lambda k: -k),
-        r"state.\d.exp_avg must be",
+        "param_groups names other parameters",
     ),
     "steps of a moment": (lambda c: moment(c)["step"].neg_(), r"state.0.step is -\d.0, the run stands at \d"),
     "a family": (lambda c: c.update(family=[1]), "family must be a dict"),

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from test_models import arguments_of, every_pair, make
 from zoo.config import from_dict
 from zoo.models import MODELS, Model
-from zoo.models.optim import Joined, Muon, OptimConfig, optimizer_of, orthogonal
+from zoo.models.optim import Combined, Muon, OptimConfig, optimizer_of, orthogonal
 
 pytestmark = pytest.mark.numeric
 
@@ -114,7 +114,7 @@ def test_joined_optimisers_keep_one_state_that_goes_on() -> None:
         step(which, 2)
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert isinstance(optimizers[0], Joined)
+    assert isinstance(optimizers[0], Combined)
     assert len(optimizers[0].state) == len(list(models[0].parameters()))
 
 

@@ -79,6 +79,13 @@ def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
         with pytest.raises(ValueError, match=r"the run had .* devices, here are"):
             of_trainer({}, {"devices": devices})
     assert of_trainer({"devices": 1}, {"devices": 100_000}) == {"devices": 1}
+    assert of_trainer({}, {"devices": "1"}) == {"devices": "1"}
+
+
+def test_matrices_that_are_cut_are_not_orthogonalised(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.strategy=fsdp cuts matrices, .* take optim=adamw"):
+        small(tmp_path / "run", trainer={**QUIET, "strategy": "fsdp"})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("devices", [2, "auto", -1, [0, 1], None])

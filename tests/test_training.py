@@ -15,7 +15,7 @@ import zoo
 from runs import FAMILIES, QUIET, one_line, rows, same_weights, saved, signalled, small
 from zoo.console import Interrupted
 from zoo.core.layers import Attention
-from zoo.models.optim import Joined, OptimConfig
+from zoo.models.optim import Combined, OptimConfig
 from zoo.tasks.regression import Regression
 from zoo.training import run as training
 
@@ -146,6 +146,20 @@ def test_a_crash_between_checkpoints_is_made_up_for(tmp_path: Path, monkeypatch:
     assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("model", ["transformer", "moe"])
+def test_matrices_of_several_shapes_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Muon takes matrices by shape; with fewer key heads k and v have another than q and o."""
+    options = {"model": {"name": model, "dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 24}}
+    options |= {"task": {"name": "noise", "tokens": 12}, "optim": {"steps": 6, "batch_size": 8, "warmup": 2}}
+    few: dict[str, Any] = {"validate_every": 2, "validation_batches": 1, "test_batches": 1, "trainer": QUIET}
+    zoo.train(**options, **few, out=str(tmp_path / "whole"))
+    signalled(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        zoo.train(**options, **few, out=str(tmp_path / "cut"))
+    zoo.train(resume=str(tmp_path / "cut"), trainer=QUIET)
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_run_folder_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best checkpoint so far stays the best: it is at step 2 here, and the rest of the run is worse."""
     small(tmp_path / "whole", "hypernet", optim={"name": "adamw"})
@@ -197,9 +211,9 @@ def test_bf16_with_clipping_on_the_cpu(
 ) -> None:
     """Huge gradients reach the optimiser at norm 1, or as they are. AdamW(fused=True) would refuse to be clipped."""
     norms: list[float] = []
-    step, loss = Joined.step, Regression.loss
+    step, loss = Combined.step, Regression.loss
 
-    def recorded(self: Joined, closure: Any = None) -> Any:
+    def recorded(self: Combined, closure: Any = None) -> Any:
         def with_norm() -> Any:  # Lightning clips at the end of the closure
             value = closure()
             gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
@@ -208,7 +222,7 @@ def test_bf16_with_clipping_on_the_cpu(
 
         return step(self, with_norm)
 
-    monkeypatch.setattr(Joined, "step", recorded)
+    monkeypatch.setattr(Combined, "step", recorded)
     monkeypatch.setattr(Regression, "loss", lambda *args: 1e6 * loss(*args))
     metrics = small(tmp_path / "run", model, trainer={"precision": "bf16-mixed"}, optim={"clip": clip})
     assert all(math.isfinite(value) for value in metrics["test"].values())

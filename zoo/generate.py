@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import zoo
 from zoo.console import Parser, command, read, say
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if (options.prompts is None) == (options.prompt is None) or (options.prompts is None) != (options.out is None):
         parser.error("give a prompt, or --prompts FILE and --out FILE")
-    if options.prompts and options.context is not None:
+    if options.prompts is not None and options.context is not None:
         parser.error("--context is that of one prompt: give it in each row of --prompts")
     if options.seed.bit_length() > 63:
         parser.error(f"--seed {options.seed} must be a number of 64 bits")
@@ -58,20 +58,20 @@ def main(argv: list[str] | None = None) -> int:
     code: 2, with one line on stderr, for mistakes."""
     options = parse(argv)
     model = zoo.load(options.checkpoint)
-    began, tokens = perf_counter(), of_file(model, options) if options.prompts else of_one(model, options)
+    began, tokens = perf_counter(), of_one(model, options) if options.prompts is None else of_file(model, options)
     seconds = perf_counter() - began
     say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", sys.stderr)
     return 0
 
 
-def encoded(model: Model, prompt: str, context: str | None) -> tuple[list[int], int]:
+def encoded(model: Model, prompt: str, context: str | None, what: str = "--context") -> tuple[list[int], int]:
     """The ids of a prompt after those of its context, and how many these are; raises ValueError for a context too many,
-    or none where there must be one."""
+    or none where there must be one: `what` it is."""
     task, name, ids = model.task, model.task.config.name, model.task.encode(prompt)
     if task.n_context and context is None:
-        raise ValueError(f"the model was trained on task.name={name} with a separate context: give --context")
-    if not task.n_context and context is not None:
-        raise ValueError(f"the model was trained on task.name={name} without a separate context: leave out --context")
+        raise ValueError(f"the model was trained on task.name={name} with a separate context: give {what}")
+    if not task.n_context and context:
+        raise ValueError(f"the model was trained on task.name={name} without a separate context: leave out {what}")
     before = [] if context is None else task.encode_context(context)
     return before + ids, len(before)
 
@@ -120,17 +120,23 @@ def of_file(model: Model, options: argparse.Namespace) -> int:
     """Writes the continuations of all prompts of a file, those of one length together; how many tokens."""
     from tqdm import tqdm
 
-    prompts, start, total = [*prompts_of(Path(options.prompts))], model.task.encode("")[0], 0
-    ids = [encoded(model, row["prompt"], row.get("context")) for row in prompts]
+    if Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a folder: give a file")
+    prompts: list[dict[str, str]] = []
+    ids, start, total = [], model.task.encode("")[0], 0
+    for place, row in prompts_of(Path(options.prompts)):
+        ids.append(encoded(model, row["prompt"], row.get("context"), f"context in {options.prompts}, {place}"))
+        prompts.append(row)
     lengths = [(len(row), n_context) for row, n_context in ids]
     with whole(options.out) as temporary, tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         temporary.touch()  # a place that cannot be written is known before the work
-        for (_, n_context), group in groupby(sorted(range(len(ids)), key=lengths.__getitem__), lengths.__getitem__):
+        longest_first = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)  # what takes most memory
+        for (_, n_context), group in groupby(longest_first, lengths.__getitem__):
             same = [*group]
             for batch in (same[i : i + ROWS] for i in range(0, len(same), ROWS)):
                 steps = [*continued(model, [ids[number][0] for number in batch], n_context, options)]
-                for place, number in enumerate(batch):
-                    tokens = [step[place] for step in steps if step[place] != start]
+                for column, number in enumerate(batch):
+                    tokens = [step[column] for step in steps if step[column] != start]
                     prompts[number]["text"] = model.task.decode(tokens).decode(errors="replace")
                     total += len(tokens)
                 bar.update(len(batch))
@@ -138,18 +144,21 @@ def of_file(model: Model, options: argparse.Namespace) -> int:
     return total
 
 
-def prompts_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The prompts of a file, and their contexts; raises ValueError for rows without."""
+def prompts_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The prompts of a file, and their contexts, with their places in it; raises ValueError for rows without."""
     from zoo.tasks.text import sources
 
-    if sources.kind(path) not in sources.TABLES:
-        yield from ({"prompt": line} for line in read(path).splitlines())
-        return
-    for place, row in sources.rows(path, KEYS):
-        texts = {key: row[key] for key in KEYS if row.get(key) is not None}
-        if "prompt" not in texts or not all(isinstance(text, str) for text in texts.values()):
-            raise ValueError(f"{path}, {place}: give a text as prompt, and as context where the task has one")
-        yield texts
+    with sources.named(str(path)):
+        if sources.kind(path) not in sources.TABLES:
+            with sources.opened(path) as file:
+                lines = file.read().decode("utf-8-sig").removesuffix("\n").split("\n")
+            yield from ((f"line {number}", {"prompt": line.rstrip("\r")}) for number, line in enumerate(lines, 1))
+            return
+        for place, row in sources.rows(path, KEYS):
+            texts = {key: row[key] for key in KEYS if row.get(key) is not None}
+            if "prompt" not in texts or not all(isinstance(text, str) for text in texts.values()):
+                raise ValueError(f"{place}: give a text as prompt, and as context where the task has one")
+            yield place, {key: utf8(text) for key, text in texts.items()}
 
 
 def utf8(text: str) -> str:

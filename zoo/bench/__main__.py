@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m zoo.bench",
         description="Ratios of times: variants run in turn, the median over rounds with its quartiles.",
-        epilog="Sections:\n" + "\n".join(f"  {name:<8}{section.__doc__}" for name, section in SECTIONS.items()),
+        epilog="Sections:\n" + "\n".join(f"  {name:<11}{section.__doc__}" for name, section in SECTIONS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,11 +44,15 @@ class LayerCache:
         if self.keys is None or self.values is None:
             self.keys, self.values = (F.pad(t, (0, 0, 0, self.room)) for t in new)
             return k_BGTd, v_BGTd
-        if self.seen > self.keys.shape[2] or new[0].requires_grad:  # a gradient needs what was there before
+        kept = self.keys, self.values
+        # a gradient needs what was there before, and what inference mode made is never written outside of it
+        used = torch.is_grad_enabled() or any(t.requires_grad for t in kept)
+        used = used or (self.keys.is_inference() and not torch.is_inference_mode_enabled())
+        if self.seen > self.keys.shape[2] or used:
             room = max(self.room, before)
-            self.keys, self.values = (F.pad(t[:, :, :before], (0, 0, 0, room)) for t in (self.keys, self.values))
-        for kept, t in zip((self.keys, self.values), new, strict=True):
-            kept.narrow(2, before, t.shape[2]).copy_(t)
+            self.keys, self.values = (F.pad(t[:, :, :before], (0, 0, 0, room)) for t in kept)
+        for buffer, t in zip((self.keys, self.values), new, strict=True):
+            buffer.narrow(2, before, t.shape[2]).copy_(t)
         return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
 
     def check(self, tokens: int, n_context: int) -> None:

@@ -71,7 +71,7 @@ class Source:
             cache.context = mean if self.kind == "segment" else ContextMean(*(t[:, -1:] for t in mean))
             cache.total = None if self.kind == "segment" else total[:, -1:]
             chunk = self.chunk or 1
-            cache.pending = [z_BTD[:, (z_BTD.shape[1] - 1) // chunk * chunk :]]
+            cache.pending = [z_BTD[:, (z_BTD.shape[1] - 1) // chunk * chunk :].clone()]  # no more than is used
         return mean
 
     def _sums(self, t_BTn: Tensor, n_context: int) -> Tensor:

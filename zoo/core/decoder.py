@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         W = self.head.weight  # measured on a CPU alone; copies pass no gradient on
         pays = room >= JOIN_FOR and W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64)
         pays = pays and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return [LayerCache(room, joined=block.joined() if pays else None) for block in self.blocks]
+        return [LayerCache(max(room, 1), joined=block.joined() if pays else None) for block in self.blocks]
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """One token alone: a block with its matrices joined, and laid out as a single row multiplies them fastest on a CPU.
 
 Axes: B batch, D model, F hidden units of a block, E blocks (experts), G key/value heads, N all heads of queries, keys
-and values, d their width, n tokens that chose a block, M rows (token, choice) sorted by block.
+and values, d their width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.core.delta import LowRank
-from zoo.core.patch import Patch, Routing
+from zoo.core.patch import Patch
 
 JOIN_FOR = 32
 """The number of tokens from which on joined copies pay."""
@@ -39,6 +39,9 @@ class Joined:
         self.rotary = lru_cache(1)(lambda length: rotary(torch.arange(length), self.width, attention.theta, qkv.dtype))
         self.stored = self._join(Patch())
         self.patch, self.uses, self.formed = Patch(), 0, self.stored
+
+    def __deepcopy__(self, memo: Any) -> Joined:
+        return self  # whoever copies a cache, to go on in two ways, need not copy the weights
 
     def _join(self, patch: Patch) -> tuple[Tensor, Tensor]:
         """gate_up and down under a patch that is the same for all tokens."""
@@ -71,12 +74,17 @@ class Joined:
         if patch.biases or patch.input or patch.served is not None:
             return None
         if patch.routing:
-            chosen = not deltas and len(patch.routing.index) == len(z_BD) and self.block.ffn.backend != "reference"
-            return v_BD + self._experts(z_BD, patch.routing) if chosen else None
+            if deltas or len(z_BD) > 1 or self.block.ffn.backend == "reference":
+                return None
+            for e, weight in zip(patch.routing.index.flatten().tolist(), patch.routing.weight.flatten(), strict=True):
+                gate_BF, up_BF = (z_BD @ gate_up_EDF[e]).chunk(2, -1)
+                v_BD = torch.addmm(v_BD, F.silu(gate_BF) * up_BF * weight, down_EDF[e].mT)
+            return v_BD
         if deltas and len(z_BD) == 1 and own and self._serves_long(patch):
             (gate_up_EDF, down_EDF), deltas = self.formed, {}
         low_rank = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank) and delta.gate is None}
-        if len(down_EDF) > 1 or len(low_rank) < len(deltas) or any(len(d.u) != len(z_BD) for d in low_rank.values()):
+        each = all(d.u.dim() > 2 and len(d.u) == len(z_BD) for d in low_rank.values())  # an update for each row
+        if len(down_EDF) > 1 or len(low_rank) < len(deltas) or not each:
             return None
 
         def plus(y_Bo: Tensor, name: str, x_Bi: Tensor) -> Tensor:
@@ -103,22 +111,3 @@ class Joined:
         if self.uses == FORM_AFTER:
             self.formed = self._join(patch)
         return self.uses >= FORM_AFTER
-
-    def _experts(self, z_BD: Tensor, routing: Routing) -> Tensor:
-        gate_up_EDF, down_EDF = self.stored
-        chosen = routing.index.flatten().tolist()
-        if len(z_BD) == 1:
-            y_BD = torch.zeros_like(z_BD)
-            for e, weight in zip(chosen, routing.weight.flatten().tolist(), strict=True):
-                gate_BF, up_BF = (z_BD @ gate_up_EDF[e]).chunk(2, -1)
-                y_BD.add_(F.linear(F.silu(gate_BF) * up_BF, down_EDF[e]), alpha=weight)
-            return y_BD
-        choice_M = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__))  # on the host: few rows
-        token_M, used = choice_M // routing.index.shape[-1], sorted({*chosen})
-        sizes = [*map(chosen.count, used)]
-        parts = z_BD[token_M].split(sizes)
-        gate_MF, up_MF = torch.cat([x @ gate_up_EDF[e] for e, x in zip(used, parts, strict=True)]).chunk(2, -1)
-        parts = (F.silu(gate_MF) * up_MF).split(sizes)
-        y_MD = torch.cat([F.linear(h, down_EDF[e]) for e, h in zip(used, parts, strict=True)])
-        weight_M1 = routing.weight.flatten()[choice_M, None].to(y_MD.dtype)
-        return torch.zeros_like(z_BD).index_add_(0, token_M, y_MD * weight_M1)

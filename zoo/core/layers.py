@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +32,6 @@ class Layout:
 
     positions: Tensor
     mask: Tensor | None
-    tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
-
-    def rotary(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """rotary(positions, ...), made once for all layers."""
-        if arguments not in self.tables:
-            self.tables[arguments] = rotary(self.positions, *arguments)
-        return self.tables[arguments]
 
     def keep(self, kept: Tensor) -> Layout:
         """The layout of the tokens marked in `kept` (T,), at the positions they had."""
@@ -73,7 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         B, T, D = x_BTD.shape
-        cos, sin = layout.rotary(self.width, self.theta, x_BTD.dtype)
+        cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
         q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
         k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
@@ -202,13 +194,17 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Patch]:
         """The block's output, (B,T,D), and the patch of its FFN, which patch_of(v, z) makes of z = norm2(v)."""
-        if cache and cache.joined and cache.tokens:
+        if cache and cache.joined and cache.tokens and not torch.is_grad_enabled():
             return cache.joined.step(x_BTD, cache, patch_of)
         v_BTD = self.attend(x_BTD, layout, cache)
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)
         return v_BTD + self.ffn(z_BTD, patch), patch
 
-    def joined(self) -> Joined:
-        """Copies of the matrices for a token alone, see zoo.core.decoding."""
-        return Joined(self, rotary)
+    def joined(self) -> Joined | None:
+        """Copies of the matrices for a token alone, see zoo.core.decoding; None where a part is not the zoo's own, or
+        somebody looks into it."""
+        known = all(type(part) in (Block, Attention, FeedForward, RMSNorm, nn.Linear) for part in self.modules())
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in [*self.modules()][1:])
+        biased = any(name.endswith("bias") for name, _ in self.named_parameters())
+        return Joined(self, rotary) if known and not hooked and not biased else None

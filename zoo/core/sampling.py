@@ -58,7 +58,7 @@ def generate(
     def steps() -> Iterator[Tensor]:
         new_BT, n_new = tokens_BT, n_context
         with torch.no_grad():
-            cache = decoder.new_cache(count)
+            cache = decoder.new_cache(min(count, 1024))  # a text may end long before
         for _ in range(count):
             with torch.no_grad():  # which the code between two of them does not see
                 ids_B = choose(decoder(new_BT, n_new, cache=cache)[0][:, -1], temperature, top_k, generator)

@@ -21,8 +21,8 @@ from zoo.tasks import Task
 class OptimConfig:
     """name: muon, which updates the matrices of blocks, with AdamW for the rest; or adamw; batch_size: sequences
     of one optimiser step over all processes and accumulated parts; lr: of AdamW, muon_lr: of Muon, null: the task's, or
-    .003 of AdamW alone; schedule: of both rates, after a linear warm-up to min_lr, which is that of AdamW: cosine, wsd
-    (stays, then falls linearly in the last `decay` steps) or constant; warmup: null for min(50, steps // 20); decay:
+    .003 of AdamW alone; schedule: of both rates after a linear warm-up: cosine to min_lr, in terms of lr; wsd, which
+    stays and then falls linearly in the last `decay` steps; or constant; warmup: null for min(50, steps // 20); decay:
     null for steps // 5; betas: of AdamW; clip: largest gradient norm, 0 for none; weight_decay acts on matrices."""
 
     name: Literal["muon", "adamw"] = "muon"
@@ -86,15 +86,14 @@ class Muon(Optimizer):
     """Momentum whose steps are orthogonalised (Jordan et al. 2024), of the size of AdamW's (Liu et al. 2025, arXiv
     2502.16982); each of a group's `blocks` of rows, an expert, for itself.
 
-    In float32, all matrices of one shape at once: torch.optim.Muon rounds to bfloat16, in which the parts of a batch,
-    or another machine, give visibly other weights, and takes one matrix after the other.
+    In float32, and one shape at once: in bfloat16, as in torch.optim.Muon, parts of a batch give visibly other weights.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -103,7 +102,8 @@ class Muon(Optimizer):
             for weights in shapes.values():
                 gradients: Any = [p.grad for p in weights]
                 for p in weights:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 moments = [self.state[p]["momentum_buffer"] for p in weights]
                 torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, moments, group["momentum"])  # Nesterov's
@@ -124,7 +124,7 @@ def orthogonal(x: Tensor) -> Tensor:
     return y if wide else y.mT
 
 
-class Joined(Optimizer):
+class Combined(Optimizer):
     """Optimisers of different weights as one: one state, one step."""
 
     def __init__(self, *parts: Optimizer):
@@ -153,5 +153,5 @@ def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, Lamb
     optimizer: Optimizer = AdamW(groups, lr=config.lr or 0.0, betas=(config.betas[0], config.betas[1]))
     if config.muon_lr is not None:
         groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
-        optimizer = Joined(optimizer, Muon(groups, config.muon_lr, config.weight_decay))
+        optimizer = Combined(optimizer, Muon(groups, config.muon_lr, config.weight_decay))
     return optimizer, LambdaLR(optimizer, config.lr_at)

@@ -70,6 +70,7 @@ def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
         file = home(file)
         if not file.exists() and Path("runs", file).exists():
             file = Path("runs", file)
+        file = file.parent if file.name == "checkpoints" else file
         if file.is_dir():
             runs = [file] if (file / "checkpoints").is_dir() else [found.parent for found in file.glob("*/checkpoints")]
             folder = max(runs, key=lambda run: run.stat().st_mtime, default=file) / "checkpoints"

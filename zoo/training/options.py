@@ -110,7 +110,7 @@ def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, 
     arguments = {**stored(saved), **given}
     devices, here = arguments.get("devices"), max(2, os.cpu_count() or 1, torch.cuda.device_count())
     count = len(devices) if isinstance(devices, list) else devices
-    fits = count in (None, "auto") or (isinstance(count, int) and count <= here)
+    fits = count in (None, "auto") or (re.fullmatch("-?[0-9]{1,9}", str(count)) and int(count) <= here)
     if "devices" not in given and not fits:
         raise ValueError(f"the run had {show(count)} devices, here are at most {here}: give trainer.devices=")
     for key, value in given.items():

@@ -62,6 +62,8 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         given["precision"] = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if given["precision"] == "16-true":  # the squares of gradients that AdamW keeps are zero in float16
         raise ValueError("trainer.precision=16-true trains nothing: take 16-mixed or bf16-true")
+    if "fsdp" in str(given.get("strategy")).lower() and optim.muon_lr is not None:
+        raise ValueError("trainer.strategy=fsdp cuts matrices, which optim=muon orthogonalises: take optim=adamw")
     given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
     # a batch script or a shell of Slurm sets the variables of srun but for the step; the numbers of its own are huge
     srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31

@@ -71,10 +71,9 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
     if step > meta.optim.steps:
         raise ValueError(f"global_step is {step}, beyond optim.steps={meta.optim.steps}")
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    if sorted(numbers) != list(range(len(ours["state"]))):
+    if numbers != list(range(len(ours["state"]))):
         raise ValueError(f"optimizer_states.0.param_groups names other parameters than 0 to {len(numbers) - 1}")
-    template = dict(zip(numbers, ours["state"].values(), strict=True))
-    moments = like(saved["state"], template, "optimizer_states.0.state")
+    moments = like(saved["state"], ours["state"], "optimizer_states.0.state")
     for number, moment in moments.items():
         if not 0 <= moment.get("step", 0) <= step:  # 16-mixed passes over steps whose gradients are not finite
             raise ValueError(f"optimizer_states.0.state.{number}.step is {moment['step']}, the run stands at {step}")

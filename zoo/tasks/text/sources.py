@@ -109,7 +109,7 @@ def read_files(files: Sequence[Path], column: str) -> Iterator[Document]:
             if kind(path) in TABLES:
                 texts = _texts(rows(path, [column]), column)
             else:
-                with _open(path) as file:
+                with opened(path) as file:
                     texts = filter(None, [file.read()])  # an empty document would teach that texts end at once
             yield from _documents(texts)
 
@@ -140,14 +140,14 @@ def _texts(rows: Iterable[Row], column: str) -> Iterator[bytes]:
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a table, with `columns` at least, where it has them."""
-    with _open(path) as file:
+    with opened(path) as file:
         for place, row in TABLES[kind(path)](file, columns):
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a row is an object, not {type(row).__name__}")
             yield place, row
 
 
-def _open(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
