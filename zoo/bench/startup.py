@@ -26,7 +26,7 @@ def startup(setting: Setting) -> Iterator[Row]:
             "allowed": partial(ALLOWED.get, name),
             name: partial(seconds_of, name),
         }
-        yield from measure(Case("python train.py", "allowed", variants, {(name, "allowed"): 1.0}), few)
+        yield from measure(Case("train.py", "allowed", variants, {(name, "allowed"): 1.0}), few)
 
 
 def seconds_of(what: str) -> float:
