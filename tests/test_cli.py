@@ -170,8 +170,10 @@ def test_a_run_then_all_that_can_be_asked_of_it_again(command: Any, tmp_path: Pa
 
 
 def test_ctrl_c_before_the_training_is_one_line(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
     monkeypatch.setattr("zoo.training.run.of_run", lambda *args: signal.raise_signal(signal.SIGINT))
     answer = command("out=run")
+    signal.signal(signal.SIGINT, before)
     assert (answer.code, answer.err) == (130, "\nstopped by SIGINT\n")
 
 
