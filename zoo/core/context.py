@@ -70,8 +70,8 @@ class Source:
         if cache is not None:  # all of a segment is known then
             cache.context = mean if self.kind == "segment" else ContextMean(*(t[:, -1:] for t in mean))
             cache.total = None if self.kind == "segment" else total[:, -1:]
-            chunk = self.chunk or 1
-            cache.pending = [z_BTD[:, (z_BTD.shape[1] - 1) // chunk * chunk :].clone()]  # no more than is used
+            if self.chunk:  # clone: a view would keep all states
+                cache.pending = [z_BTD[:, (z_BTD.shape[1] - 1) // self.chunk * self.chunk :].clone()]
         return mean
 
     def _sums(self, t_BTn: Tensor, n_context: int) -> Tensor:

@@ -15,27 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.core.delta import LowRank
+from zoo.core.norm import inverse_rms
 from zoo.core.patch import Patch
 
 JOIN_FOR = 32
-"""The number of tokens from which on joined copies pay."""
+"""Tokens from which on copies are joined: they take 1.1 of the time for 8, .82 for 16, .70 for 32 (d=256, 4 layers)."""
 FORM_AFTER = 3
-"""Tokens of one update after which W + ΔW is formed: that costs as much as it saves with so many."""
+"""Tokens of one update after which W + ΔW is formed: 1 to 6 take the same time, never 1.14 of it."""
 
 
 class Joined:
     """Copies of one block's matrices: qkv (D,N·d), with the weight of norm1 in it, gate_up (E,D,2F), down (E,D,F).
 
     Rows of many numbers are read from memory at up to twice the rate of short ones, and a token takes a third of the
-    calls that the modules make. rotary: cos and ±sin tables of positions.
+    calls that the modules make. rotary, rotate: the tables of positions, and what they do.
     """
 
-    def __init__(self, block: Any, rotary: Callable[..., tuple[Tensor, Tensor]]):
-        attention = block.attention
+    def __init__(self, block: Any, rotary: Callable[..., tuple[Tensor, Tensor]], rotate: Callable[..., Tensor]):
+        attention, self.rotate = block.attention, rotate
         self.block, self.heads, self.kv_heads, self.width = block, attention.heads, attention.kv_heads, attention.width
         qkv = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
         self.qkv, self.out = (qkv * block.norm1.weight).mT.contiguous(), attention.o.weight.mT
-        self.eps = qkv.new_full((), block.norm1.eps)
         self.rotary = lru_cache(1)(lambda length: rotary(torch.arange(length), self.width, attention.theta, qkv.dtype))
         self.stored = self._join(Patch())
         self.patch, self.uses, self.formed = Patch(), 0, self.stored
@@ -55,15 +55,15 @@ class Joined:
         """What the block gives for the token after those in the cache; see Block.forward."""
         block, x_BD = self.block, x_B1D[:, 0]
         length = 1 << max(cache.tokens, 255).bit_length()
-        cos_d, sin_d = (table[cache.tokens, 0] for table in self.rotary(length))
-        qkv_BNd = (self._unit(x_BD) @ self.qkv).unflatten(1, (-1, self.width))
+        cos_11d, sin_11d = (table[cache.tokens : cache.tokens + 1] for table in self.rotary(length))
+        qkv_BNd = (x_BD * inverse_rms(x_BD, block.norm1.eps) @ self.qkv).unflatten(1, (-1, self.width))
         qk_BNd, v_BG1d = qkv_BNd[:, : -self.kv_heads], qkv_BNd[:, -self.kv_heads :, None]
-        qk_BN1d = torch.addcmul(qk_BNd * cos_d, qk_BNd.roll(self.width // 2, -1), sin_d)[:, :, None]
+        qk_BN1d = self.rotate(qk_BNd[:, None], cos_11d, sin_11d).transpose(1, 2)
         k_BGTd, v_BGTd = cache.extend(qk_BN1d[:, self.heads :], v_BG1d, None)
         q_BH1d = qk_BN1d[:, : self.heads]
         y_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BGTd, v_BGTd, enable_gqa=self.kv_heads < self.heads)
         v_BD = torch.addmm(x_BD, y_BH1d.flatten(1), self.out)
-        z_BD = self._unit(v_BD).mul_(block.norm2.weight)
+        z_BD = (v_BD * inverse_rms(v_BD, block.norm2.eps)).mul_(block.norm2.weight)
         patch = patch_of(v_BD[:, None], z_BD[:, None])
         out_BD = self._ffn(v_BD, z_BD, patch, own=patch is cache.patch)
         return (v_BD + block.ffn(z_BD[:, None], patch)[:, 0] if out_BD is None else out_BD)[:, None], patch
@@ -97,11 +97,6 @@ class Joined:
         gate_BF, up_BF = (z_BD @ gate_up_EDF[0]).chunk(2, -1)
         h_BF = F.silu(plus(gate_BF, "gate", z_BD)) * plus(up_BF, "up", z_BD)
         return plus(torch.addmm(v_BD, h_BF, down_EDF[0].mT), "down", h_BF)
-
-    def _unit(self, x_BD: Tensor) -> Tensor:
-        """x / rms(x)."""
-        norm_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
-        return x_BD * torch.addcmul(self.eps, norm_B1, norm_B1, value=1 / x_BD.shape[-1]).rsqrt_()
 
     def _serves_long(self, patch: Patch) -> bool:
         """Whether this patch has served so many tokens that its matrices are formed."""

@@ -207,4 +207,4 @@ class Block(nn.Module):
         known = all(type(part) in (Block, Attention, FeedForward, RMSNorm, nn.Linear) for part in self.modules())
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in [*self.modules()][1:])
         biased = any(name.endswith("bias") for name, _ in self.named_parameters())
-        return Joined(self, rotary) if known and not hooked and not biased else None
+        return Joined(self, rotary, _rotate) if known and not hooked and not biased else None

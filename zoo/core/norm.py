@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         wide, weight = x.to(dtype), self.weight.to(dtype)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
             if not torch.is_grad_enabled():
-                return (wide * _scale(wide, self.eps)).mul_(weight).to(x.dtype)
+                return (wide * inverse_rms(wide, self.eps)).mul_(weight).to(x.dtype)
             return _RMSNorm.apply(wide, weight, self.eps).to(x.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)  # one kernel
 
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale, ctx.eps = _scale(x, eps), eps
+        scale, ctx.eps = inverse_rms(x, eps), eps
         ctx.save_for_backward(x, weight, scale)
         return x * scale * weight
 
@@ -45,14 +45,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative goes through it too
-            scale = _scale(x, ctx.eps)
+            scale = inverse_rms(x, ctx.eps)
         product = (dy * x).reshape(-1, x.shape[-1])
         dscale = (product @ weight).view(scale.shape)
         dx = (dy * weight).mul_(scale).addcmul_(x, dscale * scale**3, value=-1 / x.shape[-1])
         return dx, scale.flatten() @ product, None
 
 
-def _scale(x: Tensor, eps: float) -> Tensor:
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / rms(x), (*,1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt()
