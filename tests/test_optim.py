@@ -32,13 +32,25 @@ def test_weight_decay_acts_on_matrices_alone(family: str, task: str) -> None:
     model = make(family, task)
     for options in ({"name": "adamw"}, {}):
         found = optimizer(model, **options)
-        matrices, others, *rest = found.param_groups
-        assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
-        assert matrices["betas"] == (0.9, 0.95)
-        assert all(group["weight_decay"] == 0.01 for group in rest)
-        assert parameters(matrices, *rest) == {id(p) for p in model.parameters() if p.dim() >= 2}
+        matrices = [group for group in found.param_groups if group["weight_decay"]]
+        others = [group for group in found.param_groups if not group["weight_decay"]]
+        assert {group["weight_decay"] for group in matrices} == {0.01}
+        assert matrices[0]["betas"] == (0.9, 0.95)
+        assert parameters(*matrices) == {id(p) for p in model.parameters() if p.dim() >= 2}
         assert sum(len(group["params"]) for group in found.param_groups) == len(list(model.parameters()))
-        assert parameters(others) >= {id(p) for name, p in model.named_parameters() if "norm" in name}
+        assert parameters(*others) >= {id(p) for name, p in model.named_parameters() if "norm" in name}
+
+
+@every_pair
+def test_a_family_has_its_own_part_of_the_rate_beside_muon(family: str, task: str) -> None:
+    model, lr = make(family, task), 0.006
+    adapter = model.decoder.context_to_delta
+    own = {id(p) for p in adapter.parameters()} if adapter else set()
+    for options, factor in (({"name": "adamw"}, 1.0), ({}, adapter.lr_factor if adapter else 1.0)):
+        groups = optimizer(model, lr=lr, **options).param_groups
+        rates = {id(p): group["initial_lr"] for group in groups if "betas" in group for p in group["params"]}
+        assert {rates[i] for i in own} <= {factor * lr}
+        assert {rates[i] for i in rates.keys() - own} == {lr} == {groups[0]["initial_lr"]}  # the one that rows tell
 
 
 @pytest.mark.parametrize("family", ["transformer", "moe"])

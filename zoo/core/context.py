@@ -103,11 +103,11 @@ class ContextToDelta(nn.Module):
     """A family within the decoder: from the states before each FFN to the patch of that FFN.
 
     A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
-    something else defines `forward`. active_share: of the FFN's parameters, for one token; state: what checkpoints keep
-    beside the weights.
+    something else defines `forward`. active_share: of the FFN's parameters, for one token; lr_factor: its own weights'
+    part of the learning rate, beside Muon; state: what checkpoints keep beside the weights.
     """
 
-    active_share = 1.0
+    active_share = lr_factor = 1.0
 
     def __init__(self, source: Source, layers: int):
         super().__init__()

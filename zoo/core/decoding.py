@@ -74,12 +74,10 @@ class Joined:
         if patch.biases or patch.input or patch.served is not None:
             return None
         if patch.routing:
-            if deltas or len(z_BD) > 1 or self.block.ffn.backend == "reference":
+            index_BK, weight_BK = patch.routing.index.flatten(0, -2), patch.routing.weight.flatten(0, -2)
+            if deltas or len(index_BK) < len(z_BD) or self.block.ffn.backend == "reference":
                 return None
-            for e, weight in zip(patch.routing.index.flatten().tolist(), patch.routing.weight.flatten(), strict=True):
-                gate_BF, up_BF = (z_BD @ gate_up_EDF[e]).chunk(2, -1)
-                v_BD = torch.addmm(v_BD, F.silu(gate_BF) * up_BF * weight, down_EDF[e].mT)
-            return v_BD
+            return self._experts(v_BD, z_BD, index_BK, weight_BK)
         if deltas and len(z_BD) == 1 and own and self._serves_long(patch):
             (gate_up_EDF, down_EDF), deltas = self.formed, {}
         low_rank = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank) and delta.gate is None}
@@ -97,6 +95,23 @@ class Joined:
         gate_BF, up_BF = (z_BD @ gate_up_EDF[0]).chunk(2, -1)
         h_BF = F.silu(plus(gate_BF, "gate", z_BD)) * plus(up_BF, "up", z_BD)
         return plus(torch.addmm(v_BD, h_BF, down_EDF[0].mT), "down", h_BF)
+
+    def _experts(self, v_BD: Tensor, z_BD: Tensor, index_BK: Tensor, weight_BK: Tensor) -> Tensor:
+        """v + the weighted sum of the chosen blocks; few rows are sorted faster on the host."""
+        (gate_up_EDF, down_EDF), chosen = self.stored, index_BK.flatten().tolist()
+        if len(z_BD) == 1:
+            for e, weight in zip(chosen, weight_BK.flatten(), strict=True):
+                gate_BF, up_BF = (z_BD @ gate_up_EDF[e]).chunk(2, -1)
+                v_BD = torch.addmm(v_BD, F.silu(gate_BF) * up_BF * weight, down_EDF[e].mT)
+            return v_BD
+        choice_N = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__))
+        row_N, experts = choice_N // index_BK.shape[1], sorted({*chosen})
+        counts = [chosen.count(e) for e in experts]
+        x_parts = z_BD[row_N].split(counts)
+        gate_NF, up_NF = torch.cat([x @ gate_up_EDF[e] for x, e in zip(x_parts, experts, strict=True)]).chunk(2, -1)
+        h_parts = (F.silu(gate_NF) * up_NF * weight_BK.view(-1, 1)[choice_N]).split(counts)
+        y_ND = torch.cat([h @ down_EDF[e].mT for h, e in zip(h_parts, experts, strict=True)])
+        return v_BD.index_add(0, row_N, y_ND)
 
     def _serves_long(self, patch: Patch) -> bool:
         """Whether this patch has served so many tokens that its matrices are formed."""

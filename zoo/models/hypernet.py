@@ -88,6 +88,8 @@ class Generator(nn.Module):
 class HypernetDelta(ContextToDelta):
     """One generator for all layers, fed with the mean state of the context at each layer."""
 
+    lr_factor = 0.25  # 0.4 % less loss on text than at 1, a tenth less error on regression: docs/results.md
+
     def __init__(self, config: HypernetConfig):
         super().__init__(config.source, config.layers)
         self.config = config

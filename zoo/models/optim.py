@@ -145,12 +145,21 @@ def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, Lamb
     attention = [p for block in decoder.blocks for p in block.attention.parameters()]
     ffns = [p for block in decoder.blocks for p in block.ffn.parameters()]
     matrices = {id(p) for p in [*attention, *ffns] if config.muon_lr is not None}
-    rest = [p for p in decoder.parameters() if id(p) not in matrices]
+    family = decoder.context_to_delta
+    factors = {id(p): family.lr_factor for p in family.parameters()} if family and matrices else {}
+    rest: dict[tuple[float, bool], list[Tensor]] = {}
+    for p in decoder.parameters():
+        if id(p) not in matrices:
+            rest.setdefault((factors.get(id(p), 1.0), p.dim() > 1), []).append(p)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": rest[factor, decayed],
+            "lr": factor * (config.lr or 0.0),
+            "weight_decay": decayed * config.weight_decay,
+        }
+        for factor, decayed in sorted(rest, reverse=True)
     ]
-    optimizer: Optimizer = AdamW(groups, lr=config.lr or 0.0, betas=(config.betas[0], config.betas[1]))
+    optimizer: Optimizer = AdamW(groups, betas=(config.betas[0], config.betas[1]))
     if config.muon_lr is not None:
         groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
         optimizer = Combined(optimizer, Muon(groups, config.muon_lr, config.weight_decay))
