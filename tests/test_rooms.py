@@ -75,9 +75,13 @@ READ_FIRST += ["zoo/core", "zoo/training", "zoo/config.py", "zoo/files.py"]
 FAMILY = 130
 WINGS = {
     "quick": (["zoo/core/decoding.py", "zoo/bench/generation.py", "zoo/bench/startup.py"], 260),
-    "compare": (["zoo/compare", "zoo/evaluate.py"], 900),
+    "compare": (["zoo/compare", "zoo/evaluate.py", "zoo/training/start.py", "zoo/training/budget.py"], 900),
     "tasks": ([f"zoo/tasks/{name}.py" for name in ("modules", "recall", "markov")], 600),
     "hybrids": ([f"zoo/models/{name}.py" for name in ("hyper_moe", "merged_experts", "fast_weights")], 3 * FAMILY),
+    "tests of wings": (
+        [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "compare", "modules", "recall", "markov")],
+        1_500,
+    ),
 }
 """What was built onto the house, by files and the most lines of them."""
 OPEN = pytest.mark.xfail(strict=True, reason="a tenth too long: being made smaller")
@@ -86,8 +90,8 @@ LIMITS = [pytest.param(READ_FIRST, 3_299, marks=OPEN), (["zoo"], 8_475), (["test
 
 @pytest.mark.parametrize(("places", "limit"), LIMITS, ids=["read first", "zoo", "tests", *WINGS])
 def test_the_house_stays_small(places: list[str], limit: int) -> None:
-    wings = [file for files, _ in WINGS.values() for file in files] if places == ["zoo"] else []
-    assert lines(*places) - lines(*wings) <= limit
+    wings = [file for files, _ in WINGS.values() for file in files if file not in places]
+    assert lines(*places) - lines(*(file for file in wings if any(file.startswith(place) for place in places))) <= limit
 
 
 def test_a_further_family_is_one_short_file() -> None:

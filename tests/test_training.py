@@ -60,7 +60,14 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
 def test_a_run_folder_holds_these_files_and_no_others(runs: dict[str, Path]) -> None:
     folder = runs["transformer"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert files == ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "curve.png", "metrics.json", "metrics.jsonl"]
+    assert files == [
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "curve.png",
+        "metrics.json",
+        "metrics.jsonl",
+        "test.npz",
+    ]
 
 
 def test_the_tested_model_is_the_best_validated_one(tmp_path: Path) -> None:
@@ -119,7 +126,7 @@ def test_a_signal_then_resume_is_as_if_nothing_happened(
     assert saved(tmp_path / "cut")["global_step"] == step
     resumed = zoo.train(resume=tmp_path / "cut", trainer=QUIET)
     same_weights(tmp_path / "whole", tmp_path / "cut")
-    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert resumed["test"] == whole["test"]
     assert (resumed["steps"], resumed["tokens"]) == (whole["steps"], whole["tokens"])
 
@@ -143,7 +150,7 @@ def test_a_crash_between_checkpoints_is_made_up_for(tmp_path: Path, monkeypatch:
         file.write('{"step": 5, "loss": 1.0}\n{"step": "a"}\n' + "[" * 10**5 + '\n{"step": 6, "lo')
     zoo.train(resume=str(tmp_path / "cut"), trainer=QUIET)
     same_weights(tmp_path / "whole", tmp_path / "cut")
-    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("model", ["transformer", "moe"])
@@ -192,7 +199,8 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
         ({"test_batches": -1}, r"test_batches=-1 must be above 0"),
         ({"trainer": {"gradient_clip_val": 3}}, r"trainer\.gradient_clip_val is decided by the option optim\.clip"),
         ({"trainer": {"val_check_interval": 3}}, r"trainer\.val_check_interval .* option validate_every"),
-        ({"trainer": {"callbacks": []}}, r"trainer\.callbacks is fixed"),
+        ({"trainer": {"num_sanity_val_steps": 1}}, r"trainer\.num_sanity_val_steps is fixed"),
+        ({"budget_of": "runs/x"}, "budget_of=RUN needs budget=params"),
         ({"trainer": {"bogus": 3}}, r"^trainer: .*'bogus'"),
         ({"trainer": {"precision": "8-maybe"}}, r"8-maybe"),
         ({"trainer": {"precision": "16-true"}}, r"16-true trains nothing: take 16-mixed or bf16-true"),

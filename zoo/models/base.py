@@ -96,13 +96,15 @@ class Model(L.LightningModule):
     """A decoder and its training; families differ in Config and context_to_delta() alone.
 
     All options come as plain dicts and are written back with every default, so a checkpoint rebuilds the model.
-    losses: sums over the parts of the last training step: loss, the task's, and aux_loss, where a family adds one.
+    losses: sums over the parts of the last training step: loss, the task's, and aux_loss, where a family adds one;
+    tested: the sum of the main metric over each test sequence, and of how many values, (2,B) by batch.
     """
 
     Config: ClassVar[type[ModelConfig]]
     config: Any
     decoder: Decoder
     losses: dict[str, Tensor]
+    tested: list[Tensor]
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
@@ -114,7 +116,7 @@ class Model(L.LightningModule):
         # the decoder draws its weights first: families start from the same decoder at the same seed
         self.decoder = Decoder(self.config, self.task, **self.config.decoder_options)
         self.decoder.context_to_delta = self.make_context_to_delta()
-        self.losses = {}
+        self.losses, self.tested = {}, []
         self.means: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
         family = self.decoder.context_to_delta
         self.layer_metrics: Sequence[dict[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
@@ -124,6 +126,12 @@ class Model(L.LightningModule):
     def make_context_to_delta(self) -> ContextToDelta | None:
         """The family itself: None for a plain transformer."""
         return None
+
+    def freeze_decoder(self) -> None:
+        """Leaves the weights of the family alone to be trained; raises ValueError for one without any."""
+        if self.decoder.context_to_delta is None:
+            raise ValueError(f"init_frozen=true trains the family's own weights, and model={self.config.name} has none")
+        self.decoder.requires_grad_(False).context_to_delta.requires_grad_(True)  # type: ignore[union-attr]
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Output (B,T,V); arguments as of Decoder.forward."""
@@ -168,8 +176,12 @@ class Model(L.LightningModule):
                 metric.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        for name, values in self.task.evaluate(self, batch).items():
+        found = self.task.evaluate(self, batch)
+        for name, values in found.items():
             self._log_mean(name, values)
+        row_N, main_N = self.task.rows(batch), found[self.task.main_metric].flatten()
+        sums = main_N.new_zeros(2, len(batch.tokens), dtype=torch.float64)
+        self.tested.append(sums.index_add(1, row_N, torch.stack([main_N, torch.ones_like(main_N)]).double()).cpu())
 
     def _log_mean(self, name: str, values: Tensor, **options: Any) -> None:
         """Logs, at the end of the epoch, the mean over the values of all its batches and of all processes."""

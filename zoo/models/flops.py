@@ -32,3 +32,9 @@ def flops_per_token(model: Model) -> float:
     scores = 4 * config.dim * config.layers * pairs / task.tokens
     own = family.flops_per_token(task.tokens, task.n_context) if family else 0.0
     return 2 * (count["attention"] + count["ffn"] * computed + ends) + scores + own
+
+
+def step_cost(model: Model) -> dict[str, float]:
+    """Tokens and FLOPs of one training step of all processes, forward and backward."""
+    tokens = model.optim.batch_size * model.task.tokens
+    return {"tokens": tokens, "flops": 3 * tokens * flops_per_token(model)}

@@ -69,6 +69,11 @@ class OptimConfig:
             raise ValueError(f"optim.clip={self.clip} and optim.weight_decay={self.weight_decay} must not be negative")
         return replace(self, lr=lr, muon_lr=muon_lr, warmup=warmup, decay=decay)
 
+    @property
+    def flat_until(self) -> int:
+        """The step up to which rates do not depend on `steps`, so that a longer run is the same."""
+        return {"cosine": 0, "wsd": self.steps - (self.decay or 0), "constant": self.steps}[self.schedule]
+
     def lr_at(self, step: int) -> float:
         """The learning rates of optimiser step `step`, counted from 0, as a fraction of the highest."""
         warmup = self.warmup or 0
@@ -141,15 +146,15 @@ class Combined(Optimizer):
 
 
 def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, LambdaLR]:
-    """The optimiser of a decoder's weights and the schedule of its learning rates, by resolved options."""
-    attention = [p for block in decoder.blocks for p in block.attention.parameters()]
-    ffns = [p for block in decoder.blocks for p in block.ffn.parameters()]
+    """The optimiser of a decoder's weights, but of frozen ones, and the schedule of its rates, by resolved options."""
+    attention = [p for block in decoder.blocks for p in block.attention.parameters() if p.requires_grad]
+    ffns = [p for block in decoder.blocks for p in block.ffn.parameters() if p.requires_grad]
     matrices = {id(p) for p in [*attention, *ffns] if config.muon_lr is not None}
     family = decoder.context_to_delta
     factors = {id(p): family.lr_factor for p in family.parameters()} if family and matrices else {}
     rest: dict[tuple[float, bool], list[Tensor]] = {}
     for p in decoder.parameters():
-        if id(p) not in matrices:
+        if p.requires_grad and id(p) not in matrices:
             rest.setdefault((factors.get(id(p), 1.0), p.dim() > 1), []).append(p)
     groups: list[dict[str, Any]] = [
         {
@@ -160,7 +165,7 @@ def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, Lamb
         for factor, decayed in sorted(rest, reverse=True)
     ]
     optimizer: Optimizer = AdamW(groups, betas=(config.betas[0], config.betas[1]))
-    if config.muon_lr is not None:
+    if config.muon_lr is not None and matrices:
         groups = [{"params": attention, "blocks": 1}, {"params": ffns, "blocks": decoder.blocks[0].ffn.blocks}]
         optimizer = Combined(optimizer, Muon(groups, config.muon_lr, config.weight_decay))
     return optimizer, LambdaLR(optimizer, config.lr_at)

@@ -164,6 +164,10 @@ class Task(ABC):
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Per-prediction values whose means over the test set are the metrics, the model's and its baselines'."""
 
+    def rows(self, batch: Batch) -> Tensor:
+        """The sequence that each value of the main metric is of, in the order of evaluate's, flattened."""
+        return torch.arange(len(batch.targets), device=batch.targets.device).repeat_interleave(batch.targets.shape[1])
+
     def errors(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """The losses (B,Q) by metric: with the context, and, where there is another's, without one and with that."""
         n, query = batch.n_context, batch.tokens[:, batch.n_context :]

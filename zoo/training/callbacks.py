@@ -19,7 +19,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from zoo.config import VERSION
 from zoo.console import Interrupted, say
 from zoo.files import to_json, write
+from zoo.models.flops import step_cost
 from zoo.training.checkpoint import SCHEMA, read
+from zoo.training.validate import place
 
 
 class Keeper(Checkpoint):
@@ -37,6 +39,7 @@ class Keeper(Checkpoint):
         self.begun_with: dict[str, Any] = {}
         self.best: float | None = None
         self.seconds, self.since, self.signal, self.lr = 0.0, 0.0, 0, 0.0
+        self.step_cost: dict[str, float] = {}  # tokens and FLOPs of one step
 
     @property
     def safe(self) -> str:
@@ -53,6 +56,7 @@ class Keeper(Checkpoint):
             rows = [row for row in read_rows(path) if row["step"] <= trainer.global_step]
             write(path, "".join(to_json(row) + "\n" for row in rows))  # a file of its own, never one of a link
         self.since = monotonic() - self.seconds
+        self.step_cost = step_cost(pl_module)  # type: ignore[arg-type]
         handle(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -86,7 +90,7 @@ class Keeper(Checkpoint):
         # a step that is validated next is complete after that: a resumed run would not make up for it
         if due and trainer.enable_validation:
             return
-        if stepped and (due or self._signalled(trainer)):
+        if stepped and (due or self._signalled(trainer) or self._falls_next(trainer, pl_module)):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,13 +112,21 @@ class Keeper(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)  # where it was removed, the rest of the run is not lost
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(to_json({"step": trainer.global_step, **row}) + "\n")
+                used = {name: trainer.global_step * cost for name, cost in self.step_cost.items()}
+                seconds = round(self.seconds, 3)
+                file.write(to_json({"step": trainer.global_step, "seconds": seconds, **used, **row}) + "\n")
 
     def _signalled(self, trainer: L.Trainer) -> bool:
         """True in every process if any has got a signal: all must stop at the same step."""
         return trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
 
+    def _falls_next(self, trainer: L.Trainer, pl_module: Any) -> bool:
+        """Whether the rates, flat so far, depend on optim.steps from here on: a longer run goes on from this step."""
+        return pl_module.optim.schedule == "wsd" and trainer.global_step == pl_module.optim.flat_until
+
     def _save(self, trainer: L.Trainer) -> None:
+        if self._falls_next(trainer, trainer.lightning_module):
+            trainer.save_checkpoint(self.folder / "checkpoints" / "stable.ckpt")
         trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         if self._signalled(trainer):
             stop = signal.Signals(self.signal or signal.SIGTERM)
@@ -138,8 +150,9 @@ class Keeper(Checkpoint):
             **self.begun_with,
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
+        checkpoint["loops"] = place(checkpoint["global_step"], pl_module.optim)  # optim.steps may be larger now
         self.seconds, self.command = run["seconds"], run["command"]
         ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
         with suppress(ValueError):

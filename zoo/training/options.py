@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from zoo.config import from_dict, one_line, plain, require_positive, show
 from zoo.files import home
+from zoo.models.optim import OptimConfig
 from zoo.tasks.text import sources
 from zoo.training import checkpoint
 
@@ -23,7 +24,9 @@ from zoo.training import checkpoint
 @dataclass(frozen=True)
 class RunConfig:
     """Options of a run, see docs/configuration.md; model, task and optim are groups of their own. validate_every and
-    log_every count optimiser steps, validation_batches and test_batches batches of optim.batch_size sequences."""
+    log_every count optimiser steps, validation_batches and test_batches batches of optim.batch_size sequences. init:
+    the run or checkpoint whose weights a new run begins with; init_frozen: it trains the family's own alone. budget:
+    model.hidden is such that the model costs as much as the default transformer, or as the run budget_of."""
 
     model: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
@@ -36,12 +39,20 @@ class RunConfig:
     overfit: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
+    budget: Literal["params", "active_params", "flops"] | None = None
+    budget_of: str | None = None
+    init: str | None = None
+    init_frozen: bool = False
     out: str | None = None
     resume: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={show(self.seed)} must lie between 0 and {2**32 - 1}")
+        if self.init_frozen and not self.init:
+            raise ValueError("init_frozen=true needs init=RUN: else the frozen weights would be random")
+        if self.budget_of and not self.budget:
+            raise ValueError("budget_of=RUN needs budget=params, active_params or flops: what is to be the same")
         counts = ("validate_every", "log_every", "validation_batches", "test_batches")
         require_positive("", **{name: getattr(self, name) for name in counts})
 
@@ -68,6 +79,9 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
             options["task"][place] = asked.task[place]
     old = _dotted(options)
     new = _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
+    if isinstance(steps := new.get("optim.steps"), int) and steps > old["optim.steps"]:
+        file, saved = _longer(file, saved, steps)
+        old["optim.steps"] = options["optim"]["steps"] = steps
     changed = [
         f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
         for key, value in sorted(new.items())
@@ -76,6 +90,20 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     if changed:
         raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {'; '.join(changed)}")
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
+
+
+def _longer(file: Path, saved: dict[str, Any], steps: int) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint from which a run goes on for more `steps`, as if it had been begun so; raises ValueError where its
+    learning rates have fallen, or will, with an end in sight."""
+    optim = OptimConfig(**saved["hyper_parameters"]["optim"])
+    if saved["global_step"] > optim.flat_until and optim.schedule == "wsd" and file.with_name("stable.ckpt").is_file():
+        file = file.with_name("stable.ckpt")
+        saved = checkpoint.read(file, resume=True)
+    if saved["global_step"] > optim.flat_until:
+        then = f"optim.schedule={optim.schedule} has its end at step {optim.steps}"
+        advice = "wsd and constant go on, or begin a new run with init="
+        raise ValueError(f"optim.steps={steps}: {file} cannot be trained longer, {then}; {advice}")
+    return file, saved
 
 
 def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -121,10 +149,10 @@ def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where losses are logged besides metrics.jsonl: nowhere else (files), or in Weights & Biases (wandb); id: of the
-    run there, under which a resumed one goes on, null for a new one."""
+    """Where losses are logged besides metrics.jsonl: nowhere else (files), in a table (csv), for TensorBoard, or in
+    Weights & Biases (wandb); id: of the run there, under which a resumed one goes on, null for a new one."""
 
-    name: Literal["files", "wandb"] = "files"
+    name: Literal["files", "csv", "tensorboard", "wandb"] = "files"
     project: str = "zoo"
     offline: bool = True
     id: str | None = None
@@ -138,6 +166,13 @@ class LoggerConfig:
         cannot start."""
         if self.name == "files":
             return []
+        if self.name == "csv":
+            return [CSVLogger(folder, name="", version="csv")]
+        if self.name == "tensorboard":
+            try:
+                return [TensorBoardLogger(folder, name="", version="tensorboard")]
+            except ImportError:
+                raise ValueError("logger=tensorboard needs a package: pip install tensorboard") from None
         try:
             import wandb
 

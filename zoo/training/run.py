@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
-from importlib.metadata import version
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
 from zoo.console import Untested, describe, say, warn
-from zoo.files import to_json, write
-from zoo.models import Model, flops
-from zoo.training import checkpoint, validate
+from zoo.models import Model
+from zoo.training import checkpoint, results, validate
 from zoo.training import summary as report
+from zoo.training.budget import fitted
 from zoo.training.callbacks import Keeper
 from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import place, taken
+from zoo.training.start import take_weights
 from zoo.training.trainer import guarded, make, placement, quiet
 
 
@@ -54,6 +52,11 @@ def train(
             options[group] = {"name": given} if isinstance(given, str) else given
     config, saved = of_run(plain(options))
     before = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}})
+    news = []
+    if config.budget and not saved:
+        options = {name: getattr(config, name) for name in validate.OPTIONS}
+        fit, line = fitted(options, config.budget, config.budget_of)
+        config, news = replace(config, model=fit), [line]
     arguments = of_trainer(trainer or {}, before["trainer"])
     own = logger if isinstance(logger, list) else None
     named = {"name": logger} if isinstance(logger, str) else logger or {}
@@ -61,6 +64,8 @@ def train(
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     network = _model(config, saved)
+    if config.init and not saved:
+        news.append(take_weights(network, config.init))
     folder = place(config.out, f"{network.config.name}-{network.task.config.name}")
     keeper = Keeper(folder, {**asdict(config), "resume": None, "out": None}, command())
     engine = make(network, config, arguments, keeper)
@@ -74,6 +79,8 @@ def train(
         engine.loggers = [*map(guarded, log.begun(folder, stack) if own is None else own)]
         if engine.is_global_zero:
             say(report.opening(network, engine, folder))
+            for line in news:
+                say(line)
             if saved:
                 say(f"continues at step {saved['global_step']} of {network.optim.steps}")
             for name, value in placement(engine).items():
@@ -105,6 +112,8 @@ def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
             model.task.prepare()
         model.task.load_state_dict(saved["task"])
     model.task.prepare()
+    if options.init_frozen:
+        model.freeze_decoder()
     model.decoder.activation_checkpointing = options.activation_checkpointing
     if options.compile:
         torch.compiler.reset()  # what earlier runs of this process compiled counts against a limit
@@ -121,9 +130,17 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         tested = checkpoint.find(folder, "last" if keeper.best is None else "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         engine.test(model, test, verbose=False)
-        metrics = _metrics(model, engine, keeper, tested)
+        where = {**placement(engine), "memory_bytes": results.peak_memory(engine.strategy.root_device)}
+        metrics = {
+            **results.numbers(model, engine.global_step, keeper.seconds, where, test),
+            "checkpoint": str(tested),
+            "command": keeper.command,
+            "config": {**keeper.config, **model.hparams, **keeper.begun_with},
+            "test": {name: float(value) for name, value in engine.callback_metrics.items()},
+        }
+        sequences = results.by_sequence(model, test)
         if engine.is_global_zero:
-            write(folder / "metrics.json", to_json(metrics, 2) + "\n")
+            results.save(folder / "metrics.json", metrics, sequences, folder / "test.npz")
             try:
                 report.curve(folder, report.title(metrics), model.task.unit, model.task.baselines())
             except Exception as error:
@@ -134,40 +151,6 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     return metrics
 
 
-def _metrics(model: Model, engine: L.Trainer, keeper: Keeper, tested: Path) -> dict[str, Any]:
-    count = flops.parameters(model)
-    tokens = engine.global_step * model.optim.batch_size * model.task.tokens
-    return {
-        "task": model.task.config.name,
-        "model": model.config.name,
-        "seed": model.hparams["seed"],
-        "steps": engine.global_step,
-        "seconds": round(keeper.seconds, 3),
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / keeper.seconds, 1),
-        "params_total": count["total"],
-        "params_active": count["active"],
-        "params": count,
-        "flops_per_token": flops.flops_per_token(model),
-        **placement(engine),
-        "checkpoint": str(tested),
-        "command": keeper.command,
-        "versions": {name: version(name) for name in ("zoo", "torch", "lightning")}
-        | {"python": platform.python_version(), "commit": _commit()},
-        "config": {**keeper.config, **model.hparams, **keeper.begun_with},
-        "main_metric": model.task.main_metric,
-        "test": {name: float(value) for name, value in engine.callback_metrics.items()},
-    }
-
-
 def command() -> str:
     """The command line of this process, shell-quoted."""
     return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
-
-
-def _commit() -> str | None:
-    """The commit of the repository that this file lies in, None outside of one."""
-    with suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL, timeout=10).strip()
-    return None

@@ -34,6 +34,7 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     shown = bool(given.pop("enable_progress_bar", True))
     bar = shown and bool(sys.stdout) and sys.stdout.isatty()
     keeper.says = shown and not bar
+    callbacks = [*(given.pop("callbacks", None) or [])]
     decided: dict[str, tuple[Any, str]] = {
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),
@@ -48,7 +49,7 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         "default_root_dir": (keeper.folder, "out"),
         "logger": (False, "logger"),
         # between rows of metrics a bar reads nothing from the device
-        "callbacks": ([TQDMProgressBar(options.log_every), keeper] if bar else [keeper], ""),
+        "callbacks": ([*callbacks, *([TQDMProgressBar(options.log_every)] if bar else []), keeper], ""),
         "num_sanity_val_steps": (0, ""),
         "enable_progress_bar": (bar, ""),
         **dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), (False, "")),

@@ -48,6 +48,8 @@ def model(checkpoint: dict[str, Any]) -> Model:
 def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
     """All that a run goes on with, by Lightning's names: the file says the options, the weights, the moments and the
     step, all else follows from these. Raises ValueError for what cannot have been."""
+    if checkpoint["zoo"].get("config", {}).get("init_frozen") is True:
+        meta.freeze_decoder()
     configured: Any = meta.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for parameter in meta.decoder.parameters():

@@ -187,12 +187,19 @@ class TextTask(Task):
         unit = "token" if self.tokenizer.merges else "byte"
         return {f"best fixed {unit} distribution": float(-(p[p > 0] * np.log(p[p > 0])).sum())}
 
+    def _lengths(self, batch: Batch) -> Tensor:
+        """How many bytes each target stands for, (B,Q); 0 of a start and of what is not scored."""
+        targets = batch.targets.where(self.scored(batch), START)
+        return self.tokenizer.lengths.to(targets.device)[targets]
+
+    def rows(self, batch: Batch) -> Tensor:
+        return super().rows(batch).repeat_interleave(self._lengths(batch).flatten())
+
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         """Bits of each byte, of the model and of the trigram, for all sources and by domain. The bits of a token are
         spread evenly over its bytes, so that means over bytes are bits per byte whatever the tokens are."""
         assert batch.group is not None
-        targets = batch.targets
-        lengths_BQ = self.tokenizer.lengths.to(targets.device)[targets.where(self.scored(batch), START)]  # 0 of a start
+        targets, lengths_BQ = batch.targets, self._lengths(batch)
         lengths = lengths_BQ.flatten()
         bits = {
             name: (losses.flatten() / lengths).repeat_interleave(lengths) / math.log(2)

@@ -1,0 +1,49 @@
+"""Widths at which families cost the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zoo
+from cases import FAMILIES
+from runs import one_line, small
+from zoo.models import flops
+from zoo.training import validate
+from zoo.training.budget import MEASURES, fitted
+
+OPTIONS: dict[str, Any] = {"task": {"name": "regression"}, "optim": {}, "seed": 0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", MEASURES)
+def test_a_width_that_fits_is_the_best_one(family: str, budget: str) -> None:
+    options = {**OPTIONS, "model": {"name": family, **FAMILIES[family].busy}}
+    wanted = MEASURES[budget][1](validate.build({**OPTIONS, "model": {"name": "transformer", "dim": 64}}))
+    model, said = fitted({**options, "model": {**options["model"], "dim": 48}}, budget, None)
+
+    def off(hidden: int) -> float:
+        return abs(MEASURES[budget][1](validate.build({**options, "model": {**model, "hidden": hidden}})) - wanted)
+
+    best = off(model["hidden"])
+    assert best == min(off(model["hidden"] + step) for step in (-4, 0, 4))
+    assert f"model.hidden={model['hidden']}: " in said
+    assert "the default transformer" in said
+
+
+def test_a_run_that_fits_another(tmp_path: Path) -> None:
+    small(tmp_path / "reference", model_options={"hidden": 40})
+    metrics = small(tmp_path / "run", "moe", budget="active_params", budget_of=str(tmp_path / "reference"))
+    reference = flops.parameters(zoo.load(tmp_path / "reference"))["active"]
+    assert metrics["params_active"] == pytest.approx(reference, rel=0.05)  # 4 units of a width of 20
+    assert metrics["config"]["model"]["hidden"] == 20
+    said = one_line(lambda: small(tmp_path / "none", budget="params", budget_of=str(tmp_path / "absent")))
+    assert "absent" in said
+
+
+def test_a_model_that_is_too_large_without_its_ffn() -> None:
+    options = {**OPTIONS, "model": {"name": "hypernet", "code_dim": 400}}
+    said = one_line(lambda: fitted(options, "params", None))
+    assert said.startswith("budget=params: hypernet has 384,384 parameters without an FFN, of the 123,648 of")

@@ -1,0 +1,103 @@
+"""Tests trained models again, on other data, lengths or seeds: python -m zoo.evaluate RUN task.points=40."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from zoo import console
+from zoo.config import plain, require_positive, show
+from zoo.console import say
+
+EPILOG = """Words with = are options of the test: task.NAME, seed, test_batches or optim.batch_size, as of train.py; the
+others are as in training. The result lies in RUN/evaluations/NAME.json, which python -m zoo.compare reads."""
+OPTIONS = ("task", "optim", "seed", "test_batches")
+
+
+@console.command
+def main(argv: list[str] | None = None) -> int:
+    parser = console.Parser("python -m zoo.evaluate", description=__doc__, epilog=EPILOG)
+    parser.add_argument("words", nargs="+", metavar="RUN|OPTION=VALUE", help="run folders or checkpoints, and options")
+    parser.add_argument("--name", help="of the result (default: made of the options)")
+    arguments = parser.parse_args(argv)
+    words = [word for word in arguments.words if "=" in word and not Path(word).exists()]
+    runs = [word for word in arguments.words if word not in words]
+    if not runs:
+        parser.error("no run is named")
+    name = arguments.name or re.sub(r"[^\w.=,-]+", "_", ",".join(words)) or "test"
+    if not re.fullmatch(r"[\w=,-][\w.=,-]{0,150}", name):
+        parser.error(f"--name {show(name)} must be letters, digits and . = , - _: give a short one")
+    from omegaconf import OmegaConf
+
+    asked = plain(OmegaConf.to_container(OmegaConf.from_dotlist(words)))
+    for run in runs:
+        metrics = evaluate(run, asked, name)
+        say(f"{metrics['checkpoint']}: {metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.5g}")
+    return 0
+
+
+def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
+    """Tests one run under the options asked; writes evaluations/`name`.json and .npz beside its checkpoints and returns
+    what the former holds. Raises ValueError for options that are none of a test, or that the weights do not fit."""
+    import lightning as L
+
+    from zoo.training import checkpoint, results, validate
+    from zoo.training.data import Stream
+    from zoo.training.run import command
+    from zoo.training.trainer import quiet
+
+    task, optim = (asked.get(group, {}) for group in ("task", "optim"))
+    others = [*(asked.keys() - {*OPTIONS}), *(f"optim.{key}" for key in optim.keys() - {"batch_size"})]
+    if others or "name" in task:
+        known = "task.OPTION, seed, test_batches and optim.batch_size"
+        raise ValueError(f"{show(others[0] if others else 'task.name')} is no option of a test, which has {known}")
+    file = checkpoint.find(run, "best")
+    saved = checkpoint.read(file)
+    options, run_options = saved["hyper_parameters"], saved["zoo"].get("config", {})
+    if task:  # other data than those of training, maybe
+        saved["task"].pop("corpus", None)
+    try:
+        model = validate.build(
+            {
+                "model": options["model"],
+                "task": {**options["task"], **task},
+                "optim": {**options["optim"], **optim},
+                "seed": asked.get("seed", options["seed"]),
+            }
+        )
+        model.on_load_checkpoint(saved)
+        model.load_state_dict(validate.like(saved["state_dict"], model.state_dict(), "state_dict"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be tested so: {error}") from None
+    batches = asked.get("test_batches", run_options.get("test_batches", 20))
+    require_positive("", test_batches=batches)
+    quiet()
+    model.task.prepare()
+    test = Stream(model.task, "test", model.optim.batch_size, batches)
+    silent: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    engine = L.Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **silent)
+    engine.test(model, test, verbose=False)
+    numbers = results.numbers(
+        model,
+        saved.get("global_step", 0),
+        saved["zoo"].get("seconds") or 0.0,
+        saved["zoo"].get("placement") or {},
+        test,
+    )
+    metrics = {
+        **numbers,
+        "checkpoint": str(file),
+        "command": command(),
+        "config": {**run_options, **options, "task": model.hparams["task"]},
+        "test": {key: float(value) for key, value in engine.callback_metrics.items()},
+    }
+    folder = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "evaluations"
+    folder.mkdir(exist_ok=True)
+    results.save(folder / f"{name}.json", metrics, results.by_sequence(model, test), folder / f"{name}.npz")
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(main())
