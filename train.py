@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import hydra
 from hydra._internal import utils as internal
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +32,13 @@ FAILED: list[int] = []
 """Exit codes of the jobs of this sweep that ended with a mistake, which was said."""
 
 
+def parsed(word: str) -> Override | None:
+    """A word of the command line as Hydra understands it, None for what is no option=value."""
+    with suppress(HydraException):
+        return OverridesParser.create().parse_override(word)
+    return None
+
+
 def added(argument: str) -> str:
     """`argument` such that Hydra reads it: an unknown option is passed on to zoo.config, which says "did you mean", and
     a text with signs that Hydra keeps for itself, as in out=runs/lr=0.1, is quoted."""
@@ -39,11 +48,8 @@ def added(argument: str) -> str:
     option = re.fullmatch(r"(\w+)(\..*)?", key)
     if option and option[1] != "hydra" and (option[2] or not (CONF / option[1]).is_dir()):
         key = f"++{key}"
-    try:
-        OverridesParser.create().parse_override(f"{key}={value}")
-    except HydraException:
-        if not value.startswith(("[", "{", "'", '"')):
-            value = quoted(value)
+    if not parsed(f"{key}={value}") and not value.startswith(("[", "{", "'", '"')):
+        value = quoted(value)
     return f"{key}={value}"
 
 
@@ -75,7 +81,7 @@ def main(cfg: DictConfig) -> float | None:
     folder = Path(state.runtime.output_dir)  # made by Hydra: of a job of a sweep, or hydra.run.dir
     own = folder != Path.cwd()
     scores: list[float | None] = []
-    code = console.command(job, HYDRAS, reason)(cfg, str(folder) if own else None, scores)
+    code = console.command(job, HYDRAS, reason)(cfg, str(place_of(state, folder)) if own else None, scores)
     if own:
         with suppress(OSError):  # what is in use stays
             folder.rmdir()
@@ -86,21 +92,40 @@ def main(cfg: DictConfig) -> float | None:
     return scores[0] if scores else None  # which sweepers of Hydra can search by
 
 
+def place_of(state: Any, folder: Path) -> Path:
+    """The run folder of a job: in a sweep that names none it is called by what varies, as model=moe,seed=1."""
+    if state.mode == RunMode.RUN or state.sweep.subdir != str(state.job.num):
+        return folder
+    words = [word.lstrip("+") for word in state.overrides.task]
+    fixed = {*state.job.config.override_dirname.exclude_keys}
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(word for word in words if word.partition("=")[0] not in fixed))
+    if len(name) > 150:  # file systems take 255 bytes
+        name = f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return folder.with_name(name or folder.name)
+
+
 def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
     """Trains what Hydra composed, in `folder` unless it says another, and puts its main metric into `scores`; returns
     the exit code."""
     from zoo.training.memory import keep_freed_memory
-    from zoo.training.run import train
+    from zoo.training.run import finished, train
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    resumed = config["resume"] is not None
-    if not resumed:
-        config["out"] = config["out"] or folder
-    if folder and (resumed or str(config.get("trainer", {}).get("devices", 1)) != "1"):
+    place: list[str] = []  # what tells a process of this job where it works
+    if config["resume"] is None:
+        config["out"] = out = config["out"] or folder
+        place = [f"out={quoted(out)}"] if out else []
+        if out and HydraConfig.get().mode == RunMode.MULTIRUN:  # maybe this sweep was started before
+            if metrics := finished(config):
+                console.say(f"{out} is complete")
+                scores.append(metrics["test"].get(metrics["main_metric"]))
+                return 0
+            if Path(out, "checkpoints/last.ckpt").is_file():
+                config["resume"], place = out, [f"resume={quoted(out)}"]
+    if folder and (str(config.get("trainer", {}).get("devices", 1)) != "1" or (config["resume"] and not place)):
         # the processes of a job repeat its command line, which must not be the sweep
-        out = [] if resumed else [f"out={quoted(config['out'])}"]
-        code = subprocess.run([sys.executable, __file__, *HydraConfig.get().overrides.task, *out]).returncode
-        if not code and not resumed:
+        code = subprocess.run([sys.executable, __file__, *HydraConfig.get().overrides.task, *place]).returncode
+        if not code and place:
             metrics = json.loads(Path(config["out"], "metrics.json").read_text(encoding="utf-8"))
             scores.append(metrics["test"].get(metrics["main_metric"]))
         return code
@@ -117,14 +142,42 @@ def arguments_of(line: list[str]) -> list[str]:
     if {"-sc", "--shell-completion"} & {*line}:
         return line
     arguments = [added(argument) for argument in line]
-    resumed = any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments)
-    return [*arguments, "--config-name=resume"] if resumed else arguments
+    if any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments):
+        arguments.append("--config-name=resume")
+    if {"-m", "--multirun"} & {*line}:
+        arguments += sweep_of(arguments)
+    return arguments
+
+
+def sweep_of(arguments: list[str]) -> list[str]:
+    """Where a sweep works, by the name of its experiment or else by the time, and which options are the same in all of
+    its jobs, so that the others name them."""
+    words = [word for word in map(parsed, arguments) if word]
+    fixed = [word.key_or_group for word in words if not word.is_sweep_override()]
+    given = {word.key_or_group: word.value() for word in words}
+    name = given.get("experiment", "null")
+    place = name if isinstance(name, str) and name != "null" else f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    own = [] if "hydra.sweep.dir" in given else [f"hydra.sweep.dir=multirun/{place}"]
+    return [*own, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
 
 
 def start() -> int:
-    sys.argv[1:] = arguments_of(sys.argv[1:])
-    main()
+    sys.argv[1:] = arguments = arguments_of(sys.argv[1:])
+    try:
+        main()
+    finally:
+        if {"-m", "--multirun"} & {*arguments}:
+            dirs = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
+            end_of_sweep(Path(dirs[-1].strip("\"'")))
     return int(bool(FAILED))
+
+
+def end_of_sweep(folder: Path) -> None:
+    """Says what the jobs of a sweep came to."""
+    if any(folder.glob("*/metrics.json")):
+        from zoo.training.summary import sweep
+
+        console.say(sweep(folder))
 
 
 if __name__ == "__main__":

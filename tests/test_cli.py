@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import lightning  # noqa: F401 (imported within a test, its log handler would ke
 import pytest
 
 import zoo
-from runs import rows, same_weights, saved, weights
+from runs import rows, same_weights, saved, signalled, weights
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
@@ -105,7 +107,7 @@ WRONG = [
     ("model.dim=[1", "model.dim=[1 cannot be read: "),
     ("model=hypernett", "model 'hypernett' does not exist; did you mean hypernet?"),
     ("debug=fats", "debug 'fats' does not exist; did you mean fast?"),
-    ("logger=csv", "logger 'csv' does not exist; known: files, wandb"),
+    ("logger=cvs", "logger 'cvs' does not exist"),
     ("model=moe model.top_k=5", "model.top_k=5 exceeds model.experts=4"),
     ("trainer.strategy=ddp_spawn trainer.accelerator=cpu", "ddp_spawn' loses what its processes trained; take ddp"),
     ("trainer.min_steps=abc", "trainer.min_steps is decided by the option optim.steps"),
@@ -211,7 +213,37 @@ def test_a_job_of_a_sweep_that_fails_is_one_line(command: Any, tmp_path: Path, m
     assert errors[1].startswith("error: the test failed, TypeError: a symbol; training is complete and saved in ")
     assert len(errors) == 2
     assert "Traceback" not in answer.err
-    assert [path.parent.name for path in tmp_path.rglob("metrics.json")] == ["2"]
+    assert [path.parent.name for path in tmp_path.rglob("metrics.json")] == ["optim.lr=0.1"]
+    assert re.search(r"^optim.lr=0.5 +not complete$", answer.out, re.M)
+    assert re.search(r"^optim.lr=0.1 +4 .* nmse \d", answer.out, re.M)
+
+
+def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["experiment=incontext", *TINY, *SHORT, "debug=fast", "trainer.enable_progress_bar=false"]
+    asked = ["-m", *few, "model=transformer,moe", "seed=0,1"]
+    folder = tmp_path / "multirun/incontext"
+    assert command(*few, "model=transformer", "seed=1", "out=whole").code == 0
+    begun: list[str] = []
+    signalled(monkeypatch, 2)  # in the first job
+    answer = command(*asked)
+    assert answer.code == 128 + signal.SIGTERM
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["model=transformer,seed=0"]
+    assert command(*asked).code == 0
+    begun = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert begun == [f"model={model},seed={seed}" for model in ("moe", "transformer") for seed in (0, 1)]
+    assert_same(folder / "model=transformer,seed=1", tmp_path / "whole")
+    shutil.rmtree(folder / "model=moe,seed=1")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*")}
+    answer = command(*asked)
+    assert answer.code == 0
+    assert answer.out.count(" is complete\n") == 3
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (folder / "model=moe,seed=1/metrics.json").exists()
+    answer = command(*asked, "validate_every=3")  # what is complete is another run
+    assert answer.code == 1
+    assert answer.err.count("validate_every is 2 in the checkpoint, 3 asked") == 4
 
 
 @pytest.mark.parametrize(

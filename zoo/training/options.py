@@ -79,16 +79,18 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
             options["task"][place] = asked.task[place]
     old = _dotted(options)
     new = _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
-    if isinstance(steps := new.get("optim.steps"), int) and steps > old["optim.steps"]:
-        file, saved = _longer(file, saved, steps)
-        old["optim.steps"] = options["optim"]["steps"] = steps
-    changed = [
-        f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
+    if asked.budget:  # which has decided it
+        new.pop("model.hidden", None)
+    changed = {  # null leaves an option open: it is what the run made of it
+        key: f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
         for key, value in sorted(new.items())
-        if value is not None and old.get(key) != value  # null leaves an option open: it is what the run made of it
-    ]
-    if changed:
-        raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {'; '.join(changed)}")
+        if value is not None and old.get(key) != value
+    }
+    if [*changed] == ["optim.steps"] and isinstance(steps := new["optim.steps"], int) and steps > old["optim.steps"]:
+        file, saved = _longer(file, saved, steps)
+        options["optim"]["steps"] = steps
+    elif changed:
+        raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {'; '.join(changed.values())}")
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
 
 
