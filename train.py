@@ -175,9 +175,9 @@ def start() -> int:
 def end_of_sweep(folder: Path) -> None:
     """Says what the jobs of a sweep came to."""
     if any(folder.glob("*/metrics.json")):
-        from zoo.training.summary import sweep
+        from zoo.compare.sweep import table
 
-        console.say(sweep(folder))
+        console.say(table(folder))
 
 
 if __name__ == "__main__":

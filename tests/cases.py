@@ -62,7 +62,7 @@ FAMILIES = {
         changes={
             **SIZES,
             **{"experts": 5, "top_k": 1, "shared": 1, "score": "sigmoid", "renormalise": False, "backend": "reference"},
-            **{"route_on": "context", "chunk": (8, {"route_on": "context"})},
+            **{"route_on": "context", "chunk": (8, {"route_on": "context"}), "router": "frozen"},
             **{"balance_weight": 1.0, "z_weight": 1.0, "bias_rate": 0.2},
         },
         keeps=12,
@@ -89,6 +89,8 @@ CASES = [
     Case("moe-token-top1-shared", "moe", "noise", {"top_k": 1, "shared": 1}),
     Case("moe-token-sigmoid-gqa-tied", "moe", "noise", {"score": "sigmoid", "kv_heads": 1, "tied": True}),
     Case("moe-context-linear", "moe", "regression", {"route_on": "context", "score": "linear"}),
+    Case("moe-frozen", "moe", "regression", {"router": "frozen"}),
+    Case("moe-uniform", "moe", "noise", {"router": "uniform", "experts": 3}),
     Case("moe-context-chunk", "moe", "noise", {"route_on": "context", "chunk": 4}),
     Case("transformer-prompts", "transformer", "prompts", {}),
     Case("hypernet-prompts", "hypernet", "prompts", {}),

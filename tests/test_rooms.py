@@ -75,7 +75,8 @@ READ_FIRST += ["zoo/core", "zoo/training", "zoo/config.py", "zoo/files.py"]
 FAMILY = 130
 WINGS = {
     "quick": (["zoo/core/decoding.py", "zoo/bench/generation.py", "zoo/bench/startup.py"], 260),
-    "compare": (["zoo/compare", "zoo/evaluate.py", "zoo/training/start.py", "zoo/training/budget.py"], 900),
+    "compare": (["zoo/compare", "zoo/evaluate.py"], 900),
+    "start": (["zoo/training/start.py", "zoo/training/budget.py"], 125),
     "tasks": ([f"zoo/tasks/{name}.py" for name in ("modules", "recall", "markov")], 600),
     "hybrids": ([f"zoo/models/{name}.py" for name in ("hyper_moe", "merged_experts", "fast_weights")], 3 * FAMILY),
     "tests of wings": (

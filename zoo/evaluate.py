@@ -76,6 +76,7 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     quiet()
     model.task.prepare()
     test = Stream(model.task, "test", model.optim.batch_size, batches)
+    test.shuffled = bool(run_options.get("shuffle_context"))
     silent: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     engine = L.Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **silent)
     engine.test(model, test, verbose=False)

@@ -35,7 +35,9 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 class MoEConfig(ModelConfig):
     """hidden: units of one expert; top_k: routed experts that a token uses; shared: experts used always; renormalise:
     chosen weights sum to 1 (null: yes, except at top_k=1); route_on: the token's state, or the context's mean (on text
-    all earlier chunks of `chunk` tokens); bias_rate: step of the selection bias that balances without a loss."""
+    all earlier chunks of `chunk` tokens); bias_rate: step of the selection bias that balances without a loss; router:
+    null models are frozen, a hash of states by random projections (Roller et al. 2021, arXiv 2106.04426), and uniform,
+    which goes round all experts by the place of the token, whatever it is."""
 
     name: str = "moe"
     hidden: int = 64
@@ -45,6 +47,7 @@ class MoEConfig(ModelConfig):
     score: Literal["softmax", "sigmoid", "linear"] = "softmax"
     renormalise: bool | None = None
     route_on: Literal["token", "context"] = "token"
+    router: Literal["learned", "frozen", "uniform"] = "learned"
     chunk: int | None = None
     balance_weight: float = 0.01
     z_weight: float = 0.001
@@ -64,7 +67,11 @@ class MoEConfig(ModelConfig):
         by_chunk = self.route_on == "context" and not task.n_context
         chunk = open_chunk(self.chunk, task, None if by_chunk else "model.route_on=context and running text")
         renormalise = sensible if self.renormalise is None else self.renormalise
-        return replace(super().resolve(task), renormalise=renormalise, chunk=chunk)
+        if self.router == "uniform" and self.route_on == "context":
+            raise ValueError("model.router=uniform routes on no state: leave model.route_on=context away")
+        # with nothing to learn, states must not be balanced in its place
+        off: dict[str, Any] = {} if self.router == "learned" else {"balance_weight": 0.0, "z_weight": 0.0}
+        return replace(super().resolve(task), renormalise=renormalise, chunk=chunk, **off)
 
     @property
     def decoder_options(self) -> dict[str, Any]:
@@ -80,15 +87,21 @@ class Router(nn.Module):
     """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters; `bias` moves
     the choice but not the weights (Wang et al. 2024, arXiv 2408.15664)."""
 
+    weight: Tensor
     bias: Tensor
 
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.randn(config.experts, config.dim) * config.dim**-0.5)
+        weight = torch.randn(config.experts, config.dim) * config.dim**-0.5
+        if config.router == "learned":
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.zeros(config.experts))
 
-    def forward(self, z_BTD: Tensor) -> Routing:
+    def forward(self, z_BTD: Tensor, first: int = 0) -> Routing:
+        """The routing of states of which the first stands at place `first`."""
         config, dtype = self.config, torch.promote_types(z_BTD.dtype, torch.float32)
         with torch.autocast(z_BTD.device.type, enabled=False):
             # experts first: a softmax over fewer than 16 numbers of each token takes a CPU ten times as long
@@ -98,6 +111,11 @@ class Router(nn.Module):
         )
         index_BTK = (score_BTE.detach() + self.bias).topk(config.top_k, -1).indices
         weight_BTK = score_BTE.gather(-1, index_BTK)
+        if config.router == "uniform":
+            place_TK = first * config.top_k + torch.arange(index_BTK[0].numel(), device=z_BTD.device).view_as(
+                index_BTK[0]
+            )
+            index_BTK, weight_BTK = (place_TK % config.experts).expand_as(index_BTK), torch.ones_like(weight_BTK)
         if config.renormalise:
             weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
         if config.shared:
@@ -141,7 +159,7 @@ class ExpertRouting(ContextToDelta):
                     for so_far, of_all in zip(seen, context, strict=True)
                 )
             state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
-        return Patch(routing=self.routers[layer](state_BTD), counted=real)
+        return Patch(routing=self.routers[layer](state_BTD, cache.tokens if cache else 0), counted=real)
 
     def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
         """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""

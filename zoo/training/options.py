@@ -26,7 +26,8 @@ class RunConfig:
     """Options of a run, see docs/configuration.md; model, task and optim are groups of their own. validate_every and
     log_every count optimiser steps, validation_batches and test_batches batches of optim.batch_size sequences. init:
     the run or checkpoint whose weights a new run begins with; init_frozen: it trains the family's own alone. budget:
-    model.hidden is such that the model costs as much as the default transformer, or as the run budget_of."""
+    model.hidden is such that the model costs as much as the default transformer, or as the run budget_of.
+    shuffle_context: a null model, which sees the contexts of other sequences alone."""
 
     model: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
@@ -37,6 +38,7 @@ class RunConfig:
     validation_batches: int = 8
     test_batches: int = 20
     overfit: bool = False
+    shuffle_context: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
     budget: Literal["params", "active_params", "flops"] | None = None

@@ -19,14 +19,7 @@ from zoo.files import to_json, whole, write
 from zoo.models import Model, flops
 from zoo.training.data import Stream
 
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
 """FLOP/s of dense products in 16 bits, by a part of the name of a GPU, from NVIDIA's data sheets."""
 
 

@@ -92,6 +92,8 @@ def train(
         training.start, training.repeat = saved.get("global_step", 0), config.overfit
         validation = Stream(network.task, "validation", size, config.validation_batches, **where)
         test = Stream(network.task, "test", size, config.test_batches, **where)
+        for stream in (training, validation, test):
+            stream.shuffled = config.shuffle_context
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(network)
         try:

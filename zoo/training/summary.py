@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
 def closing(metrics: dict[str, Any]) -> str:
     """The table at the end of a run."""
     explain = TASKS[metrics["task"]].explain
-    rows = [(explain(name), _number(value)) for name, value in metrics["test"].items()]
+    rows = [(explain(name), number(value)) for name, value in metrics["test"].items()]
     rows += [
         ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),
         ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),
@@ -42,29 +41,13 @@ def closing(metrics: dict[str, Any]) -> str:
     return "\n".join(["", head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)])
 
 
-def sweep(folder: Path) -> str:
-    """The table of all jobs of a sweep, those that are not complete included."""
-    runs = sorted({path.parent.parent for path in folder.glob("*/checkpoints/*.ckpt")})
-    rows = [("job", "steps", "seconds", "parameters", "test")]
-    for run in runs:
-        try:
-            metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-            test = f"{metrics['main_metric']} {_number(metrics['test'][metrics['main_metric']])}"
-            size = f"{metrics['params_total']:,}"
-            rows.append((run.name, str(metrics["steps"]), f"{metrics['seconds']:.0f}", size, test))
-        except (OSError, ValueError, KeyError, TypeError):
-            rows.append((run.name, "", "", "", "not complete"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(["", f"{folder}: {len(runs)} runs", *lines])
-
-
 def title(metrics: dict[str, Any]) -> str:
     """One line that names a run."""
     return f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """As tables show it."""
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 

@@ -1,0 +1,25 @@
+"""The table at the end of a sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from zoo.training.summary import number
+
+
+def table(folder: Path) -> str:
+    """The table of all jobs of a sweep, those that are not complete included."""
+    runs = sorted({path.parent.parent for path in folder.glob("*/checkpoints/*.ckpt")})
+    rows = [("job", "steps", "seconds", "parameters", "test")]
+    for run in runs:
+        try:
+            metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+            test = f"{metrics['main_metric']} {number(metrics['test'][metrics['main_metric']])}"
+            size = f"{metrics['params_total']:,}"
+            rows.append((run.name, str(metrics["steps"]), f"{metrics['seconds']:.0f}", size, test))
+        except (OSError, ValueError, KeyError, TypeError):
+            rows.append((run.name, "", "", "", "not complete"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(["", f"{folder}: {len(runs)} runs", *lines])
