@@ -77,6 +77,7 @@ WINGS = {
     "quick": (["zoo/core/decoding.py", "zoo/bench/generation.py", "zoo/bench/startup.py"], 260),
     "compare": (["zoo/compare", "zoo/evaluate.py"], 900),
     "start": (["zoo/training/start.py", "zoo/training/budget.py"], 125),
+    "shipped": (["zoo/training/shipped.py", "zoo/training/card.py", "zoo/ship.py"], 150),
     "tasks": ([f"zoo/tasks/{name}.py" for name in ("modules", "recall", "markov")], 600),
     "hybrids": ([f"zoo/models/{name}.py" for name in ("hyper_moe", "merged_experts", "fast_weights")], 3 * FAMILY),
     "tests of wings": (

@@ -12,14 +12,21 @@ if TYPE_CHECKING:
     from zoo.tasks import TASKS
     from zoo.training.checkpoint import load
     from zoo.training.run import train
+    from zoo.training.shipped import names as shipped
 
 __version__ = VERSION
-__all__ = ["MODELS", "TASKS", "__version__", "load", "train"]
-PLACES = {"MODELS": "zoo.models", "TASKS": "zoo.tasks", "load": "zoo.training.checkpoint", "train": "zoo.training.run"}
+__all__ = ["MODELS", "TASKS", "__version__", "load", "shipped", "train"]
+PLACES = {
+    "MODELS": "zoo.models",
+    "TASKS": "zoo.tasks",
+    "load": "zoo.training.checkpoint",
+    "train": "zoo.training.run",
+    "shipped": "zoo.training.shipped",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Loads torch and lightning when something that needs them is first used, not at import."""
     if name in PLACES:
-        return getattr(import_module(PLACES[name]), name)
+        return getattr(import_module(PLACES[name]), {"shipped": "names"}.get(name, name))
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

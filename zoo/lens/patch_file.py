@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -33,7 +32,6 @@ from zoo.training.validate import like
 
 SCHEMA = 1
 DESCRIPTION = {"schema": 0, "version": "", "fingerprint": "", "layers": 0, "about": {}, "chunks": None}
-HEADER = 1 << 23  # bytes of names, shapes and description
 PLACES = [str(place) for place in range(16)]  # of the terms of a sum
 KINDS: dict[str, tuple[type[Any], dict[str, str]]] = {
     "LowRank": (LowRank, {"u": "or", "v": "ir", "core": "tr"}),
@@ -121,14 +119,7 @@ def _is_chunk(chunk: Any) -> bool:
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = untrusted.regular(path, "patch file")
     try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-        if size > HEADER:
-            raise ValueError(f"a header of {size} bytes")
-        with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get("zoo", "")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        description = untrusted.copied(json.loads(header), 0)
+        description, tensors = untrusted.described(file)
         like(description, DESCRIPTION, "")
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path} is damaged or no patch file of this zoo: {one_line(error, 200)}") from None

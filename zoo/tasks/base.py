@@ -108,6 +108,10 @@ class Task(ABC):
         """Gets the data ready before a run starts; raises ValueError where it cannot be had."""
         return
 
+    def origin(self) -> str:
+        """Where the data come from, and under which licence."""
+        return f"Drawn at random from the seed, {self.seed}: nobody's."
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the task beside its options, as plain values for a checkpoint, such as a tokenizer."""
         return {}

@@ -16,7 +16,7 @@ from zoo.config import VERSION
 from zoo.console import describe
 from zoo.files import home, whole
 from zoo.models import Model
-from zoo.training import untrusted, validate
+from zoo.training import shipped, untrusted, validate
 
 SCHEMA = 5
 
@@ -68,8 +68,8 @@ def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
     file: Any = path.get("checkpoint") if isinstance(path, Mapping) else path
     with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name
         file = home(file)
-        if not file.exists() and Path("runs", file).exists():
-            file = Path("runs", file)
+        if not file.exists():
+            file = Path("runs", file) if Path("runs", file).exists() else shipped.find(path) or file
         file = file.parent if file.name == "checkpoints" else file
         if file.is_dir():
             runs = [file] if (file / "checkpoints").is_dir() else [found.parent for found in file.glob("*/checkpoints")]
@@ -84,7 +84,8 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
     Raises ValueError for files that are not ours or damaged, or that hold options, names, weights or states unknown
     here."""
     try:
-        checkpoint = _at_schema(untrusted.contents(path))
+        reader = shipped if path.suffix == ".safetensors" else untrusted
+        checkpoint = _at_schema(reader.contents(path))
         model = validate.model(checkpoint)
         return validate.state(checkpoint, model) if resume else checkpoint
     except Exception as error:  # damaged files, and families of somebody else, fail in many ways
@@ -109,7 +110,8 @@ def _at_schema(content: Any) -> dict[str, Any]:
 
 def load(path: str | Path | Mapping[str, Any]) -> Model:
     """The model of a checkpoint file, or the best one of a run, in eval mode on the CPU; path: as of find, e.g.
-    hypernet-regression for the latest run of it. Raises ValueError as find and read do."""
+    hypernet-regression for the latest run of it, or regression/hypernet, which comes with the package. Raises
+    ValueError as find and read do."""
     checkpoint = read(find(path, "best"))
     model = validate.build(checkpoint["hyper_parameters"])
     model.on_load_checkpoint(checkpoint)

@@ -19,11 +19,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
 from zoo.console import Untested, describe, say, warn
+from zoo.files import write
 from zoo.models import Model
 from zoo.training import checkpoint, results, validate
 from zoo.training import summary as report
 from zoo.training.budget import fitted
 from zoo.training.callbacks import Keeper
+from zoo.training.card import card
 from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import place, taken
@@ -144,6 +146,7 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         sequences = results.by_sequence(model, test)
         if engine.is_global_zero:
             results.save(folder / "metrics.json", metrics, sequences, folder / "test.npz")
+            write(folder / "card.md", card(metrics, model.task))
             try:
                 report.curve(folder, report.title(metrics), model.task.unit, model.task.baselines())
             except Exception as error:

@@ -3,6 +3,7 @@ sees it, and what comes out is copied, so that nothing shared, subclassed or end
 
 from __future__ import annotations
 
+import json
 import math
 import pickletools
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from zoo.config import show
@@ -18,6 +20,7 @@ from zoo.config import show
 CODES = 400_000  # opcodes of a pickle, beside one for each BYTES of the file; a tensor takes 35
 BYTES = 200
 DEPTH = 32
+HEADER = 1 << 23  # bytes of names, shapes and description in a file of safetensors
 ITEMS = 1_000_000  # values in all, a shared one at each place
 TUPLE = 1000  # values in a tuple and the tuples in it: a dict hashes them all
 GLOBALS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w{1,20}Storage")
@@ -46,6 +49,18 @@ def contents(path: Path) -> Any:
     except Exception:  # damaged files fail in many ways, none of which the user can tell apart
         raise ValueError("it is damaged or no checkpoint: torch.load(…, weights_only=True) cannot read it") from None
     return copied(content, size)
+
+
+def described(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """What a file of safetensors says of itself under the key `zoo`, JSON, and its tensors; raises for every other."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+    if size > HEADER:
+        raise ValueError(f"a header of {size} bytes")
+    with safe_open(path, "pt") as opened:
+        header = (opened.metadata() or {}).get("zoo", "")
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return copied(json.loads(header), 0), tensors
 
 
 def _scan(pickle: bytes, codes: int) -> None:

