@@ -1,0 +1,1 @@
+"""Trained runs side by side, from what their folders say."""
