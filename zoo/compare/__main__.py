@@ -11,9 +11,6 @@ from zoo.config import show
 from zoo.console import Parser, command, say
 from zoo.files import write
 
-MANY = 20
-"""Runs, from which on a bar shows how far reading has come."""
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
@@ -44,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from zoo.lens import draw
 
     folders, out = find(options.runs), options.out
-    runs = [read(folder, options.evaluation) for folder in tqdm(folders, unit=" runs", disable=len(folders) < MANY)]
+    runs = [read(folder, options.evaluation) for folder in tqdm(folders, unit=" runs", disable=len(folders) < 20)]
     require_one_test(runs)
     systems = group(runs)
     report = Report(systems, compare(systems))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zoo.compare.runs import Run
 from zoo.compare.systems import System, references
 from zoo.lens.figure import Figure, Lines, Series
 from zoo.tasks import TASKS
@@ -25,10 +24,8 @@ COSTS = {
 }
 """Numbers of metrics.json beside the error, in words."""
 AXES = {name: COSTS[name] for name in ("tokens", "flops", "seconds")}
-SHOWN = 7
-"""Systems in one picture: as many as there are colours. The page shows all."""
-NEAR = 30
-"""A reference this many times away from all systems is named below a figure, and not drawn."""
+SHOWN = 7  # systems in one picture, as many as there are colours; the page shows all
+NEAR = 30  # a reference this many times away from all systems is named below a figure, and not drawn
 BUDGET = "that one is better at another budget, size or learning rate."
 
 
@@ -55,22 +52,18 @@ def curve(system: System) -> Curve | None:
     steps = sorted(set.intersection(*map(set, by_run)))
     if not steps:
         return None
-    pairs = list(zip(system.runs, by_run, strict=True))
     loss_SK = np.array([[rows[step]["validation_loss"] for step in steps] for rows in by_run])
-    x = {name: np.mean([[_place(run, rows[step], name) for step in steps] for run, rows in pairs], 0) for name in AXES}
-    known = {name: places.tolist() for name, places in x.items() if np.isfinite(places).all()}
-    return Curve(known, loss_SK.mean(0).tolist(), loss_SK.min(0).tolist(), loss_SK.max(0).tolist())
-
-
-def _place(run: Run, row: dict[str, float], name: str) -> float:
-    """Where a row lies: as it says, or, of an older run, by its step; seconds do not follow from steps."""
-    if name in row or name == "seconds":
-        return row.get(name, math.nan)
-    return run.number(name) * row["step"] / max(run.metrics["steps"], 1)
+    x: dict[str, list[float]] = {}
+    for name in AXES:
+        # rows of older runs do not say where they are: tokens and FLOPs follow from their step, seconds do not
+        each = math.nan if name == "seconds" else system.number(name) / max(system.number("steps"), 1)
+        place_K = np.mean([[rows[step].get(name, step * each) for step in steps] for rows in by_run], 0)
+        x |= {name: place_K.tolist()} if np.isfinite(place_K).all() else {}
+    return Curve(x, loss_SK.mean(0).tolist(), loss_SK.min(0).tolist(), loss_SK.max(0).tolist())
 
 
 def curves(systems: list[System], rest: str) -> list[Figure]:
-    """A figure for each schedule of the learning rate, as the loss before the end depends on it."""
+    """A figure for each schedule of the learning rate: the loss before the end depends on it."""
     found = {system.label: (system.schedule, one) for system in systems if (one := curve(system))}
     schedules = dict.fromkeys(schedule for schedule, _ in found.values())
     figures = []
@@ -82,8 +75,8 @@ def curves(systems: list[System], rest: str) -> list[Figure]:
             series = tuple(Series(label, c.x[axis], c.y, c.low, c.high) for label, c in chosen.items() if axis in c.x)
             panels += [Lines(f"against {words}", words, "validation loss", series, log_y=log)] if series else []
         file = "curves" if len(schedules) == 1 else f"curves-{k + 1}"
-        caption = f"Means over seeds, and the range of the seeds.{rest}"
-        figures.append(Figure(file, f"Validation loss, schedule {name}", tuple(panels), caption, BUDGET, columns=3))
+        words = f"Validation loss, schedule {name}", tuple(panels), f"Means over seeds, and their range.{rest}", BUDGET
+        figures.append(Figure(file, *words, columns=3))
     return figures
 
 
@@ -98,7 +91,7 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def pareto(systems: list[System], rest: str) -> Figure:
     """The error against FLOPs, with the front of all systems and the references."""
-    errors = [system.error for system in systems]
+    errors = [system.error() for system in systems]
     means = [one.mean for one in errors]
     levels = {explain(systems, name): one.mean for name, one in references(systems).items()}
     near = {name: y for name, y in levels.items() if min(means) / NEAR <= y <= max(means) * NEAR}
@@ -113,8 +106,7 @@ def pareto(systems: list[System], rest: str) -> Figure:
         best = front(list(zip(x, means, strict=True)))
         series.append(Series("front", [place for place, _ in best], [y for _, y in best], control=True))
         series += [Series(name, [min(x), max(x)], [y, y], control=True) for name, y in near.items()]
-        heights = [*means, *near.values()]
-        log = max(heights) > 10 * min(heights) > 0
+        log = max([*means, *near.values()]) > 10 * min([*means, *near.values()]) > 0
         panels.append(Lines(f"against {COSTS[cost]}", COSTS[cost], explain(systems), tuple(series), log_y=log))
     caption = f"Means over seeds, and their intervals; no system is below and left of the front.{rest}"
     return Figure("pareto", "Error and cost", tuple(panels), caption + (f" Not drawn: {far}." if far else ""), BUDGET)
@@ -132,16 +124,16 @@ def layers(systems: list[System], rest: str) -> list[Figure]:
             spread = [*map(min, y)], [*map(max, y)]
             one = Series(system.label, [*map(str, range(len(y)))], [sum(v) / len(v) for v in y], *spread)
             told.setdefault(name, []).append(one)
-    panels = tuple(
-        Lines(series[0].label if len(series) == 1 else "", "layer", name.replace("_", " "), tuple(series))
-        for name, series in told.items()
-    )
+    alone = {name: series[0].label if len(series) == 1 else "" for name, series in told.items()}
+    panels = tuple(Lines(alone[name], "layer", name.replace("_", " "), tuple(series)) for name, series in told.items())
     caption = f"As validated last: means over seeds, and their range; the entropy of routers is in nats.{rest}"
-    caveat = "that experts which differ are why an error is low."
-    return [Figure("layers", "What layers tell", panels, caption, caveat, columns=3)] if panels else []
+    why = "that experts which differ are why an error is low."
+    return [Figure("layers", "What layers tell", panels, caption, why, columns=3)] if panels else []
 
 
 def all_figures(systems: list[System]) -> list[Figure]:
+    """What is drawn of these systems, the lowest error first."""
+    systems = [System(system.label.replace("$", r"\$"), system.runs) for system in systems]  # or it would be a formula
     chosen, more = systems[:SHOWN], len(systems) - SHOWN
     rest = f" {more} further systems are in index.html and the tables." if more > 0 else ""
     return [*curves(chosen, rest), pareto(systems, rest), *layers(chosen, rest)]

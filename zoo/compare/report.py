@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 from zoo.compare.figures import AXES, COSTS, curve, explain
 from zoo.compare.statistics import Estimate
@@ -40,7 +41,7 @@ class Report:
     def __init__(self, systems: list[System], differences: list[Difference]):
         self.systems, self.differences = systems, differences
         self.facts, self.references = systems[0].runs[0].metrics, references(systems)
-        self.errors = {system.label: system.error for system in systems}
+        self.errors = {system.label: system.error() for system in systems}
         self.costs = {system.label: {name: system.number(name) for name in COSTS} for system in systems}
         runs = sum(len(system.runs) for system in systems)
         self.title = f"{len(systems)} systems on {self.facts['task']}, {runs} runs"
@@ -58,8 +59,7 @@ class Report:
 
     def pairs(self) -> Cells:
         """The differences of all pairs."""
-        head = ["first", "second", "first − second", "95 % interval", "verdict", "P(first is better)", "seeds won"]
-        cells = [head]
+        cells = [["first", "second", "first − second", "95 % interval", "verdict", "P(first is better)", "seeds won"]]
         for one in self.differences:
             sure = "–" if one.size.below is None else f"{one.size.below:.3f}"
             measured = [number(one.size.mean), interval(one.size), one.verdict, sure, f"{one.wins} of {one.seeds}"]
@@ -78,18 +78,14 @@ class Report:
         """All tables and notes; | and < of labels are escaped."""
 
         def table(cells: Cells) -> str:
-            clean = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in cells]
+            clean = [[cell.replace("|", "\\|") for cell in row] for row in cells]
             clean.insert(1, ["---"] * len(cells[0]))
             return "\n".join(f"| {' | '.join(row)} |" for row in clean)
 
-        parts = [
-            f"# {self.title}",
-            table(self.main()),
-            *(f"- {note.replace('<', '&lt;')}" for note in notes(self.systems)),
-        ]
+        parts = [f"# {self.title}", table(self.main()), "\n".join(f"- {note}" for note in notes(self.systems))]
         for head, cells in {"Differences": self.pairs(), "Further entries of the test": self.others()}.items():
             parts += [f"## {head}", table(cells)] if len(cells) > 1 else []
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join(filter(None, parts)).replace("<", "&lt;") + "\n"
 
     def csv(self) -> str:
         """The rows of the main table with all digits; nothing where a number is not known."""
@@ -109,20 +105,12 @@ class Report:
         for system in self.systems:
             tests = {name: one._asdict() for name in self.facts["test"] if (one := system.metric(name))}
             runs = [{"folder": str(run.folder), "seed": run.seed, "error": run.error} for run in system.runs]
-            error = self.errors[system.label]._asdict()
-            costs = self.costs[system.label]
-            systems.append({"label": system.label, "error": error, "test": tests, "runs": runs, **costs})
+            known = {"label": system.label, "error": self.errors[system.label]._asdict(), "test": tests, "runs": runs}
+            systems.append(known | self.costs[system.label])
+        said: dict[str, Any] = {name: self.facts.get(name) for name in ("task", "main_metric", "evaluation", "data")}
+        said |= {"systems": systems, "references": {name: one._asdict() for name, one in self.references.items()}}
         pairs = [one._asdict() | {"size": one.size._asdict(), "verdict": one.verdict} for one in self.differences]
-        said = {
-            **{name: self.facts.get(name) for name in ("task", "main_metric", "evaluation", "data")},
-            "systems": systems,
-            "references": {name: one._asdict() for name, one in self.references.items()},
-            "differences": [
-                one._asdict() | {"size": one.size._asdict(), "verdict": one.verdict} for one in self.differences
-            ],
-            "notes": notes(self.systems),
-        }
-        return to_json(said, 1) + "\n"
+        return to_json({**said, "differences": pairs, "notes": notes(self.systems)}, 1) + "\n"
 
     def html(self) -> str:
         """page.html with its data and plotly.js inside; raises ValueError where plotly is not installed."""
@@ -133,24 +121,15 @@ class Report:
             raise ValueError(f"index.html needs plotly, all else is written; install it with {extra}") from None
         systems, curves = [], []
         for k, (system, text) in enumerate(zip(self.systems, self.main()[1:], strict=False)):
-            colour, one = COLOURS[k % len(COLOURS)], self.errors[system.label]
-            looks = {"label": system.label, "colour": colour, "text": text, "costs": self.costs[system.label]}
-            systems.append({**looks, "error": one.mean, "low": one.low, "high": one.high})
+            one = self.errors[system.label]
+            said = {"label": system.label, "error": one.mean, "low": one.low, "high": one.high, "text": text}
+            systems.append({**said, "colour": COLOURS[k % len(COLOURS)], "costs": self.costs[system.label]})
             if found := curve(system):
                 curves.append({"of": k, "schedule": system.schedule, **found._asdict()})
-        data = {
-            "title": self.title,
-            "metric": explain(self.systems),
-            "costs": COSTS,
-            "axes": AXES,
-            "systems": systems,
-            "references": [
-                {"label": explain(self.systems, n), "error": one.mean} for n, one in self.references.items()
-            ],
-            "curves": curves,
-            "tables": {"systems": self.main(), "differences": self.pairs(), "others": self.others()},
-            "notes": notes(self.systems),
-        }
+        levels = [{"label": explain(self.systems, name), "error": one.mean} for name, one in self.references.items()]
+        data: dict[str, Any] = {"title": self.title, "metric": explain(self.systems), "costs": COSTS, "axes": AXES}
+        data |= {"systems": systems, "references": levels, "curves": curves, "notes": notes(self.systems)}
+        data["tables"] = {"systems": self.main(), "differences": self.pairs(), "others": self.others()}
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         safe = to_json(data).replace("<", "\\u003c")  # no text of a label ends the script that holds it
-        return page.replace("{{data}}", safe).replace("{{plotly}}", get_plotlyjs())
+        return page.replace("{{plotly}}", get_plotlyjs()).replace("{{data}}", safe)

@@ -1,7 +1,4 @@
-"""Run folders as data: what metrics.json, metrics.jsonl and test.npz say, and whether runs can be compared.
-
-Axes: N sequences of a test.
-"""
+"""Run folders as data: what their files say of a test of N sequences, and whether runs can be compared."""
 
 from __future__ import annotations
 
@@ -20,15 +17,14 @@ import numpy as np
 from zoo.config import one_line, show
 from zoo.console import warn
 
-BYTES = {".json": 4 << 20, ".jsonl": 256 << 20, ".npz": 64 << 20}
-"""The largest files that are read."""
+BYTES = {".json": 4 << 20, ".jsonl": 256 << 20, ".npz": 64 << 20}  # the largest files that are read
+NAME = re.compile(r"[\w./-]{1,80}")
 TEXTS, GROUPS = ("task", "model", "main_metric"), ("test", "config")
 COUNTS = ("seed", "steps", "tokens", "params_total", "params_active")
 NUMBERS = ("seconds", "tokens_per_second", "flops_per_token")
 OF_TEST = ("task", "data", "evaluation", "main_metric", "test", "config")
 """What evaluations/NAME.json says in place of metrics.json."""
-PLACES = ("task.files", "task.hub")
-"""May differ where the data have equal digests."""
+PLACES = ("task.files", "task.hub")  # may differ where the data have equal digests
 DAMAGE = (ValueError, TypeError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading raises where a file is cut short, altered, or of another kind."""
 
@@ -62,11 +58,8 @@ class Run:
     def test(self) -> dict[str, Any]:
         """What the test is of, which runs that are compared must share."""
         config, said = flat(self.metrics["config"]), self.metrics.get("evaluation")
-        batches, size = config.get("test_batches"), config.get("optim.batch_size")
-        tested = {"split": "test", "batches": batches, "batch_size": size, "seed": self.seed}  # of an older run
-        tested |= said if isinstance(said, dict) else {}
-        if tested["seed"] == self.seed:
-            tested["seed"] = "that of the run"
+        tested = {"split": "test", "batches": config.get("test_batches"), "batch_size": config.get("optim.batch_size")}
+        tested |= {"seed": self.seed} | (said if isinstance(said, dict) else {})  # older runs do not say it
         options = {name: value for name, value in config.items() if name.startswith("task.")}
         facts = {name: self.metrics.get(name) for name in ("task", "main_metric", "data")}
         return facts | options | {f"evaluation.{name}": value for name, value in tested.items()}
@@ -74,6 +67,10 @@ class Run:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if _finite(value) and NAME.fullmatch(name)}
 
 
 def flat(options: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -90,16 +87,13 @@ def find(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is no folder: give run folders, or folders that hold some")
-        unfinished = []
         for place, inner, files in os.walk(path):
             inner.sort()
             if "metrics.json" in files:
                 found.setdefault(Path(place).resolve(), Path(place))
                 inner.clear()
             elif "metrics.jsonl" in files:
-                unfinished.append(place)
-        if unfinished:
-            warn(f"{len(unfinished)} runs have not ended and are left out, {unfinished[0]} first")
+                warn(f"{place} is left out: the run has not ended")
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no metrics.json, which a run writes at its end")
     return list(found.values())
@@ -115,13 +109,13 @@ def read(folder: Path, evaluation: str | None = None) -> Run:
         if not path.is_file():
             raise ValueError(f"{path} is missing: python -m zoo.evaluate writes it")
         metrics |= {name: value for name, value in _object(path).items() if name in OF_TEST}
-    wrong = [name for name in TEXTS if not re.fullmatch(r"[\w.-]{1,80}", str(metrics.get(name)))]
+    wrong = [name for name in TEXTS if not (isinstance(metrics.get(name), str) and NAME.fullmatch(metrics[name]))]
     wrong += [name for name in COUNTS if not (_finite(metrics.get(name)) and isinstance(metrics[name], int))]
     wrong += [name for name in NUMBERS if not _finite(metrics.get(name))]
     wrong += [name for name in GROUPS if not isinstance(metrics.get(name), dict)]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is {show(metrics.get(wrong[0]))}, which no run writes")
-    metrics["test"] = {one_line(name, 80): value for name, value in metrics["test"].items() if _finite(value)}
+    metrics["test"] = _numbers(metrics["test"])
     if metrics["main_metric"] not in metrics["test"]:
         raise ValueError(f"{path}: the test has no finite {metrics['main_metric']}")
     run = Run(folder, metrics, _rows(folder / "metrics.jsonl"), *_errors(arrays))
@@ -133,9 +127,8 @@ def read(folder: Path, evaluation: str | None = None) -> Run:
 
 
 def _bounded(path: Path) -> Path:
-    size, limit = path.stat().st_size, BYTES[path.suffix]
-    if size > limit:
-        raise ValueError(f"{path} has {size:,} bytes: at most {limit:,} are read")
+    if path.stat().st_size > BYTES[path.suffix]:
+        raise ValueError(f"{path} has more than {BYTES[path.suffix]:,} bytes, the most that is read")
     return path
 
 
@@ -158,7 +151,7 @@ def _rows(path: Path) -> list[dict[str, float]]:
         except DAMAGE:
             continue
         if isinstance(row, dict) and _finite(row.get("step")):
-            rows.append({name: value for name, value in row.items() if _finite(value)})
+            rows.append(_numbers(row))
     return rows
 
 
@@ -183,9 +176,11 @@ def _errors(path: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
 
 def require_one_test(runs: list[Run]) -> None:
     """Raises ValueError, with the differences named, unless all runs answered the same test."""
-    first = runs[0].test()
-    for run in runs[1:]:
-        other = run.test()
+    tests = [run.test() for run in runs]
+    if all(test["evaluation.seed"] == run.seed for test, run in zip(tests, runs, strict=True)):
+        tests = [{**test, "evaluation.seed": "that of the run"} for test in tests]
+    first = tests[0]
+    for run, other in zip(runs, tests, strict=True):
         known = first["data"] is not None and other["data"] is not None
         free = PLACES if known else ("data",)  # older runs do not say it
         differ = [name for name in first | other if name not in free and first.get(name) != other.get(name)]

@@ -1,8 +1,8 @@
 """Means and differences of errors, with intervals that hold at three seeds.
 
-A bootstrap that resamples three seeds is far too narrow: two equal systems differ by it in every third comparison. Here an
-analysis of variance says how much of the spread is of seeds and how much of sequences that seeds share, and Student's t
-how little three seeds know. Axes: S seeds, N sequences of a test.
+A bootstrap that resamples three seeds is far too narrow: by it two equal systems differ in every third comparison.
+Here an analysis of variance says how much of the spread is of seeds and how much of sequences that seeds share, and
+Student's t how little three seeds know. Axes: S seeds, N sequences of a test.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ ANGLE = np.linspace(0, np.pi / 2, 10_001)
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, the ends of its 95 % interval, and how probable it is that the true mean lies below 0; the last
-    three are None for fewer than three seeds."""
+    """A mean over seeds, the ends of its 95 % interval, and how probable it is that the true mean lies below 0; the
+    last three are None for fewer than three seeds."""
 
     mean: float
     low: float | None = None
@@ -39,9 +39,9 @@ def estimate(values_SN: np.ndarray) -> Estimate:
     """The mean of values that vary by seed and by sequence, as of further seeds and sequences.
 
     Two-way random effects: the variance of the mean is (M_seeds + max(M_sequences − M_rest, 0)) / SN, of mean squares
-    M. The second part is what sequences share across seeds; it is 0, but for chance, where each seed has sequences of its
-    own, whose noise is then part of the spread of seeds. The degrees of freedom, S − 1 and more where sequences have the
-    larger part, are those of Hillis (2007, Statistics in Medicine 26:596-619)."""
+    M. The second part is what sequences share across seeds; it is 0, but for chance, where each seed has sequences of
+    its own, whose noise is then part of the spread of seeds. The degrees of freedom, S − 1 and more where sequences
+    have the larger part, are those of Hillis (2007, Statistics in Medicine 26:596-619)."""
     S, N = values_SN.shape
     mean_S, mean = values_SN.mean(1), float(values_SN.mean())
     if S < ENOUGH:
@@ -55,14 +55,9 @@ def estimate(values_SN: np.ndarray) -> Estimate:
     if error == 0:
         return Estimate(mean, mean, mean, float(np.heaviside(-mean, 0.5)))
     df = min((S - 1) * (1 + shared / max(seeds, 1e-300)) ** 2, 1e4)
-    inside = _inside(df)
+    density = np.cos(ANGLE) ** (df - 1)  # of Student's t, by the angle whose tangent is t / √df
+    inside = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    inside /= inside[-1]
     reach = error * np.sqrt(df) * np.tan(np.interp(LEVEL, inside, ANGLE))
     beyond = np.interp(np.arctan(abs(mean) / error / np.sqrt(df)), ANGLE, inside) / 2
     return Estimate(mean, float(mean - reach), float(mean + reach), float(0.5 - np.copysign(beyond, mean)))
-
-
-def _inside(df: float) -> np.ndarray:
-    """P(|T| ≤ √df tan φ) at the angles φ, of Student's t: the density of φ is proportional to cos(φ)^(df − 1)."""
-    density = np.cos(ANGLE) ** (df - 1)
-    total = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return total / total[-1]

@@ -1,4 +1,4 @@
-"""Systems: runs that differ in their seed alone, with a label that says what sets them apart, and their differences.
+"""Systems: runs that differ in their seed alone, by labels that say what sets them apart, and their differences.
 
 Axes: S seeds, N sequences of a test.
 """
@@ -20,10 +20,8 @@ from zoo.config import show
 
 ELSEWHERE = {"seed", "out", "resume", "logger", "trainer", "placement", "task"}
 """Options of a run that do not say which system it is: that of the task is the same for all."""
-BODY = {f"model.{name}" for name in ("dim", "layers", "heads", "kv_heads", "tied")}
-"""Options of models that mean the same in every family."""
-BUDGETS = ("steps", "tokens", "precision", "accelerator", "devices")
-"""What a fair comparison has alike, or says."""
+BODY = {f"model.{name}" for name in ("dim", "layers", "heads", "kv_heads", "tied")}  # of every family
+BUDGETS = ("steps", "tokens", "precision", "accelerator", "devices")  # which a fair comparison has alike, or says
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,13 @@ class System:
     @property
     def schedule(self) -> str:
         """Of the learning rate."""
-        return str(flat(self.runs[0].metrics["config"]).get("optim.schedule", "unknown"))
+        name = str(flat(self.runs[0].metrics["config"]).get("optim.schedule"))
+        return name if name.isalnum() else "unknown"
 
     def number(self, name: str) -> float:
         """The mean over runs of a number of metrics.json, nan where one run does not say it."""
         return float(np.mean([run.number(name) for run in self.runs]))
 
-    @property
     def error(self) -> Estimate:
         """The main metric over seeds and sequences."""
         return estimate(values(self.runs))
@@ -79,16 +77,13 @@ def values(runs: list[Run], others: list[Run] | None = None) -> np.ndarray:
         if a.weight_N is not None and b.weight_N is not None and not np.array_equal(a.weight_N, b.weight_N):
             counts = " and ".join(f"{len(w)} sequences of {w.sum():.0f} predictions" for w in (a.weight_N, b.weight_N))
             raise ValueError(f"{a.folder} and {b.folder} had different tests, {counts}: test one of them again")
-    every = [*runs, *(others or [])]
-    kept = [run.errors_N for run in every if run.errors_N is not None]
-    if len(kept) < len(every) or len({*map(len, kept)}) > 1:
-        kept, weight_SN = [np.array([run.error]) for run in every], np.ones((len(runs), 1))
-    else:
-        weight_SN = np.stack([run.weight_N for run in runs])  # type: ignore[misc]
-    errors_SN = np.stack(kept)
-    if others:
-        errors_SN = errors_SN[: len(runs)] - errors_SN[len(runs) :]
-    return weighted(errors_SN, weight_SN)
+    S, every = len(runs), [*runs, *(others or [])]
+    errors = [run.errors_N for run in every if run.errors_N is not None]
+    weights = [run.weight_N for run in runs if run.weight_N is not None]
+    if len(errors) < len(every) or len({*map(len, errors)}) > 1:
+        errors, weights = [np.array([run.error]) for run in every], [np.ones(1)] * S
+    errors_SN = np.stack(errors[:S]) - (np.stack(errors[S:]) if others else 0)
+    return weighted(errors_SN, np.stack(weights))
 
 
 def compare(systems: list[System]) -> list[Difference]:
@@ -107,22 +102,20 @@ def compare(systems: list[System]) -> list[Difference]:
 def group(runs: list[Run]) -> list[System]:
     """The systems of these runs, the lowest error first; raises ValueError for two runs of one system and seed."""
     members: dict[str, list[Run]] = defaultdict(list)
-    identities: dict[str, dict[str, str]] = {}
     for run in runs:
         config = {name: value for name, value in run.metrics["config"].items() if name not in ELSEWHERE}
         options = flat({**config, "precision": run.metrics.get("precision")}) | {"model.name": run.metrics["model"]}
         identity = {name: json.dumps(value) for name, value in options.items() if value is not None}
-        key = json.dumps(identity, sort_keys=True)
-        twice = [other.folder for other in members[key] if other.seed == run.seed]
-        if twice:
-            same = f"{twice[0]} and {run.folder} are the same system with the same seed, {run.seed}"
-            raise ValueError(f"{same}: name one of them")
-        members[key].append(run)
-        identities[key] = identity
-    labels = _labels([*identities.values()])
+        alike = members[json.dumps(identity, sort_keys=True)]
+        for other in alike:
+            if other.seed == run.seed:
+                both = f"{other.folder} and {run.folder} are the same system with the same seed, {run.seed}"
+                raise ValueError(f"{both}: name one of them")
+        alike.append(run)
+    labels = _labels([json.loads(identity) for identity in members])
     found = [
-        System(label, sorted(members[key], key=lambda run: run.seed))
-        for key, label in zip(identities, labels, strict=True)
+        System(label, sorted(same, key=lambda run: run.seed))
+        for label, same in zip(labels, members.values(), strict=True)
     ]
     return sorted(found, key=lambda system: float(np.mean([run.error for run in system.runs])))
 
@@ -131,19 +124,16 @@ def _labels(identities: list[dict[str, str]]) -> list[str]:
     """Family names, with the options that differ: a family's own within it, those that all share anywhere."""
 
     def differing(among: list[dict[str, str]]) -> set[str]:
-        names = {name for identity in among for name in identity}
-        return {name for name in names if len({identity.get(name) for identity in among}) > 1}
+        return {name for name in set().union(*among) if len({identity.get(name) for identity in among}) > 1}
 
     anywhere = {name for name in differing(identities) if not name.startswith("model.") or name in BODY}
     labels, seen = [], Counter[str]()
     for identity in identities:
-        family = json.loads(identity["model.name"])
-        own = differing([other for other in identities if other["model.name"] == identity["model.name"]])
-        words = [family]
-        for name in sorted(own | anywhere):
-            value = json.loads(identity.get(name, "null"))
-            text = value if isinstance(value, str) and value.isprintable() else show(value, 40)
-            words.append(f"{name.removesuffix('.name').rpartition('.')[2]}={text[:40]}")
+        family = identity["model.name"]
+        words = [family.strip('"')]
+        for name in sorted(anywhere | differing([other for other in identities if other["model.name"] == family])):
+            value = identity.get(name, "null").strip('"')[:40]
+            words.append(f"{name.removesuffix('.name').rpartition('.')[2]}={value}")
         label = ", ".join(words)
         seen[label] += 1  # long values are cut, and may then agree
         labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
@@ -152,16 +142,15 @@ def _labels(identities: list[dict[str, str]]) -> list[str]:
 
 def references(systems: list[System]) -> dict[str, Estimate]:
     """Entries of the test that no model enters, as an optimum and trivial answers: several systems have them alike."""
-    found = {}
-    metrics = systems[0].runs[0].metrics
-    for name in metrics["test"].keys() - {metrics["main_metric"]}:
+    found, metrics = {}, systems[0].runs[0].metrics
+    for name in [name for name in metrics["test"] if name != metrics["main_metric"]]:
         by_seed: dict[int, list[float]] = defaultdict(list)
         for run in (run for system in systems for run in system.runs):
             by_seed[run.seed].append(run.metrics["test"].get(name, math.nan))
         alike = all(np.allclose(entries, entries[0], rtol=1e-4, atol=1e-12) for entries in by_seed.values())
         if alike and max(map(len, by_seed.values())) > 1:
             found[name] = estimate(np.array([entries[:1] for entries in by_seed.values()]))
-    return {name: found[name] for name in metrics["test"] if name in found}
+    return found
 
 
 def notes(systems: list[System]) -> list[str]:
@@ -173,9 +162,8 @@ def notes(systems: list[System]) -> list[str]:
             for value in sorted({show(run.metrics.get(name)).strip("'") for run in system.runs}):
                 labels[value].append(system.label)
         if len(labels) > 1:
-            said.append(
-                f"Unequal {name}: " + "; ".join(f"{value}: {', '.join(those)}" for value, those in labels.items())
-            )
+            parts = [f"{value} ({', '.join(those)})" for value, those in labels.items()]
+            said.append(f"Unequal {name}: {'; '.join(parts)}")
     few = [f"{system.label} ({len(system.runs)})" for system in systems if len(system.runs) < ENOUGH]
     kept = [system.label for system in systems if any(run.errors_N is None for run in system.runs)]
     said += [f"Fewer than {ENOUGH} seeds, so no interval: {'; '.join(few)}"] if few else []
