@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,47 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compared import write_run, write_sweep
 from runs import small
 from zoo.compare.__main__ import main
 from zoo.compare.figures import all_figures, curve, front
 from zoo.compare.runs import BYTES, find, read
 from zoo.compare.statistics import estimate, weighted
 from zoo.compare.systems import Difference, System, compare, group, values
-
-NAMES = {"transformer": 0.3, "hypernet": 0.2, "moe": 0.25}
-
-
-def write_run(folder: Path, model: str = "transformer", seed: int = 0, errors: Any = None, **changes: Any) -> Path:
-    """A run folder as training writes it; errors: (N) of its test; changes: of metrics.json, by dotted names."""
-    options = {"name": model, "dim": 64, "layers": 2, **({"top_k": 2} if model == "moe" else {})}
-    optim = {"name": "muon", "steps": 100, "batch_size": 32, "schedule": "wsd"}
-    task = {"name": "regression", "points": 20, "files": None}
-    params = 1000 * len(model)
-    main = np.abs(NAMES[model] + 0.1 * np.random.default_rng(seed).normal(size=64)) if errors is None else errors
-    main = np.asarray(main, np.float32)
-    metrics: dict[str, Any] = {
-        **{"task": "regression", "model": model, "seed": seed, "steps": 100, "seconds": 10.0, "tokens": 89_600},
-        **{"tokens_per_second": 8960.0, "params_total": params, "params_active": 900, "flops_per_token": 2000.0},
-        **{"flops": 537_600_000.0, "mfu": None, "memory_bytes": 5_000_000, "precision": "32-true", "devices": 1},
-        **{"accelerator": "cpu", "data": None, "main_metric": "nmse", "versions": {}, "command": "python train.py"},
-        "evaluation": {"split": "test", "batches": 2, "batch_size": 32, "seed": seed},
-        "test": {"nmse": float(main.mean()), "nmse_wrong_context": 2 + params / 1e4, "nmse_zero": 1.0 + seed},
-        "config": {"model": options, "task": task, "optim": optim, "seed": seed, "out": str(folder), "logger": {}},
-    }
-    for name, value in changes.items():
-        place = metrics
-        *groups, last = name.split("__")
-        for one in groups:
-            place = place[one]
-        place[last] = value
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    layers = {f"layer{k}/entropy": 1.0 + k for k in range(2)} if model == "moe" else {}
-    at = ({"step": k, "seconds": k / 10, "flops": 5_376_000.0 * k, "tokens": 896 * k} for k in (50, 100))
-    rows = [{**row, "validation_loss": 30 / row["step"] + 0.01 * seed, **layers} for row in at]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 1')
-    np.savez(folder / "test.npz", main=main, weight=np.full(len(main), 8.0, np.float32))
-    return folder
 
 
 def read_all(*paths: Path) -> list[System]:
@@ -76,11 +41,7 @@ def one_line(options: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Three families, three seeds."""
-    for model in NAMES:
-        for seed in range(3):
-            write_run(tmp_path / "sweep" / f"{model}-{seed}", model, seed)
-    return tmp_path / "sweep"
+    return write_sweep(tmp_path / "sweep")
 
 
 def drawn(draw: np.random.Generator, S: int, sizes: tuple[float, float, float], shift: float = 0.0) -> np.ndarray:
@@ -277,6 +238,13 @@ def test_moved_data_of_equal_digests_are_one_test(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
 
 
+class Touch:
+    """Unpickled, it makes the file `unpickled`."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("unpickled"),)
+
+
 def bomb(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("main.npy", b"\0" * (BYTES[".npz"] + 1))
@@ -287,7 +255,7 @@ def arrays(main: Any, weight: Any = None) -> Callable[[Path], None]:
 
 
 SPOILT: dict[str, Callable[[Path], Any]] = {
-    **{"object": arrays(np.array([{}], object)), "bomb": bomb, "nan": arrays(np.full(4, np.nan))},
+    **{"object": arrays(np.array([Touch()], object)), "bomb": bomb, "nan": arrays(np.full(4, np.nan))},
     **{"shape": arrays(np.ones((2, 2))), "negative": arrays(np.ones(3), -np.ones(3)), "nothing": arrays(np.ones(0))},
     **{"short": lambda path: path.write_bytes(path.read_bytes()[:-30]), "text": lambda path: path.write_text("no")},
     **{"deep": lambda path: path.write_text("[" * 100_000), "list": lambda path: path.write_text("[1]")},
@@ -295,10 +263,16 @@ SPOILT: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_damaged_files_are_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     name = "metrics.json" if kind in ("deep", "list") else "test.npz"
     SPOILT[kind](write_run(tmp_path / "run") / name)
-    assert f"{name} is damaged" in one_line([tmp_path / "run", "--out", tmp_path / "out"], capsys)
+    error = one_line([tmp_path / "run", "--out", tmp_path / "out"], capsys)
+    assert f"{name} is damaged" in error
+    assert ("unpacked it has more" in error) == (kind == "bomb")
+    assert not Path("unpickled").exists()
 
 
 def test_paths_that_hold_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,18 +293,6 @@ def test_schedules_have_panels_of_their_own_and_the_front_is_not_beaten(sweep: P
     points = [(float(x), float(y)) for x, y in np.random.default_rng(0).random((40, 2))]
     naive = [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] for q in points if q != p)]
     assert front(points) == sorted(naive)
-
-
-HOSTILE = '</script><img src=x onerror="document.title=1">|{{plotly}}'
-
-
-def test_labels_are_text(tmp_path: Path) -> None:
-    for k, code in enumerate((HOSTILE, "a")):
-        write_run(tmp_path / str(k), "hypernet", config__model__code=code)
-    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("</script><img") == 0
-    assert "<img" not in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_without_plotly_all_else_is_written(
@@ -358,57 +320,3 @@ def test_two_hundred_runs_take_seconds(tmp_path: Path) -> None:
         write_run(tmp_path / "sweep" / str(k), "hypernet", k % 4, draw.random(1280), config__model__rank=k // 4)
     command = [sys.executable, "-m", "zoo.compare", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]
     assert not subprocess.run(command, capture_output=True, timeout=20).returncode
-
-
-PROBE = """<script>addEventListener("error", e => document.body.dataset.error = e.message);
-addEventListener("load", () => {
-  const first = () => document.querySelector("#systems tbody").firstChild.firstChild.textContent;
-  const x = () => document.getElementById("curves").data.at(-1).x.join(), said = { before: first(), tokens: x() };
-  document.querySelector("#systems th button").click(); document.querySelector("#systems th button").click();
-  const axis = document.getElementById("axis"); axis.value = "seconds"; axis.onchange();
-  Object.assign(said, { after: first(), seconds: x(), plots: document.querySelectorAll(".main-svg").length,
-    width: document.documentElement.scrollWidth, room: innerWidth, title: document.title,
-    error: document.body.dataset.error ?? "" });
-  parent.postMessage(said, "*");
-});</script>"""
-FRAME = """<body><iframe src="index.html" style="width: %dpx; height: 900px; border: 0"></iframe>
-<script>addEventListener("message", e => document.body.dataset.said = JSON.stringify(e.data));</script>"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(width: int, sweep: Path, tmp_path: Path) -> None:
-    write_run(sweep / "hostile", "hypernet", config__model__code=HOSTILE)
-    out = tmp_path / "out"
-    assert main([str(sweep), "--out", str(out)]) == 0
-    page = (out / "index.html").read_text()
-    assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?!data:)', page.partition("<script")[0])
-    (out / "index.html").write_text(page.replace("<h1>", f"{PROBE}<h1>"))
-    (out / "frame.html").write_text(FRAME % width)
-    line = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--window-size=1400,1000",
-    ]
-    line += [
-        "--virtual-time-budget=8000",
-        f"--user-data-dir={tmp_path}/browser",
-        "--dump-dom",
-        f"file://{out}/frame.html",
-    ]
-    answer = subprocess.run(line, capture_output=True, text=True, timeout=60)  # type: ignore[arg-type]
-    assert "CONSOLE" not in answer.stderr
-    found = re.search(r'data-said="([^"]*)"', answer.stdout)
-    assert found, answer.stdout[-500:]
-    said = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-    assert said["error"] == ""
-    assert said["width"] <= said["room"] == width
-    assert said["title"].startswith("4 systems on regression")
-    assert said["before"] != said["after"] == "transformer"
-    assert said["tokens"] != said["seconds"]
-    assert said["plots"] >= 2

@@ -1,6 +1,6 @@
 """Means and differences of errors, with intervals that hold at three seeds.
 
-A bootstrap that resamples three seeds is far too narrow: by it two equal systems differ in every third comparison.
+A bootstrap that resamples three seeds is far too narrow: by it two equal systems differ more than every fourth time.
 Here an analysis of variance says how much of the spread is of seeds and how much of sequences that seeds share, and
 Student's t how little three seeds know. Axes: S seeds, N sequences of a test.
 """
