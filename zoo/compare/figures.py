@@ -75,8 +75,8 @@ def curves(systems: list[System], rest: str) -> list[Figure]:
             series = tuple(Series(label, c.x[axis], c.y, c.low, c.high) for label, c in chosen.items() if axis in c.x)
             panels += [Lines(f"against {words}", words, "validation loss", series, log_y=log)] if series else []
         file = "curves" if len(schedules) == 1 else f"curves-{k + 1}"
-        words = f"Validation loss, schedule {name}", tuple(panels), f"Means over seeds, and their range.{rest}", BUDGET
-        figures.append(Figure(file, *words, columns=3))
+        title, caption = f"Validation loss, schedule {name}", f"Means over seeds, and their range.{rest}"
+        figures.append(Figure(file, title, tuple(panels), caption, BUDGET, columns=3))
     return figures
 
 
@@ -104,7 +104,8 @@ def pareto(systems: list[System], rest: str) -> Figure:
             low, high = ([] if end is None else [end] for end in (one.low, one.high))
             series.append(Series(system.label, [place], [one.mean], low, high, points=True))
         best = front(list(zip(x, means, strict=True)))
-        series.append(Series("front", [place for place, _ in best], [y for _, y in best], control=True))
+        places, heights = [place for place, _ in best], [y for _, y in best]
+        series.append(Series("front", [*places, max(x)], [*heights, heights[-1]], control=True))
         series += [Series(name, [min(x), max(x)], [y, y], control=True) for name, y in near.items()]
         log = max([*means, *near.values()]) > 10 * min([*means, *near.values()]) > 0
         panels.append(Lines(f"against {COSTS[cost]}", COSTS[cost], explain(systems), tuple(series), log_y=log))
