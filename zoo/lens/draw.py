@@ -70,7 +70,7 @@ def _draw_lines(ax: Any, panel: Lines) -> None:
         elif len(x) > 15 or one.control:
             style["marker"] = ""
         ax.plot(x, one.y, label=one.label, linewidth=1.8, markersize=5.5, **style)
-        if len(one.low) and named:
+        if len(one.low) and (named or one.points):
             ax.vlines(x, one.low, one.high, color=style["color"], linewidth=1)
         elif len(one.low):
             ax.fill_between(x, one.low, one.high, color=style["color"], alpha=0.18, linewidth=0)

@@ -17,7 +17,7 @@ from zoo.files import to_json
 class Series:
     """y at x, which are numbers, or names alike in all series of a panel, and the range low to high around y.
 
-    control: a reference, drawn in grey. points: markers without a line, as all values by name are drawn.
+    control: a reference, drawn in grey. points: markers without a line and ranges as whiskers, as all values by name.
     """
 
     label: str
