@@ -56,13 +56,13 @@ class ModulesConfig(TaskConfig):
             raise ValueError(f"task.context={self.context} needs task.variant=combined, not routed: x tells its module")
         context = config.context or ("code" if self.variant == "combined" else None)
         modules = (6 if self.variant == "combined" else 8) if self.modules is None else self.modules
+        config = replace(config, context=context, modules=modules)
         for option, (needs, default) in OWN_OPTION.items():
             value, has = getattr(self, option), needs in (self.variant, context)
             if value is not None and not has:
                 group = "context" if needs == "pairs" else "variant"
                 raise ValueError(f"task.{option}={value} needs task.{group}={needs}, not {getattr(config, group)}")
             config = replace(config, **{option: default if value is None and has else value})
-        config = replace(config, context=context, modules=modules)
         if self.variant == "combined":
             several, count = math.comb(modules, 2) + math.comb(modules, 3), config.held()
             if not 0 < count < several:
