@@ -97,7 +97,6 @@ CASES = [
     Case("moe-prompts-context", "moe", "prompts", {"route_on": "context"}),
     Case("hypernet-modules", "hypernet", "modules", {"emission": "full", "matrices": ["gate", "up"]}),
     Case("moe-recall", "moe", "recall", {}),
-    Case("transformer-markov", "transformer", "markov", {}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 AUTOREGRESSIVE = [case for case in CASES if case.task == "noise"]
