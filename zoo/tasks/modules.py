@@ -1,11 +1,12 @@
 """Modules: functions put together of a few parts that never change; which parts, is in the context or in the token.
 
     variant     a token carries                     the answer y
-    combined    z/|z|, or pairs (y,x), then x       R relu(Σ_k z_k Θ_k x), one to three of z are 1, the others 0
+    combined    z, or pairs (y,x), then x           R relu(Σ_k z_k Θ_k x), one to three equal entries of z, the others 0
     routed      x alone                             M_k x, where centre k is the nearest to x
 
 The combinations z are split: some are never trained on, so that who answers them has found the parts, not the sums
-(hyperteacher, Schug et al. 2023, arXiv 2312.15001). The parts are drawn from the seed, once for all splits.
+(hyperteacher, Schug et al. 2023, arXiv 2312.15001). z has length 1: models normalise what they read, and could not tell
+how many modules a longer one has. The parts are drawn from the seed, once for all splits.
 Axes: B functions, C context tokens, Q queries, K modules, Z combinations, d input dimension, U hidden units, O outputs.
 """
 
@@ -95,7 +96,7 @@ class Teacher:
         else:
             self.readout_OU = torch.randn(config.outputs, U, generator=generator) * (2 / U) ** 0.5
             chosen = [each for size in SIZES for each in itertools.combinations(range(K), size)]
-            z_ZK = torch.stack([torch.eye(K)[[*each]].sum(0) for each in chosen])
+            z_ZK = F.normalize(torch.stack([torch.eye(K)[[*each]].sum(0) for each in chosen]), dim=-1)
             order = K + torch.randperm(len(z_ZK) - K, generator=generator)  # those of one module alone are all seen
             self.unseen = z_ZK[order[: config.held()]]
             self.seen = torch.cat([z_ZK[:K], z_ZK[order[config.held() :]]])
@@ -169,7 +170,7 @@ class Modules(Task):
             if self.config.context == "pairs":
                 context_BC[..., : self.inputs] = teacher.combined(x_BTd[:, :C], z)
             else:
-                context_BC[:, 0] = F.pad(F.normalize(z, dim=-1), (0, self.config.dimension + 1))
+                context_BC[:, 0] = F.pad(z, (0, self.config.dimension + 1))
         return Batch(tokens, y_BTO[:, C:], C, wrong_BC, group_B)
 
     def token_losses(self, output: Tensor, batch: Batch) -> Tensor:
@@ -199,5 +200,5 @@ class Modules(Task):
         if self.config.context == "pairs":
             z_BK = self.teacher.fitted(x_BTd[:, :n], batch.tokens[:, :n, :inputs])
         else:
-            z_BK = (batch.tokens[:, 0, :inputs] > 0).to(x_BTd)
+            z_BK = batch.tokens[:, 0, :inputs]
         return self.teacher.combined(x_BTd[:, n:], z_BK)
