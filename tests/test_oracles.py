@@ -97,46 +97,30 @@ def test_options_of_a_file_cost_nothing_before_a_batch_is_asked_for() -> None:
 @pytest.mark.parametrize(("pairs", "overwritten"), [(8, 0.5), (5, 1.0), (5, 0.0)])
 def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float) -> None:
     made = task("recall", pairs=pairs, overwritten=overwritten)
-    batch = made.batch("test", 0, 50)
+    batch, n, places = made.batch("test", 0, 50), made.n_context, set()
     assert batch.wrong_context is not None
-    writes, places = pairs + round(pairs * overwritten), []
-    assert made.n_context == 2 * writes
-    for context, wrong, asked, answers in zip(
-        batch.tokens[:, : made.n_context].tolist(),
-        batch.wrong_context.tolist(),
-        batch.tokens[:, made.n_context :].tolist(),
-        batch.targets.tolist(),
-        strict=True,
+    writes = pairs + round(pairs * overwritten)
+    for tokens, wrong, answers in zip(
+        *map(Tensor.tolist, (batch.tokens, batch.wrong_context, batch.targets)), strict=True
     ):
-        memory = dict(zip(context[::2], context[1::2], strict=True))
-        other = dict(zip(wrong[::2], wrong[1::2], strict=True))
+        keys, values = tokens[:n:2], tokens[1:n:2]
+        memory, other = dict(zip(keys, values, strict=True)), dict(zip(wrong[::2], wrong[1::2], strict=True))
+        assert len(keys) == writes
         assert len(memory) == pairs
-        assert [memory[key] for key in asked] == answers
+        assert max(memory) < 16 <= min(values)
+        assert [memory[key] for key in tokens[n:]] == answers
         assert not any(other[key] == memory[key] for key in memory)  # the control's answers are all wrong
-        assert max(memory) < 16 <= min(memory.values())
-        twice = [key for key in memory if context[::2].count(key) == 2]
-        assert len(twice) == writes - pairs
-        for key in twice:
-            first, last = (context[place + 1] for place in range(0, len(context), 2) if context[place] == key)
-            assert first != last
-        places += [context[::2].index(key) for key in twice]
-    assert not twice or len({*places}) > pairs // 2  # old values stand anywhere
-    found = means(made, batch)
-    assert found["error_last"] == 0
-    assert found["error_chance"] == pytest.approx(1 - 1 / 16)
-    share = sum(c.count(k) == 2 for c, q in rows(batch, made.n_context) for k in q) / batch.targets.numel()
-    assert found["error_first"] == pytest.approx(share)
-
-
-def rows(batch: Batch, n: int) -> list[tuple[list[int], list[int]]]:
-    """Keys written and keys asked of each sequence."""
-    return [(row[:n:2], row[n:]) for row in batch.tokens.tolist()]
+        for key in memory:
+            written = [value for name, value in zip(keys, values, strict=True) if name == key]
+            assert len({*written}) == len(written) <= 2
+            places |= {keys.index(key)} if len(written) == 2 else set()
+    assert len(places) >= bool(overwritten) * pairs  # old values stand anywhere
+    assert means(made, batch)["error_last"] == 0
 
 
 def test_errors_of_recall_are_told_apart() -> None:
-    """Who knows everything but what was overwritten."""
+    """By who knows everything but what was overwritten."""
     made = task("recall")
-    batch = made.batch("test", 0, 100)
 
     def old(tokens: Tensor, n: int) -> Tensor:
         answers = torch.zeros(*tokens.shape, made.output_dim)
@@ -145,8 +129,8 @@ def test_errors_of_recall_are_told_apart() -> None:
                 one[place, row[row[:n:2].index(row[place]) * 2 + 1] if n else 16] = 1
         return answers
 
-    found = {name: value.mean().item() for name, value in made.evaluate(old, batch).items()}
-    assert (found["error_overwritten"], found["error_once"]) == (1, 0)
+    found = {name: value.mean().item() for name, value in made.evaluate(old, made.batch("test", 0, 100)).items()}
+    assert (found["error_overwritten"], found["error_once"], found["error_chance"]) == (1, 0, 1 - 1 / 16)
     assert found["error"] == found["error_first"] == pytest.approx(0.5, abs=0.1)
 
 
