@@ -94,7 +94,7 @@ def test_options_of_a_file_cost_nothing_before_a_batch_is_asked_for() -> None:
     assert ModulesConfig(modules=10**6).resolve().held() > 10**16
 
 
-@pytest.mark.parametrize(("pairs", "overwritten"), [(8, 0.5), (5, 1.0), (5, 0.0)])
+@pytest.mark.parametrize(("pairs", "overwritten"), [(4, 0.5), (5, 1.0), (5, 0.0)])
 def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float) -> None:
     made = task("recall", pairs=pairs, overwritten=overwritten)
     batch, n, places = made.batch("test", 0, 50), made.n_context, set()
@@ -107,7 +107,7 @@ def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float) -
         memory, other = dict(zip(keys, values, strict=True)), dict(zip(wrong[::2], wrong[1::2], strict=True))
         assert len(keys) == writes
         assert len(memory) == pairs
-        assert max(memory) < 16 <= min(values)
+        assert max(memory) < 8 <= min(values)
         assert [memory[key] for key in tokens[n:]] == answers
         assert not any(other[key] == memory[key] for key in memory)  # the control's answers are all wrong
         for key in memory:
@@ -126,11 +126,11 @@ def test_errors_of_recall_are_told_apart() -> None:
         answers = torch.zeros(*tokens.shape, made.output_dim)
         for row, one in zip(tokens.tolist(), answers, strict=True):
             for place in range(n, len(row)):
-                one[place, row[row[:n:2].index(row[place]) * 2 + 1] if n else 16] = 1
+                one[place, row[row[:n:2].index(row[place]) * 2 + 1] if n else 8] = 1
         return answers
 
     found = {name: value.mean().item() for name, value in made.evaluate(old, made.batch("test", 0, 100)).items()}
-    assert (found["error_overwritten"], found["error_once"], found["error_chance"]) == (1, 0, 1 - 1 / 16)
+    assert (found["error_overwritten"], found["error_once"], found["error_chance"]) == (1, 0, 1 - 1 / 8)
     assert found["error"] == found["error_first"] == pytest.approx(0.5, abs=0.1)
 
 

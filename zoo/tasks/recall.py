@@ -27,8 +27,8 @@ class RecallConfig(TaskConfig):
     `overwritten` of them once more, with another value."""
 
     name: str = "recall"
-    vocabulary: int = 32
-    pairs: int = 8
+    vocabulary: int = 16
+    pairs: int = 4
     overwritten: float = 0.5
     queries: int = 8
 
