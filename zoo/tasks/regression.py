@@ -109,11 +109,12 @@ class Regression(Task):
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         errors, n, query_BTd = self.errors(predict, batch), batch.n_context, batch.tokens[:, batch.n_context :]
-        answers = {"nmse_ridge": self._ridge(batch), "nmse_nearest": _nearest(batch)}
+        answers = {"nmse_ridge": self._ridge(batch)}
         for count in sorted({n // 4, n // 2} - {0, n}):
             few = batch._replace(tokens=torch.cat([batch.tokens[:, :count], query_BTd], 1), n_context=count)
             errors[f"nmse_first_{count}"] = self.token_losses(predict(few.tokens, count), few)
             answers[f"nmse_ridge_first_{count}"] = self._ridge(few)
+        answers["nmse_nearest"] = _nearest(batch)
         if self.config.function == "sparse":
             answers["nmse_lasso"] = _lasso(batch)
         errors |= {name: (answer - batch.targets).square() for name, answer in answers.items()}
