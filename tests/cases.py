@@ -97,6 +97,8 @@ CASES = [
     Case("hypernet-prompts-attend", "hypernet", "prompts", {"attend_context": True}),
     Case("moe-prompts", "moe", "prompts", {}),
     Case("moe-prompts-context", "moe", "prompts", {"route_on": "context"}),
+    Case("hypernet-modules", "hypernet", "modules", {"emission": "full", "matrices": ["gate", "up"]}),
+    Case("moe-recall", "moe", "recall", {}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 AUTOREGRESSIVE = [case for case in CASES if case.task == "noise"]
@@ -105,6 +107,9 @@ TASK_OPTIONS: dict[str, dict[str, Any]] = {
     "noise": {"tokens": 12},
     "text": {"tokens": 12, "domains": ["code"]},
     "prompts": {"context": 7, "query": 1, "target": 4, "domains": ["code"]},
+    "modules": {"context": "pairs", "pairs": 7, "queries": 5},
+    "recall": {"vocabulary": 12, "pairs": 3, "queries": 5},
+    "markov": {"letters": 7, "tokens": 12},
 }
 
 

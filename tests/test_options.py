@@ -29,6 +29,9 @@ BASE: dict[str, dict[str, Any]] = {
     "text": {"tokens": 40, "domains": ["law"]},
     "prompts": {"context": 20, "query": 8, "target": 12, "domains": ["law"]},
     "noise": {"tokens": 40},
+    "modules": {"queries": 5},
+    "recall": {"queries": 5},
+    "markov": {"tokens": 40},
 }
 MODEL_CHANGES = {name: family.changes for name, family in FAMILIES.items()}
 
@@ -70,6 +73,12 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
         "vocabulary": (512, {"tokenizer": "bpe"}),
     },
     "noise": {"vocabulary": 9, "tokens": 41},
+    "modules": {
+        **{"variant": "routed", "context": "pairs", "modules": 5, "dimension": 4, "units": 5, "outputs": 3},
+        **{"queries": 6, "held_out": 0.2, "pairs": (9, {"context": "pairs"})},
+    },
+    "recall": {"vocabulary": 40, "pairs": 5, "overwritten": 0.0, "queries": 6},
+    "markov": {"domains": 3, "letters": 7, "sharpness": 1.0, "tokens": 41},
 }
 OPTIM_CHANGES = {
     **{"steps": 5, "batch_size": 8, "accumulate": 2, "lr": 0.01, "min_lr": 0.001, "warmup": 2},
@@ -231,6 +240,15 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "regression", {"task.nonzero": 2}, ["task.nonzero=2", "task.function=sparse", "linear"]),
     ("moe", "regression", {"task.units": 2}, ["task.units=2", "task.function=network", "linear"]),
     ("moe", "regression", {"task.function": "sparse", "task.nonzero": 4}, ["task.nonzero=4", "task.dimension=3"]),
+    ("moe", "modules", {"task.variant": "routed", "task.context": "pairs"}, ["task.context=pairs", "task.variant"]),
+    ("moe", "modules", {"task.variant": "routed", "task.units": 4}, ["task.units=4", "task.variant=combined"]),
+    ("moe", "modules", {"task.pairs": 4}, ["task.pairs=4", "task.context=pairs", "code"]),
+    ("moe", "modules", {"task.held_out": 0.9}, ["task.held_out=0.9", "41", "task.modules=6", "37", "1 to 34"]),
+    ("moe", "modules", {"task.modules": 1}, ["task.held_out=0.5", "task.modules=1"]),
+    ("moe", "recall", {"task.pairs": 9}, ["task.pairs=9", "8 keys", "task.vocabulary=16"]),
+    ("moe", "recall", {"task.vocabulary": 9}, ["task.vocabulary=9", "even"]),
+    ("moe", "recall", {"task.overwritten": 1.5}, ["task.overwritten=1.5", "0 to 1"]),
+    ("moe", "markov", {"task.letters": 63}, ["task.letters=63", "62"]),
     ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
     ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),
     ("moe", "prompts", {"task.context": 0}, ["task.context=0"]),

@@ -87,7 +87,7 @@ WINGS = {
 }
 """What was built onto the house, by files and the most lines of them."""
 OPEN = pytest.mark.xfail(strict=True, reason="a tenth too long: being made smaller")
-LIMITS = [pytest.param(READ_FIRST, 3_299, marks=OPEN), (["zoo"], 8_475), (["tests"], 11_500), *WINGS.values()]
+LIMITS = [pytest.param(READ_FIRST, 3_299, marks=OPEN), (["zoo"], 8_475), (["tests"], 11_700), *WINGS.values()]
 
 
 @pytest.mark.parametrize(("places", "limit"), LIMITS, ids=["read first", "zoo", "tests", *WINGS])

@@ -50,7 +50,8 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     assert metrics["flops_per_token"] > 2 * (metrics["params_active"] - metrics["params"]["context_to_delta"]) * 0.9
     assert metrics["command"] == training.command()
     assert {"python", "zoo", "torch", "lightning", "commit"} == set(metrics["versions"])
-    baselines = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_ridge", "nmse_zero"]
+    baselines = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_first_1", "nmse_first_2", "nmse_ridge"]
+    baselines += ["nmse_ridge_first_1", "nmse_ridge_first_2", "nmse_nearest", "nmse_zero"]
     assert list(metrics["test"]) == baselines
     assert metrics["main_metric"] == "nmse"
     assert all(math.isfinite(value) for value in metrics["test"].values())

@@ -56,7 +56,11 @@ class Regression(Task):
         "nmse": "test error (squared, over the variance of y)",
         "nmse_without_context": "  with its context removed",
         "nmse_wrong_context": "  with another function's context",
+        "nmse_first": "  with the first of its pairs alone",
         "nmse_ridge": "  ridge regression, closed form",
+        "nmse_ridge_first": "  ridge regression on the first pairs",
+        "nmse_lasso": "  lasso",
+        "nmse_nearest": "  the y of the nearest x",
         "nmse_zero": "  predicting zero",
     }
     unit = "squared error"
@@ -104,8 +108,17 @@ class Regression(Task):
         return {"predicting zero": float(self.variance)}
 
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
-        errors = self.errors(predict, batch)
-        errors |= {"nmse_ridge": (self._ridge(batch) - batch.targets).square(), "nmse_zero": batch.targets.square()}
+        errors, n, query_BTd = self.errors(predict, batch), batch.n_context, batch.tokens[:, batch.n_context :]
+        answers = {"nmse_ridge": self._ridge(batch)}
+        for count in sorted({n // 4, n // 2} - {0, n}):
+            few = batch._replace(tokens=torch.cat([batch.tokens[:, :count], query_BTd], 1), n_context=count)
+            errors[f"nmse_first_{count}"] = self.token_losses(predict(few.tokens, count), few)
+            answers[f"nmse_ridge_first_{count}"] = self._ridge(few)
+        answers["nmse_nearest"] = _nearest(batch)
+        if self.config.function == "sparse":
+            answers["nmse_lasso"] = _lasso(batch)
+        errors |= {name: (answer - batch.targets).square() for name, answer in answers.items()}
+        errors["nmse_zero"] = batch.targets.square()
         return {name: error / self.variance for name, error in errors.items()}
 
     def _ridge(self, batch: Batch) -> Tensor:
@@ -115,3 +128,25 @@ class Regression(Task):
         x_BCd, penalty = x_BTd[:, :n], max((self.config.noise or 0.0) ** 2, 1e-9)
         gram = x_BCd.mT @ x_BCd + penalty * torch.eye(x_BTd.shape[-1], dtype=torch.float64, device=tokens.device)
         return (x_BTd[:, n:] @ torch.linalg.solve(gram, x_BCd.mT @ y_BC1)).squeeze(-1)
+
+
+def _nearest(batch: Batch) -> Tensor:
+    """Answers (B,Q) of the nearest neighbour: the y of the pair whose x is the closest."""
+    x_BTd, n = batch.tokens[..., :-1].float(), batch.n_context
+    return batch.tokens[:, :n, -1].gather(1, torch.cdist(x_BTd[:, n:], x_BTd[:, :n]).argmin(-1))
+
+
+def _lasso(batch: Batch, penalty: float = 0.01, steps: int = 500) -> Tensor:
+    """Answers (B,Q) by the w that minimises |y - Xw|²/2n + penalty·|w|₁, found by iterative soft thresholding with
+    momentum (FISTA: Beck & Teboulle 2009)."""
+    tokens, n = batch.tokens.double(), batch.n_context
+    x_BTd, y_BC1 = tokens[..., :-1], tokens[:, :n, -1:]
+    x_BCd = x_BTd[:, :n]
+    gram_Bdd, xy_Bd1 = x_BCd.mT @ x_BCd / n, x_BCd.mT @ y_BC1 / n
+    rate_B11 = 1 / torch.linalg.matrix_norm(gram_Bdd, 2, keepdim=True)
+    w_Bd1 = ahead_Bd1 = torch.zeros_like(xy_Bd1)
+    for step in range(steps):
+        old_Bd1, moved_Bd1 = w_Bd1, ahead_Bd1 - rate_B11 * (gram_Bdd @ ahead_Bd1 - xy_Bd1)
+        w_Bd1 = moved_Bd1.sign() * (moved_Bd1.abs() - rate_B11 * penalty).clamp(min=0)
+        ahead_Bd1 = w_Bd1 + step / (step + 3) * (w_Bd1 - old_Bd1)
+    return (x_BTd[:, n:] @ w_Bd1).squeeze(-1)
