@@ -54,6 +54,7 @@ def gradient(model: Model, parts: int, world: int) -> Tensor:
     [
         ("transformer-prompts", 8, 1),
         ("hypernet-prompts", 1, 2),
+        ("fast-weights-prompts", 2, 1),
         ("moe-prompts-context", 2, 2),
         ("moe-prompts-context", 16, 1),
     ],

@@ -1,7 +1,6 @@
 """Fast weights: the states of a context are written into the FFN's matrices, by the delta rule or as a sum.
 
-Axes: B batch, T tokens, n tokens written at once (a chunk, or the separate context), D model; o outputs and i inputs of
-a matrix.
+Axes: B batch, T tokens, n tokens written at once, D model; o outputs and i inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Memory(nn.Module):
 
     def __init__(self, dim: int, o: int, i: int, rule: str):
         super().__init__()
-        self.rule, self.shape, self.scale = rule, (o, i), 2 * dim**-0.5
+        self.rule, self.shape, self.scale = rule, (o, i), 8 * dim**-0.5  # 1 where it was chosen, at dim=64
         self.key, self.value = nn.Linear(dim, i, bias=False), nn.Linear(dim, o + 1, bias=False)  # the last one is β
         nn.init.normal_(self.key.weight, std=dim**-0.5)
         nn.init.zeros_(self.value.weight)
@@ -59,15 +58,13 @@ class Memory(nn.Module):
         projected = self.key(z_BnD), self.value(z_BnD)
         with torch.autocast(z_BnD.device.type, enabled=False):
             k_Bni, value_Bnv = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in projected)
-            k_Bni, rate_Bn1 = F.normalize(k_Bni, dim=-1), value_Bnv[..., -1:].sigmoid()
-            u_Bno = value_Bnv[..., :-1] * self.scale
+            k_Bni, v_Bno, rate_Bn1 = F.normalize(k_Bni, dim=-1), value_Bnv[..., :-1], value_Bnv[..., -1:].sigmoid()
             if self.rule == "sum":
-                return rate_Bn1 * u_Bno, k_Bni
-            if before_Boi is not None:
-                u_Bno = u_Bno - k_Bni @ before_Boi.mT.to(k_Bni)
+                return rate_Bn1 * v_Bno * self.scale, k_Bni
+            known_Bno = 0.0 if before_Boi is None else k_Bni @ before_Boi.mT.to(k_Bni)
             # u_t = β_t (v_t − ΔW k_t − Σ_{s<t} u_s k_sᵀk_t): read below the diagonal, on which ones stand
-            system_Bnn = rate_Bn1 * (k_Bni @ k_Bni.mT)
-            return torch.linalg.solve_triangular(system_Bnn, rate_Bn1 * u_Bno, upper=False, unitriangular=True), k_Bni
+            system_Bnn, u_Bno = rate_Bn1 * (k_Bni @ k_Bni.mT), rate_Bn1 * (v_Bno * self.scale - known_Bno)
+            return torch.linalg.solve_triangular(system_Bnn, u_Bno, upper=False, unitriangular=True), k_Bni
 
 
 class FastWeightsDelta(ContextToDelta):
