@@ -96,7 +96,7 @@ mean_of = Source.mean
 LEAKS = [
     *(*LEAKS_ON_NOISE, "hypernet-text-chunk", "hypernet-text-running", "moe-text-context"),
     *("hypernet-prompts", "hypernet-prompts-attend", "moe-prompts-context"),
-    *("hyper-moe-chunk", "merged-experts-chunk-softmax"),
+    *("hyper-moe-chunk", "merged-experts-chunk"),
 ]
 
 
