@@ -68,6 +68,28 @@ FAMILIES = {
         keeps=12,
         starts_plain=False,
     ),
+    "hyper_moe": Family(
+        tiny={"code_dim": 8},
+        busy={"bias_rate": 0.1},
+        changes={
+            **SIZES,
+            **{"experts": 3, "top_k": 1, "rank": 1, "code_dim": 4, "context": "running", "chunk": 8},
+            **{"attend_context": (True, {"task": "regression"}), "balance_weight": 1.0, "bias_rate": 0.2},
+        },
+        keeps=12,
+    ),
+    "merged_experts": Family(
+        changes={
+            **{**SIZES, "experts": 3, "score": "softmax", "context": "running", "chunk": 8},
+            **{"attend_context": (True, {"task": "regression"})},
+        },
+    ),
+    "fast_weights": Family(
+        changes={
+            **{**SIZES, "rule": "sum", "chunk": 8},
+            **{"attend_context": (True, {"task": "regression"})},
+        },
+    ),
 }
 CASES = [
     Case("transformer-regression", "transformer", "regression", {}),
@@ -99,6 +121,24 @@ CASES = [
     Case("moe-prompts-context", "moe", "prompts", {"route_on": "context"}),
     Case("hypernet-modules", "hypernet", "modules", {"emission": "full", "matrices": ["gate", "up"]}),
     Case("moe-recall", "moe", "recall", {}),
+    Case("hyper-moe-segment", "hyper_moe", "regression", {}),
+    Case("hyper-moe-chunk", "hyper_moe", "noise", {"chunk": 4}),
+    Case(
+        "hyper-moe-running-top1-gqa-tied",
+        "hyper_moe",
+        "noise",
+        {"context": "running", "top_k": 1, "kv_heads": 1, "tied": True},
+    ),
+    Case("hyper-moe-prompts", "hyper_moe", "prompts", {}),
+    Case("merged-experts-segment-softmax", "merged_experts", "regression", {"score": "softmax"}),
+    Case("merged-experts-chunk", "merged_experts", "noise", {"chunk": 4}),
+    Case("merged-experts-token-tied", "merged_experts", "noise", {"context": "token", "tied": True}),
+    Case("merged-experts-prompts", "merged_experts", "prompts", {}),
+    Case("fast-weights-segment", "fast_weights", "regression", {}),
+    Case("fast-weights-segment-sum-attend", "fast_weights", "regression", {"rule": "sum", "attend_context": True}),
+    Case("fast-weights-chunk", "fast_weights", "noise", {"chunk": 4}),
+    Case("fast-weights-chunk-sum-tied", "fast_weights", "noise", {"chunk": 4, "rule": "sum", "tied": True}),
+    Case("fast-weights-prompts", "fast_weights", "prompts", {}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 AUTOREGRESSIVE = [case for case in CASES if case.task == "noise"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import zoo
-from cases import shared
+from cases import Case, build, shared
 from runs import SIZES, small
 from zoo import analyze
 from zoo.lens import draw, figures, report
@@ -299,3 +300,12 @@ def test_mistakes(
     assert re.search(f"^error: .*({message})", answer.err), answer.err
     assert answer.err.count("\n") == 1
     assert not Path("p").exists()
+
+
+@pytest.mark.parametrize("family", sorted({*MODELS} - {*FAMILIES}))
+def test_the_numbers_of_a_report_know_further_families(family: str) -> None:
+    model = build(Case("", family, "regression", {})).requires_grad_(False).float()
+    numbers = report.summary(model)
+    (share,) = (value for name, value in numbers.items() if name.startswith("variance"))
+    assert all(math.isfinite(value) for value in numbers.values())
+    assert (share == pytest.approx(1, abs=1e-6)) == (family != "hyper_moe")  # whose router reads the query

@@ -31,9 +31,11 @@ def counted(model: Model) -> float:
     tokens, _, n_context = model.task.batch("test", 0, 2)[:3]
     tokens = tokens.double() if tokens.is_floating_point() else tokens
     model.requires_grad_(False)
-    # unknown to PyTorch's table
-    in_place = {torch.ops.aten.baddbmm_: lambda y, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+    # to PyTorch's table
+    unknown: dict[Any, Any] = {torch.ops.aten.baddbmm_: lambda y, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}
+    # with ones on the diagonal: row t takes t multiply-adds a column
+    unknown[torch.ops.aten.linalg_solve_triangular] = lambda a, b, **rest: b[0] * b[1] * (b[1] - 1) * b[2]
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, n_context)
     return counter.get_total_flops() / (2 * model.task.tokens)
 

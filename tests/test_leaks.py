@@ -22,13 +22,14 @@ TEXT = [
     Case("hypernet-text-token", "hypernet", "text", {"context": "token"}),
     Case("moe-text-token", "moe", "text", {}),
     Case("moe-text-context", "moe", "text", {"route_on": "context", "chunk": 4}),
+    Case("fast-weights-text", "fast_weights", "text", {"chunk": 4}),
 ]
 PROMPTS = [case for case in CASES if case.task == "prompts"]
 every_case = pytest.mark.parametrize("case", [*AUTOREGRESSIVE, *TEXT, *PROMPTS], ids=lambda case: case.name)
 # one of each way to make and to share an update: edits and gradients see every case
 WAYS = [
     *("transformer-noise-tied", "moe-token-top1-shared", "moe-context-chunk"),
-    *("hypernet-chunk", "hypernet-running", "hypernet-token"),
+    *("hypernet-chunk", "hypernet-running", "hypernet-token", "fast-weights-chunk"),
 ]
 LEAKS_ON_NOISE = ["hypernet-chunk", "moe-context-chunk"]
 on_noise = pytest.mark.parametrize(
@@ -95,6 +96,7 @@ mean_of = Source.mean
 LEAKS = [
     *(*LEAKS_ON_NOISE, "hypernet-text-chunk", "hypernet-text-running", "moe-text-context"),
     *("hypernet-prompts", "hypernet-prompts-attend", "moe-prompts-context"),
+    *("hyper-moe-chunk", "merged-experts-chunk"),
 ]
 
 

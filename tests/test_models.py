@@ -89,8 +89,9 @@ def test_seed_decides_the_weights(family: str, task: str) -> None:
     assert not torch.equal(first[weight], other[weight])
 
 
+SIZES = ["delta_norm_gate", "delta_norm_up", "delta_norm_down"]
 NUMBERS = {
-    "hypernet": ["delta_norm_gate", "delta_norm_up", "delta_norm_down"],
+    **dict.fromkeys(("hypernet", "hyper_moe", "merged_experts", "fast_weights"), SIZES),
     "moe": ["load_max_over_mean", "dead_fraction", "entropy"],
 }
 

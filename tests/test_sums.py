@@ -54,6 +54,7 @@ def gradient(model: Model, parts: int, world: int) -> Tensor:
     [
         ("transformer-prompts", 8, 1),
         ("hypernet-prompts", 1, 2),
+        ("fast-weights-prompts", 2, 1),
         ("moe-prompts-context", 2, 2),
         ("moe-prompts-context", 16, 1),
     ],
@@ -187,7 +188,10 @@ def test_statistics_of_experts_leave_filling_out(name: str, tmp_path: Path) -> N
     assert found[0] == pytest.approx(found[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["transformer-prompts", "hypernet-prompts", "moe-prompts-context"])
+FILLED = ["transformer-prompts", "hypernet-prompts", "moe-prompts-context", "hyper-moe-prompts", "fast-weights-prompts"]
+
+
+@pytest.mark.parametrize("name", FILLED)
 @torch.no_grad()
 def test_the_law_holds_with_filling(name: str, tmp_path: Path) -> None:
     model = build(BY_NAME[name])

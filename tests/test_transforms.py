@@ -28,6 +28,7 @@ SOME = [
     "moe-token-top1-shared",
     "moe-context-linear",
     "moe-context-chunk",
+    "fast-weights-chunk",
 ]
 some_cases = pytest.mark.parametrize("case", [BY_NAME[name] for name in SOME], ids=SOME)
 Parameters = dict[str, Tensor]

@@ -62,6 +62,13 @@ def open_chunk(chunk: int | None, task: Task, needs: str | None) -> int | None:
     return chunk
 
 
+def open_attend(attend: bool | None, task: Task) -> bool | None:
+    """Whether queries attend to a separate context; open: no. Raises ValueError where it is given and there is none."""
+    if attend is not None and not task.n_context:
+        raise ValueError(f"model.attend_context={str(attend).lower()} needs a separate context")
+    return bool(attend) if task.n_context else None
+
+
 @dataclass(frozen=True)
 class ContextConfig(ModelConfig):
     """context, chunk: what a token's update is made from, see Source; null: segment where the task has a separate
@@ -77,9 +84,7 @@ class ContextConfig(ModelConfig):
             which, choice = ("with", "segment") if task.n_context else ("without", "chunk, running or token")
             raise ValueError(f"model.context={kind} does not fit a task {which} a separate context: take {choice}")
         chunk = open_chunk(self.chunk, task, None if kind == "chunk" else f"model.context=chunk, not {kind}")
-        attend = bool(self.attend_context) if task.n_context else None
-        if attend is None and self.attend_context is not None:
-            raise ValueError(f"model.attend_context={str(self.attend_context).lower()} needs a separate context")
+        attend = open_attend(self.attend_context, task)
         return replace(super().resolve(task), context=kind, chunk=chunk, attend_context=attend)
 
     @property
