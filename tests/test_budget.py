@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"task": {"name": "regression"}, "optim": {}, "seed": 
 def test_a_width_that_fits_is_the_best_one(family: str, budget: str) -> None:
     options = {**OPTIONS, "model": {"name": family, **FAMILIES[family].busy}}
     wanted = MEASURES[budget][1](validate.build({**OPTIONS, "model": {"name": "transformer", "dim": 64}}))
-    model, said = fitted({**options, "model": {**options["model"], "dim": 48}}, budget, None)
+    model, said = fitted({**options, "model": {**options["model"], "dim": 32}}, budget, None)
 
     def off(hidden: int) -> float:
         return abs(MEASURES[budget][1](validate.build({**options, "model": {**model, "hidden": hidden}})) - wanted)

@@ -79,20 +79,19 @@ WINGS = {
     "compare": (["zoo/compare", "zoo/evaluate.py"], 900),
     "start": (["zoo/training/start.py", "zoo/training/budget.py"], 125),
     "shipped": (["zoo/training/shipped.py", "zoo/training/card.py", "zoo/ship.py"], 150),
-    "tasks": ([f"zoo/tasks/{name}.py" for name in ("modules", "recall", "markov")], 600),
+    "tasks": (["zoo/tasks"], 1_672 + 600),
     "hybrids": ([f"zoo/models/{name}.py" for name in HYBRIDS], 3 * FAMILY),
     "tests of hybrids": ([f"tests/test_{name}.py" for name in HYBRIDS], 3 * 90),
     "tests of wings": (
-        [
-            f"tests/test_{name}.py"
-            for name in ("start", "evaluate", "budget", "compare", "compare_page", "oracles", "shipped")
-        ],
+        ["tests/compared.py"]
+        + [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "shipped", "oracles")]
+        + [f"tests/test_{name}.py" for name in ("compare", "compare_page")],
         1_500,
     ),
 }
-"""What was built onto the house, by files and the most lines of them."""
+"""What was built onto the house, by files and the most lines of them. Tasks had 1,672 lines before."""
 OPEN = pytest.mark.xfail(strict=True, reason="a tenth too long: being made smaller")
-LIMITS = [pytest.param(READ_FIRST, 3_299, marks=OPEN), (["zoo"], 8_475), (["tests"], 11_700), *WINGS.values()]
+LIMITS = [pytest.param(READ_FIRST, 3_299, marks=OPEN), (["zoo"], 8_475 - 1_672), (["tests"], 11_500), *WINGS.values()]
 
 
 @pytest.mark.parametrize(("places", "limit"), LIMITS, ids=["read first", "zoo", "tests", *WINGS])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from zoo.training.summary import number
-
 
 def table(folder: Path) -> str:
     """The table of all jobs of a sweep, those that are not complete included."""
@@ -15,7 +13,7 @@ def table(folder: Path) -> str:
     for run in runs:
         try:
             metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-            test = f"{metrics['main_metric']} {number(metrics['test'][metrics['main_metric']])}"
+            test = f"{metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.4g}"
             size = f"{metrics['params_total']:,}"
             rows.append((run.name, str(metrics["steps"]), f"{metrics['seconds']:.0f}", size, test))
         except (OSError, ValueError, KeyError, TypeError):

@@ -45,8 +45,8 @@ class OptimConfig:
         if self.name == "adamw" and self.muon_lr is not None:
             raise ValueError(f"optim.muon_lr={self.muon_lr} needs optim.name=muon, not adamw")
         lr, muon_lr = (lr if self.lr is None else self.lr), (muon_lr if self.muon_lr is None else self.muon_lr)
-        require_positive("optim", steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, lr=lr)
-        require_positive("optim", muon_lr=1 if muon_lr is None else muon_lr)
+        numbers = {"steps": self.steps, "batch_size": self.batch_size, "accumulate": self.accumulate, "lr": lr}
+        require_positive("optim", **numbers, **({} if muon_lr is None else {"muon_lr": muon_lr}))
         if self.batch_size % self.accumulate:
             raise ValueError(f"optim.batch_size={self.batch_size} is no multiple of optim.accumulate={self.accumulate}")
         warmup = min(50, self.steps // 20) if self.warmup is None else self.warmup

@@ -30,14 +30,14 @@ def fitted(options: dict[str, Any], budget: str, reference: str | None) -> tuple
 
     def at(model: dict[str, Any]) -> float:
         with torch.device("meta"):
-            built = validate.build({**options, "model": model})
+            built = validate.build({**{name: options[name] for name in validate.OPTIONS}, "model": model})
         return measure(built)
 
     other = {"name": "transformer"}
     if reference is not None:
         other = checkpoint.read(checkpoint.find(reference, "best"))["hyper_parameters"]["model"]
     with torch.device("meta"):
-        start = validate.build(options).config.hidden
+        start = validate.build({name: options[name] for name in validate.OPTIONS}).config.hidden
     wanted, (one, two) = at(other), (at({**options["model"], "hidden": n * start}) for n in (1, 2))
     hidden = ALIGNED * round((start + start * (wanted - one) / (two - one)) / ALIGNED)
     of = f"the {wanted:,.0f} of {reference or 'the default transformer'}"

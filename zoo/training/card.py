@@ -6,14 +6,14 @@ from typing import Any
 
 from zoo.models import MODELS
 from zoo.tasks import Task
-from zoo.training.summary import number, title
+from zoo.training.summary import title
 
 
 def card(metrics: dict[str, Any], task: Task) -> str:
     """Data and licence, command, test with its controls, cost and limits of a run, as Markdown."""
     family = " ".join((MODELS[metrics["model"]].__doc__ or "").split("\n\n")[0].split())
     what = " ".join((type(task).__doc__ or "").split("\n\n")[0].split())
-    rows = [(task.explain(name).strip(), number(value)) for name, value in metrics["test"].items()]
+    rows = [(task.explain(name).strip(), f"{value:.4g}") for name, value in metrics["test"].items()]
     rows += [
         ("parameters, active", f"{metrics['params_total']:,}, {metrics['params_active']:,}"),
         ("FLOPs per token, forward; of training", f"{metrics['flops_per_token']:,.0f}; {metrics['flops']:.2e}"),

@@ -170,21 +170,17 @@ class LoggerConfig:
         cannot start."""
         if self.name == "files":
             return []
-        if self.name == "csv":
-            return [CSVLogger(folder, name="", version="csv")]
-        if self.name == "tensorboard":
-            try:
-                return [TensorBoardLogger(folder, name="", version="tensorboard")]
-            except ImportError:
-                raise ValueError("logger=tensorboard needs a package: pip install tensorboard") from None
         try:
+            if self.name != "wandb":
+                kind = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}[self.name]
+                return [kind(folder, name="", version=self.name)]
             import wandb
 
             logger = WandbLogger(project=self.project, offline=self.offline, id=self.id, save_dir=folder)
             _ = logger.experiment
         except Exception as error:  # wandb's errors have no common kind
-            advice = "logger.offline=true needs no network"
-            raise ValueError(f"logger=wandb cannot start: {one_line(error, 200)}; {advice}") from error
+            advice = "; logger.offline=true needs no network" if self.name == "wandb" else ""
+            raise ValueError(f"logger={self.name} cannot start: {one_line(error, 200)}{advice}") from error
         stack.callback(wandb.finish)  # else the next run of this process would go on with this one
         return [logger]
 

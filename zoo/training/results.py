@@ -27,9 +27,8 @@ def numbers(model: Model, steps: int, seconds: float, where: dict[str, Any], tes
     """Sizes and costs of a model trained for `steps` in `seconds`, placed as `where` says, and what it is tested on."""
     count, cost = flops.parameters(model), flops.step_cost(model)
     tokens = steps * model.optim.batch_size * model.task.tokens
-    sixteen = "16" in where.get("precision", "")
     name = torch.cuda.get_device_name() if where.get("accelerator") == "cuda" and torch.cuda.is_available() else ""
-    peak = next((peak for part, peak in PEAKS.items() if part in name and sixteen), None)
+    peak = next((peak for part, peak in PEAKS.items() if part in name and "16" in str(where.get("precision"))), None)
     used = steps * cost["flops"]
     return {
         "task": model.task.config.name,

@@ -57,8 +57,7 @@ def train(
     before = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}})
     news = []
     if config.budget and not saved:
-        options = {name: getattr(config, name) for name in validate.OPTIONS}
-        fit, line = fitted(options, config.budget, config.budget_of)
+        fit, line = fitted(vars(config), config.budget, config.budget_of)
         config, news = replace(config, model=fit), [line]
     arguments = of_trainer(trainer or {}, before["trainer"])
     own = logger if isinstance(logger, list) else None

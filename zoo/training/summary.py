@@ -29,7 +29,7 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
 def closing(metrics: dict[str, Any]) -> str:
     """The table at the end of a run."""
     explain = TASKS[metrics["task"]].explain
-    rows = [(explain(name), number(value)) for name, value in metrics["test"].items()]
+    rows = [(explain(name), _number(value)) for name, value in metrics["test"].items()]
     rows += [
         ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),
         ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),
@@ -46,8 +46,7 @@ def title(metrics: dict[str, Any]) -> str:
     return f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
 
 
-def number(value: float) -> str:
-    """As tables show it."""
+def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
