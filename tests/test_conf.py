@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from zoo.config import from_dict
-from zoo.models import MODELS
+from zoo.models import MODELS, flops
 from zoo.models.optim import OptimConfig
 from zoo.tasks import TASKS
+from zoo.training import validate
 from zoo.training.run import RunConfig
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -130,3 +132,13 @@ def test_fsdp_strategy_takes_the_options_given() -> None:
     made = instantiate(read("trainer/fsdp.yaml")["strategy"])
     assert made._state_dict_type == "full"
     assert made.kwargs["use_orig_params"] is True
+
+
+@pytest.mark.parametrize("family", ["transformer", "hypernet", "moe"])
+def test_experiments_of_gpu_size_are_built_without_memory(family: str) -> None:
+    config = composed(f"experiment=gpu_124m_{family}")
+    assert (config["trainer"]["devices"], config["trainer"]["precision"]) == (8, "bf16-mixed")
+    with torch.device("meta"):
+        model = validate.build({name: config[name] for name in validate.OPTIONS})
+    assert 1.05e8 < flops.parameters(model)["active"] - flops.parameters(model)["context_to_delta"] < 1.15e8
+    assert flops.step_cost(model)["tokens"] == 512 * 1024

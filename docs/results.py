@@ -1,0 +1,166 @@
+"""The tables of docs/results.md: trains what they are made from, and writes them.
+
+    python docs/results.py run [EXPERIMENT…]   # trains what is missing, resumes what was stopped, then writes the page
+    python docs/results.py                     # writes the page from docs/results/, in seconds
+
+A run is `python train.py experiment=NAME WORDS seed=SEED`; of it docs/results/ keeps test.npz and metrics.json, without
+the paths of the machine. `python -m zoo.compare docs/results/NAME --out DIR` shows more of an experiment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from zoo.compare.report import Report
+from zoo.compare.runs import find, read, require_one_test
+from zoo.compare.systems import compare, group
+from zoo.console import say
+from zoo.files import to_json, write
+
+HERE = Path(__file__).parent
+PAGE, KEPT, RUNS = HERE / "results.md", HERE / "results", Path("runs/results")
+FAMILIES = ("transformer", "hypernet", "moe", "hyper_moe", "merged_experts", "fast_weights")
+WHOLE = "model.emission=full model.matrices=[gate,up] model.dim=32 model.hidden=32 model.code_dim=32 model.layers=1"
+EXPERTS = "model=moe model.experts=8 model.hidden=16"
+
+
+class Experiment(NamedTuple):
+    """systems: by name, the words of their command; seconds: of a run, about, on one core."""
+
+    seconds: int
+    systems: dict[str, str]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+EXPERIMENTS = {
+    "incontext": Experiment(
+        90,
+        {
+            **{family: f"model={family}" for family in FAMILIES},
+            "hypernet-constant": "model=hypernet model.code=constant",
+            "moe-frozen": "model=moe model.router=frozen",
+            "moe-uniform": "model=moe model.router=uniform",
+        },
+    ),
+    "compositional": Experiment(
+        60,
+        {
+            "hypernet": f"model=hypernet {WHOLE}",
+            "hypernet-constant": f"model=hypernet {WHOLE} model.code=constant",
+            "one-layer": "model=transformer model.layers=1 model.hidden=576",
+            "two-layers": "model=transformer model.layers=2 model.hidden=256",
+        },
+    ),
+    "routed": Experiment(
+        40,
+        {
+            "top-2": f"{EXPERTS} model.top_k=2",
+            "top-8": f"{EXPERTS} model.top_k=8",
+            "frozen": f"{EXPERTS} model.top_k=2 model.router=frozen",
+            "uniform": f"{EXPERTS} model.top_k=2 model.router=uniform",
+            "dense-active": "model=transformer model.hidden=32",
+            "dense-total": "model=transformer model.hidden=128",
+        },
+    ),
+    "recall": Experiment(
+        90,
+        {
+            "transformer": "model=transformer",
+            "delta": "model=fast_weights model.rule=delta",
+            "sum": "model=fast_weights model.rule=sum",
+            "hypernet": "model=hypernet",
+        },
+    ),
+    "markov": Experiment(
+        120, {family: f"model={family}" for family in ("transformer", "hypernet", "moe", "fast_weights")}
+    ),
+    "noise": Experiment(40, {family: f"model={family}" for family in FAMILIES}),
+}
+COLUMNS = ("95 % interval", "seeds", "parameters", "active", "FLOPs per token", "seconds")
+
+
+def jobs(names: list[str]) -> list[tuple[str, str, list[str]]]:
+    """Experiment, folder and words of each run, seed by seed: what is stopped compares fewer seeds, not systems."""
+    return [
+        (name, f"{system},seed={seed}", [f"experiment={name}", *words.split(), f"seed={seed}"])
+        for name in names
+        for seed in EXPERIMENTS[name].seeds
+        for system, words in EXPERIMENTS[name].systems.items()
+    ]
+
+
+def run(names: list[str]) -> None:
+    """Trains what docs/results/ lacks, one run after the other; one that fails is said, and left out."""
+    missing = [job for job in jobs(names) if not (KEPT / job[0] / job[1] / "metrics.json").exists()]
+    hours = sum(EXPERIMENTS[name].seconds for name, _, _ in missing) / 3600
+    say(f"{len(missing)} runs, about {hours:.1f} hours on one core")
+    for name, folder, words in missing:
+        out = RUNS / name / folder
+        if not (out / "metrics.json").exists():
+            begun = (out / "checkpoints/last.ckpt").exists()
+            where = [f"resume={out}"] if begun else [*words, f"out={out}"]
+            command = [
+                sys.executable,
+                "train.py",
+                *where,
+                "trainer.accelerator=cpu",
+                "trainer.enable_progress_bar=false",
+            ]
+            if subprocess.run(command, cwd=HERE.parent, stdout=subprocess.DEVNULL).returncode:
+                say(f"failed: {' '.join(words)}")
+                continue
+        keep(out, KEPT / name / folder, words)
+        say(f"{name}/{folder}")
+
+
+def keep(out: Path, kept: Path, words: list[str]) -> None:
+    """Copies the numbers of a run, without the paths of the machine that made them."""
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    del metrics["checkpoint"]
+    metrics["command"], metrics["config"]["out"] = f"python train.py {' '.join(words)}", None
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "test.npz", kept)
+    write(kept / "metrics.json", to_json(metrics, 1) + "\n")
+
+
+def tables(name: str) -> str:
+    """Systems, differences and further entries of the test of one experiment, as Markdown."""
+    runs = [read(folder) for folder in find([KEPT / name])]
+    require_one_test(runs)
+    systems = group(runs)
+    report = Report(systems, compare(systems))
+    head, *rows = report.main()
+    chosen = [0, 1, *(head.index(column) for column in COLUMNS)]
+    parts = [[[row[column] for column in chosen] for row in (head, *rows)], report.others()]
+    pairs = report.pairs()
+    parts.insert(1, [[*row[:5], row[6]] for row in pairs])
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
+        for cells in parts
+        if len(cells) > 1
+    )
+
+
+def page(text: str) -> str:
+    """The page with the tables of every experiment between its marks."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- results: {match[1]} -->\n{tables(match[1])}\n<!-- /results -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- /results -->", made, text, flags=re.DOTALL)
+
+
+def main(words: list[str]) -> None:
+    if words[:1] == ["run"]:
+        run(words[1:] or [*EXPERIMENTS])
+    write(PAGE, page(PAGE.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
