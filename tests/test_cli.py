@@ -385,7 +385,7 @@ def test_two_processes_train_like_one(pair: list[str], tmp_path: Path, command: 
     assert [row["step"] for row in rows(tmp_path / "pair")] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pair"]
     files = {path.name for path in (tmp_path / "pair").rglob("*") if path.is_file()}
-    assert files == {"best.ckpt", "last.ckpt", "metrics.jsonl", "metrics.json", "curve.png"}
+    assert files == {"best.ckpt", "last.ckpt", "metrics.jsonl", "metrics.json", "test.npz", "card.md", "curve.png"}
 
 
 @pytest.mark.slow

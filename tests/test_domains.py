@@ -89,4 +89,4 @@ def test_packages_are_pinned_and_named_everywhere() -> None:
     assert len(extras["text"]) == len(PACKAGES) + 1
     assert any(line.startswith("tokenizers>=") for line in extras["text"])
     assert f"tokenizers=={metadata.version('tokenizers')}" in pins
-    assert "zoo[text]" in extras["test"]
+    assert "zoo[text,compare]" in extras["test"]

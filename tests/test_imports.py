@@ -52,4 +52,4 @@ def test_unknown_attributes() -> None:
     with pytest.raises(AttributeError, match="module 'zoo' has no attribute 'lod'"):
         zoo.lod  # noqa: B018
     assert not hasattr(zoo, "wandb")
-    assert set(zoo.__all__) == {"MODELS", "TASKS", "__version__", "load", "train"}
+    assert set(zoo.__all__) == {"MODELS", "TASKS", "__version__", "load", "shipped", "train"}

@@ -49,7 +49,8 @@ def test_gradients_and_router_biases_are_bit_equal(case: Case, precision: torch.
     plain, again = (after_two_parts(training(case, choice), precision) for choice in (False, True))
     assert list(plain) == list(again)
     assert [name for name, value in plain.items() if not torch.equal(value, again[name])] == []
-    assert all(value.any() for name, value in plain.items() if name.endswith("bias"))
+    even = case.options.get("router") == "uniform"  # nothing to balance
+    assert all(value.any() != even for name, value in plain.items() if name.endswith("bias"))
 
 
 @pytest.mark.parametrize("family", MODELS)

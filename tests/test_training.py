@@ -62,6 +62,7 @@ def test_a_run_folder_holds_these_files_and_no_others(runs: dict[str, Path]) -> 
     folder = runs["transformer"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == [
+        "card.md",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "curve.png",
