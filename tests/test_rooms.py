@@ -85,7 +85,7 @@ WINGS = {
     "tests of wings": (
         ["tests/compared.py"]
         + [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "shipped", "oracles")]
-        + [f"tests/test_{name}.py" for name in ("compare", "compare_page")],
+        + [f"tests/test_{name}.py" for name in ("compare", "compare_page", "results")],
         1_500,
     ),
 }

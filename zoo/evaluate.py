@@ -19,7 +19,7 @@ OPTIONS = ("task", "optim", "seed", "test_batches")
 @console.command
 def main(argv: list[str] | None = None) -> int:
     parser = console.Parser("python -m zoo.evaluate", description=__doc__, epilog=EPILOG)
-    parser.add_argument("words", nargs="+", metavar="RUN|OPTION=VALUE", help="run folders or checkpoints, and options")
+    parser.add_argument("words", nargs="+", metavar="RUN|OPTION=VALUE", help="runs, checkpoints or sweeps, and options")
     parser.add_argument("--name", help="of the result (default: made of the options)")
     arguments = parser.parse_args(argv)
     words = [word for word in arguments.words if "=" in word and not Path(word).exists()]
@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     asked = plain(OmegaConf.to_container(OmegaConf.from_dotlist(words)))
-    for run in runs:
-        metrics = evaluate(run, asked, name)
+    sweeps = [sorted(path.parent for path in Path(run).glob("*/checkpoints")) or [run] for run in runs]
+    for job in (job for jobs in sweeps for job in jobs):
+        metrics = evaluate(str(job), asked, name)
         say(f"{metrics['checkpoint']}: {metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.5g}")
     return 0
 

@@ -23,8 +23,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_text = "compare evaluations/NAME of each run, of python -m zoo.evaluate, in place of its own test"
     parser.add_argument("--evaluation", metavar="NAME", help=help_text)
     options = parser.parse_args(argv)
-    if options.evaluation is not None and not re.fullmatch(r"[\w][\w.-]*", options.evaluation):
-        parser.error(f"--evaluation {show(options.evaluation)} must be a name, of letters, digits, -, _ and .")
+    if options.evaluation is not None and not re.fullmatch(r"[\w=,-][\w.=,-]*", options.evaluation):
+        parser.error(f"--evaluation {show(options.evaluation)} must be a name, of letters, digits and . = , - _")
     return options
 
 
