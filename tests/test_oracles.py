@@ -11,7 +11,7 @@ from torch import Tensor
 
 from test_tasks import task
 from zoo.models import MODELS
-from zoo.tasks import Batch
+from zoo.tasks import TASKS, Batch
 from zoo.tasks.markov import Markov
 from zoo.tasks.modules import Modules, ModulesConfig
 from zoo.tasks.regression import _lasso
@@ -223,3 +223,19 @@ def test_neighbours_and_first_pairs_are_what_they_say() -> None:
             assert values["nmse_nearest"][b, q] == pytest.approx(
                 float((nearest[3] - batch.targets[b, q]) ** 2 / 3), rel=1e-4, abs=1e-6
             )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_value_of_the_main_metric_has_its_sequence(name: str) -> None:
+    one = TASKS[name]({"name": name}, 0)
+    if one.has_text:
+        return  # tests/test_evaluate.py has text, which must be prepared
+    batch = one.batch("test", 0, 8)
+    output = torch.zeros(*batch.tokens.shape[:2], one.output_dim)
+    values = one.evaluate(lambda tokens, n_context: output[:, : tokens.shape[1]], batch)[one.main_metric]
+    row_N = one.rows(batch)
+    assert row_N.shape == values.flatten().shape
+    for row in row_N.unique().tolist():
+        alone = batch.rows(row, 1)
+        alone_values = one.evaluate(lambda tokens, n_context: output[:1, : tokens.shape[1]], alone)[one.main_metric]
+        torch.testing.assert_close(values.flatten()[row_N == row], alone_values.flatten())

@@ -84,7 +84,7 @@ WINGS = {
     "tests of hybrids": ([f"tests/test_{name}.py" for name in HYBRIDS], 3 * 90),
     "tests of wings": (
         ["tests/compared.py"]
-        + [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "shipped", "oracles")]
+        + [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "shipped", "oracles", "sweep")]
         + [f"tests/test_{name}.py" for name in ("compare", "compare_page", "results")],
         1_500,
     ),

@@ -182,6 +182,10 @@ class Modules(Task):
     def baselines(self) -> dict[str, float]:
         return {"predicting the mean": self.teacher.moments[0][1]}
 
+    def rows(self, batch: Batch) -> Tensor:
+        row_N = super().rows(batch)  # of combinations of training: the others are another metric
+        return row_N if batch.group is None else row_N[(batch.group == 0)[row_N]]
+
     def evaluate(self, predict: Predict, batch: Batch) -> dict[str, Tensor]:
         errors, targets = self.errors(predict, batch), batch.targets
         errors["nmse_teacher"] = (self._told(batch) - targets).square().mean(-1)

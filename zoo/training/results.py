@@ -54,7 +54,7 @@ def numbers(model: Model, steps: int, seconds: float, where: dict[str, Any], tes
 
 
 def by_sequence(model: Model, test: Stream) -> dict[str, np.ndarray]:
-    """main (N): the main metric of each test sequence, nan for one without predictions; weight (N): how many it has.
+    """main (N): the main metric of each test sequence, 0 for one without predictions; weight (N): how many it has.
 
     Each process calls this after the test, whose order of sequences is that of one process.
     """
@@ -67,8 +67,7 @@ def by_sequence(model: Model, test: Stream) -> dict[str, np.ndarray]:
         shared = test.passes and len(test.passes[index]) < test.world  # all processes have read the same
         batches.append(torch.cat(batch[:1] if shared else batch, 1))
     total_N, weight_N = torch.cat(batches, 1).numpy()
-    with np.errstate(invalid="ignore"):
-        return {"main": (total_N / weight_N).astype(np.float32), "weight": weight_N.astype(np.int64)}
+    return {"main": (total_N / np.maximum(weight_N, 1)).astype(np.float32), "weight": weight_N.astype(np.int64)}
 
 
 def save(file: Path, metrics: dict[str, Any], sequences: dict[str, np.ndarray], arrays: Path) -> None:
