@@ -82,7 +82,7 @@ EXPERIMENTS = {
     ),
     "noise": Experiment(40, {family: f"model={family}" for family in FAMILIES}),
 }
-COLUMNS = ("95 % interval", "seeds", "parameters", "active", "FLOPs per token", "seconds")
+COLUMNS = ("95 % interval", "seeds", "parameters", "active", "FLOPs per token")
 
 
 def jobs(names: list[str]) -> list[tuple[str, str, list[str]]]:
@@ -130,18 +130,28 @@ def keep(out: Path, kept: Path, words: list[str]) -> None:
 
 
 def tables(name: str) -> str:
-    """Systems, differences and further entries of the test of one experiment, as Markdown."""
+    """Systems, differences to the first of the experiment, and further entries of its test, as Markdown."""
     runs = [read(folder) for folder in find([KEPT / name])]
     require_one_test(runs)
     systems = group(runs)
     report = Report(systems, compare(systems))
+    names = {system.label: system.runs[0].folder.name.partition(",seed=")[0] for system in systems}
     head, *rows = report.main()
     chosen = [0, 1, *(head.index(column) for column in COLUMNS)]
-    parts = [[[row[column] for column in chosen] for row in (head, *rows)], report.others()]
-    pairs = report.pairs()
-    parts.insert(1, [[*row[:5], row[6]] for row in pairs])
+    labels, *pairs = report.pairs()
+    first = next(iter(EXPERIMENTS[name].systems))
+    parts = [
+        [[row[column] for column in chosen] for row in (head, *rows)],
+        [[*row[:5], row[6]] for row in (labels, *pairs) if row is labels or first in map(names.get, row[:2])],
+        report.others(),
+    ]
+
+    def short(cell: str) -> str:
+        label = cell.removesuffix(" is better")
+        return cell.replace(label, names.get(label, label))
+
     return "\n\n".join(
-        "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
+        "\n".join(f"| {' | '.join(map(short, row))} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
         for cells in parts
         if len(cells) > 1
     )
