@@ -19,8 +19,8 @@ def test_the_page_is_made_of_the_numbers() -> None:
     text = (ROOT / "docs/results.md").read_text()
     assert MADE["page"](text) == text
     assert "<!-- results: " in text
-    changed = text.replace("| transformer |", "| transformer? |", 1)
-    assert MADE["page"](changed) == text
+    changed = text.replace("| dense-total | 0", "| dense-total | 1", 1)
+    assert changed != text == MADE["page"](changed)
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parts[-3]}/{path.parts[-2]}")
