@@ -141,6 +141,7 @@ def arguments_of(line: list[str]) -> list[str]:
     """The arguments that Hydra reads for those of the command line: a resumed run has no defaults."""
     if {"-sc", "--shell-completion"} & {*line}:
         return line
+    line = sorted(line, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them before the options
     arguments = [added(argument) for argument in line]
     if any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments):
         arguments.append("--config-name=resume")
@@ -153,8 +154,11 @@ def sweep_of(arguments: list[str]) -> list[str]:
     """Where a sweep works, by the name of its experiment or else by the time, and which options are the same in all of
     its jobs, so that the others name them."""
     words = [word for word in map(parsed, arguments) if word]
-    fixed = [word.key_or_group for word in words if not word.is_sweep_override()]
-    given = {word.key_or_group: word.value() for word in words}
+    fixed = [word.key_or_group.lstrip("+") for word in words if not word.is_sweep_override()]
+    given = {word.key_or_group.lstrip("+"): word.value() for word in words}
+    if "out" in fixed and "${" not in str(given["out"]):
+        advice = "leave it away: hydra.sweep.dir=FOLDER is that of all"
+        raise ValueError(f"out={given['out']} is one folder, and each job of a sweep needs its own; {advice}")
     name = given.get("experiment", "null")
     place = name if isinstance(name, str) and name != "null" else f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
     own = [] if "hydra.sweep.dir" in given else [f"hydra.sweep.dir=multirun/{place}"]

@@ -46,7 +46,10 @@ def test_a_dense_network_becomes_experts_of_the_same_function(dense: Path) -> No
     [
         ({"name": "moe", "top_k": 1}, r"sum to 1, not to 0\.\d+: take model.renormalise=true"),
         ({"name": "moe", "shared": 1}, r"sum to 1, not to 2"),
-        ({"name": "moe", "hidden": 4}, r"model=moe: decoder.blocks.0.ffn.gate \(32, 16\), here \(16, 16\) and 5 more"),
+        (
+            {"name": "moe", "hidden": 4},
+            r"model=moe: decoder.blocks.0.ffn.gate \(32, 16\), here \(16, 16\) and 5 more; its FFN has model.hidden=8",
+        ),
         ({"layers": 3}, r"decoder.blocks.2.norm1.weight, which it lacks and 8 more"),
         ({"layers": 1}, r"decoder.blocks.1.norm1.weight \(16,\), here none"),
     ],

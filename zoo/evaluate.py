@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     for job in (job for jobs in sweeps for job in jobs):
         metrics = evaluate(str(job), asked, name)
         say(f"{metrics['checkpoint']}: {metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.5g}")
+    say(f"evaluations/{name}.json and .npz are beside the checkpoints")
     return 0
 
 
@@ -44,7 +45,7 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     what the former holds. Raises ValueError for options that are none of a test, or that the weights do not fit."""
     import lightning as L
 
-    from zoo.training import checkpoint, results, validate
+    from zoo.training import checkpoint, results, shipped, validate
     from zoo.training.data import Stream
     from zoo.training.run import command
     from zoo.training.trainer import quiet
@@ -96,7 +97,9 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
         "test": {key: float(value) for key, value in engine.callback_metrics.items()},
     }
     folder = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "evaluations"
-    folder.mkdir(exist_ok=True)
+    if shipped.WEIGHTS in file.parents:  # a package is not written to
+        folder = Path("evaluations", file.parent.name, file.stem)
+    folder.mkdir(parents=True, exist_ok=True)
     results.save(folder / f"{name}.json", metrics, results.by_sequence(model, test), folder / f"{name}.npz")
     return metrics
 

@@ -134,7 +134,11 @@ def layers(systems: list[System], rest: str) -> list[Figure]:
 
 def all_figures(systems: list[System]) -> list[Figure]:
     """What is drawn of these systems, the lowest error first."""
-    systems = [System(system.label.replace("$", r"\$"), system.runs) for system in systems]  # or it would be a formula
+    labels = [
+        system.label if len(system.label) < 45 else f"{k}: {system.label[:40]}…" for k, system in enumerate(systems, 1)
+    ]
+    # a dollar sign would begin a formula
+    systems = [System(label.replace("$", r"\$"), one.runs) for label, one in zip(labels, systems, strict=True)]
     chosen, more = systems[:SHOWN], len(systems) - SHOWN
     rest = f" {more} further systems are in index.html and the tables." if more > 0 else ""
     return [*curves(chosen, rest), pareto(systems, rest), *layers(chosen, rest)]

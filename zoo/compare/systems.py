@@ -18,7 +18,7 @@ from zoo.compare.runs import Run, flat
 from zoo.compare.statistics import ENOUGH, Estimate, estimate, weighted
 from zoo.config import show
 
-ELSEWHERE = {"seed", "out", "resume", "logger", "trainer", "placement", "task"}
+ELSEWHERE = {"seed", "out", "resume", "logger", "trainer", "placement", "task", "log_every", "budget", "budget_of"}
 """Options of a run that do not say which system it is: that of the task is the same for all."""
 BODY = {f"model.{name}" for name in ("dim", "layers", "heads", "kv_heads", "tied")}  # of every family
 BUDGETS = ("steps", "tokens", "precision", "accelerator", "devices")  # which a fair comparison has alike, or says

@@ -110,7 +110,7 @@ class Task(ABC):
 
     def origin(self) -> str:
         """Where the data come from, and under which licence."""
-        return f"Drawn at random from the seed, {self.seed}: nobody's."
+        return f"Drawn at random from the seed, {self.seed}; no data of others."
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the task beside its options, as plain values for a checkpoint, such as a tokenizer."""

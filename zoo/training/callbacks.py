@@ -153,7 +153,8 @@ class Keeper(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
         checkpoint["loops"] = place(checkpoint["global_step"], pl_module.optim)  # optim.steps may be larger now
-        self.seconds, self.command = run["seconds"], run["command"]
+        longer = run["config"].get("optim", {}).get("steps") != pl_module.optim.steps
+        self.seconds, self.command = run["seconds"], run["command"] + (f"; {self.command}" if longer else "")
         ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
         with suppress(ValueError):
             options = read(self.folder / "checkpoints" / "best.ckpt")["hyper_parameters"]

@@ -24,6 +24,7 @@ def card(metrics: dict[str, Any], task: Task) -> str:
         family,
         f"**Task.** {what}",
         f"**Data.** {task.origin()}",
+        "**Use.** `zoo.load(PATH)`, PATH being this folder or file.",
         f"**Command.** `{metrics['command']}` (zoo {metrics['versions']['zoo']}, torch {metrics['versions']['torch']})",
         "| test | value |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows),
         "**Limits.** One seed, at these sizes and steps; nothing is known of other data, lengths or tasks than those "

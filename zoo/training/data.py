@@ -49,8 +49,5 @@ class Stream:
         """The batch, or the null model's."""
         if not self.shuffled:
             return batch
-        if batch.wrong_context is None:
-            raise ValueError(
-                f"shuffle_context=true needs a separate context: task.name={self.task.config.name} has none"
-            )
+        assert batch.wrong_context is not None
         return batch._replace(tokens=torch.cat([batch.wrong_context, batch.tokens[:, batch.n_context :]], 1))

@@ -66,6 +66,8 @@ def train(
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     network = _model(config, saved)
+    if config.shuffle_context and not network.task.n_context:
+        raise ValueError(f"shuffle_context=true needs a separate context: task={network.task.config.name} has none")
     if config.init and not saved:
         news.append(take_weights(network, config.init))
     folder = place(config.out, f"{network.config.name}-{network.task.config.name}")

@@ -32,12 +32,17 @@ def take_weights(model: Model, path: str) -> str:
     wrong += [f"{name}, which it lacks" for name in new if not name.startswith("decoder.context_to_delta.")]
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        if said and source.config.hidden != model.config.hidden:
+            more += f"; its FFN has model.hidden={source.config.hidden}"
         raise ValueError(f"init={show(path)} does not fit model={model.config.name}: {wrong[0]}{more}")
     model.load_state_dict({**ours, **given})
     if said:
         _check_sum(model, path)
     own = f"; the {len(new)} weights of {model.config.name} alone are new" if new else ""
-    return f"begins with the weights of {file}{said}{own}"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f"; {trained:,} of {total:,} parameters are trained" if trained < total else ""
+    return f"begins with the weights of {file}{said}{own}{frozen}"
 
 
 def _shape(weight: torch.Tensor | None) -> str:

@@ -111,7 +111,10 @@ class TextTask(Task):
     def origin(self) -> str:
         config = self.config
         if config.domains:
-            return "; ".join(f"{name}: {domains.origin(name)}, {domains.LICENCES[name]}" for name in config.domains)
+            return "; ".join(
+                f"{name}: {domains.origin(name).partition(' in ')[0]}, {domains.LICENCES[name]}"
+                for name in config.domains
+            )
         given = {name: value for name, value in vars(config).items() if name in ("files", "hub") and value}
         return f"{show(given)}: whoever chose them knows their licence."
 
