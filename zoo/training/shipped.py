@@ -49,6 +49,7 @@ def save(checkpoint: dict[str, Any], name: str, card: str, folder: Path = WEIGHT
     description = {**{key: checkpoint[key] for key in SHIPPED}, "zoo": zoo}
     with whole(path) as temporary:
         save_file(checkpoint["state_dict"], temporary, {"zoo": to_json(description)})
+        temporary.chmod(0o644)  # all who install the package read it
     write(path.with_suffix(".md"), card)
     files = sorted(folder.glob("*/*.safetensors"))
     sums = {f"{file.parent.name}/{file.stem}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
