@@ -21,7 +21,6 @@ from zoo.console import Interrupted, say
 from zoo.files import to_json, write
 from zoo.models.flops import step_cost
 from zoo.training.checkpoint import SCHEMA, read
-from zoo.training.validate import place
 
 
 class Keeper(Checkpoint):
@@ -152,7 +151,6 @@ class Keeper(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["zoo"]
-        checkpoint["loops"] = place(checkpoint["global_step"], pl_module.optim)  # optim.steps may be larger now
         longer = run["config"].get("optim", {}).get("steps") != pl_module.optim.steps
         self.seconds, self.command = run["seconds"], run["command"] + (f"; {self.command}" if longer else "")
         ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
