@@ -69,7 +69,9 @@ def jobs(arguments: list[str]) -> list[list[str]]:
     if "-m" not in arguments:
         return [arguments]
     choices = []
-    for key, _, values in (argument.partition("=") for argument in arguments if argument != "-m"):
+    # launchers are packages of their own
+    options = [argument for argument in arguments if argument != "-m" and not argument.startswith("hydra")]
+    for key, _, values in (argument.partition("=") for argument in options):
         choices.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
     turns = max(map(len, choices))
     return [[values[turn % len(values)] for values in choices] for turn in range(turns)]
