@@ -378,7 +378,7 @@ def test_a_sweep_with_wandb_without_account(tmp_path: Path) -> None:
     arguments = ["-m", "model=transformer,moe", "debug=fast", *TINY, *SHORT, "logger=wandb"]
     finish(start(*arguments, cwd=tmp_path))
     folders = sorted(path.parent for path in tmp_path.rglob("metrics.json"))
-    assert [metrics_of(folder)["model"] for folder in folders] == ["transformer", "moe"]
+    assert [metrics_of(folder)["model"] for folder in folders] == ["moe", "transformer"]  # by name
     # a wandb run of its own in each run folder, and nowhere else
     runs = [path.parent.parent for path in tmp_path.rglob("offline-run-*")]
     assert sorted(runs) == folders
