@@ -172,7 +172,8 @@ def start() -> int:
     finally:
         if {"-m", "--multirun"} & {*arguments}:
             dirs = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
-            end_of_sweep(Path(dirs[-1].strip("\"'")))
+            for folder in dirs[-1:]:
+                end_of_sweep(Path(folder.strip("\"'")))
     return int(bool(FAILED))
 
 

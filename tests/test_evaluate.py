@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 
 import zoo
 from runs import small
 from zoo.evaluate import main
+from zoo.training.data import Stream
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,11 @@ def test_what_cannot_be_tested(run: Path, capsys: pytest.CaptureFixture[str], wo
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_second_test_of_one_model_forgets_the_first(run: Path) -> None:
+    model = zoo.load(run)
+    engine = L.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+    for _ in range(2):
+        engine.test(model, Stream(model.task, "test", 8, 2), verbose=False)
+    assert sum(sums.shape[1] for sums in model.tested) == 16

@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
     for job in (job for jobs in sweeps for job in jobs):
         metrics = evaluate(str(job), asked, name)
         say(f"{metrics['checkpoint']}: {metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.5g}")
-    say(f"evaluations/{name}.json and .npz are beside the checkpoints")
     return 0
 
 
@@ -100,6 +99,7 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     if shipped.WEIGHTS in file.parents:  # a package is not written to
         folder = Path("evaluations", file.parent.name, file.stem)
     folder.mkdir(parents=True, exist_ok=True)
+    say(f"writes {folder / name}.json and .npz")
     results.save(folder / f"{name}.json", metrics, results.by_sequence(model, test), folder / f"{name}.npz")
     return metrics
 

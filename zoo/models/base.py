@@ -180,6 +180,9 @@ class Model(L.LightningModule):
                 self.log(f"layer{layer}/{name}", metric.compute(), sync_dist=True)
                 metric.reset()
 
+    def on_test_start(self) -> None:
+        self.tested = []  # those of an earlier test
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         found = self.task.evaluate(self, batch)
         for name, values in found.items():
