@@ -17,11 +17,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+import zoo
 from zoo.compare.report import Report
 from zoo.compare.runs import find, read, require_one_test
 from zoo.compare.systems import compare, group
 from zoo.console import say
 from zoo.files import to_json, write
+from zoo.lens.routing import information
 
 HERE = Path(__file__).parent
 PAGE, KEPT, RUNS = HERE / "results.md", HERE / "results", Path("runs/results")
@@ -31,10 +35,12 @@ EXPERTS = "model=moe model.experts=8 model.hidden=16"
 
 
 class Experiment(NamedTuple):
-    """systems: by name, the words of their command; seconds: of a run, about, on one core."""
+    """systems: by name, the words of their command; seconds: of a run, about, on one core; experts: also measure what
+    they tell of the domain."""
 
     seconds: int
     systems: dict[str, str]
+    experts: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -81,7 +87,48 @@ EXPERIMENTS = {
         120, {family: f"model={family}" for family in ("transformer", "hypernet", "moe", "fast_weights")}
     ),
     "noise": Experiment(40, {family: f"model={family}" for family in FAMILIES}),
+    "experts": Experiment(
+        90,
+        {
+            "two-of-16": "model=moe model.experts=16 model.top_k=2 model.hidden=64",
+            "two-of-8": "model=moe model.experts=8 model.top_k=2 model.hidden=64",
+            "two-of-4": "model=moe model.experts=4 model.top_k=2 model.hidden=64",
+            "two-of-2": "model=moe model.experts=2 model.top_k=2 model.hidden=64",
+            "one-of-16": "model=moe model.experts=16 model.top_k=1 model.hidden=128",
+            "one-of-16-sigmoid": "model=moe model.experts=16 model.top_k=1 model.hidden=128 model.score=sigmoid",
+            "dense-active": "model=transformer model.hidden=128",
+            "dense-total": "model=transformer model.hidden=1024",
+        },
+    ),
+    "domains": Experiment(
+        90, {route: f"model.route_on={route}" for route in ("context", "token")}, experts=True
+    ),
+    "families": Experiment(
+        90,
+        {
+            **{family: f"model={family}" for family in FAMILIES},
+            "hypernet-constant": "model=hypernet model.code=constant",
+        },
+    ),
+    "prompts": Experiment(
+        90,
+        {
+            **{family: f"model={family}" for family in ("transformer", "hypernet", "moe", "fast_weights")},
+            "hypernet-constant": "model=hypernet model.code=constant",
+            "hypernet-attends": "model=hypernet model.attend_context=true",
+        },
+    ),
+    "haystack": Experiment(120, {family: f"model={family}" for family in ("fast_weights", "transformer", "hypernet")}),
+    "overwrites": Experiment(
+        30,
+        {
+            **{rule: f"model=fast_weights model.rule={rule}" for rule in ("delta", "sum")},
+            **{f"attention-{layers}": f"model=transformer model.layers={layers}" for layers in (1, 2)},
+        },
+    ),
 }
+TESTS = (8, 32)
+"""Batches and sequences of each that experts are looked at with."""
 COLUMNS = ("95 % interval", "seeds", "parameters", "active", "FLOPs per token")
 
 
@@ -127,6 +174,23 @@ def keep(out: Path, kept: Path, words: list[str]) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(out / "test.npz", kept)
     write(kept / "metrics.json", to_json(metrics, 1) + "\n")
+    if EXPERIMENTS[kept.parent.name].experts:
+        model = zoo.load(out)
+        tests = [model.task.batch("test", k, TESTS[1]) for k in range(TESTS[0])]
+        told = {label: value.tolist() for label, value in information(model, tests).items()}
+        write(kept / "experts.json", to_json(told, 1) + "\n")
+
+
+def specialisation(name: str) -> list[list[str]]:
+    """The largest normalised mutual information of expert and domain over layers, of each run and of its controls: the
+    mean over redraws of the same maximum."""
+    rows = [["routed on", "seed"]]
+    for file in sorted((KEPT / name).glob("*/experts.json")):
+        told = {label: np.array(x).max(-1) for label, x in json.loads(file.read_text(encoding="utf-8")).items()}
+        system, _, seed = file.parent.name.partition(",seed=")
+        rows[0][2:] = told
+        rows.append([system, seed, *(f"{x.mean():.3f}" for x in told.values())])
+    return rows
 
 
 def tables(name: str) -> str:
@@ -144,6 +208,7 @@ def tables(name: str) -> str:
         [[row[column] for column in chosen] for row in (head, *rows)],
         [[*row[:5], row[6]] for row in (labels, *pairs) if row is labels or first in map(names.get, row[:2])],
         report.others(),
+        specialisation(name),
     ]
 
     def short(cell: str) -> str:

@@ -77,7 +77,7 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
         **{"variant": "routed", "context": "pairs", "modules": 5, "dimension": 4, "units": 5, "outputs": 3},
         **{"queries": 6, "held_out": 0.2, "pairs": (9, {"context": "pairs"})},
     },
-    "recall": {"vocabulary": 40, "pairs": 5, "overwritten": 0.0, "queries": 6},
+    "recall": {"vocabulary": 40, "pairs": 5, "overwritten": 0.0, "queries": 6, "haystack": [20, 30]},
     "markov": {"domains": 3, "letters": 7, "sharpness": 1.0, "tokens": 41},
 }
 OPTIM_CHANGES = {
@@ -257,6 +257,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "recall", {"task.pairs": 9}, ["task.pairs=9", "8 keys", "task.vocabulary=16"]),
     ("moe", "recall", {"task.vocabulary": 9}, ["task.vocabulary=9", "even"]),
     ("moe", "recall", {"task.overwritten": 1.5}, ["task.overwritten=1.5", "0 to 1"]),
+    ("moe", "recall", {"task.haystack": [11, 40]}, ["task.haystack=[11, 40]", "12"]),
     ("moe", "markov", {"task.letters": 63}, ["task.letters=63", "62"]),
     ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
     ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),

@@ -94,15 +94,27 @@ def test_options_of_a_file_cost_nothing_before_a_batch_is_asked_for() -> None:
     assert ModulesConfig(modules=10**6).resolve().held() > 10**16
 
 
-@pytest.mark.parametrize(("pairs", "overwritten"), [(4, 0.5), (5, 1.0), (5, 0.0)])
-def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float) -> None:
-    made = task("recall", pairs=pairs, overwritten=overwritten)
-    batch, n, places = made.batch("test", 0, 50), made.n_context, set()
+@pytest.mark.parametrize(
+    ("pairs", "overwritten", "haystack"), [(4, 0.5, None), (5, 1.0, None), (5, 0.0, None), (4, 0.5, [33, 65])]
+)
+def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float, haystack: list[int] | None) -> None:
+    made = task("recall", pairs=pairs, overwritten=overwritten, haystack=haystack)
+    batch, places = made.batch("test", 0, 50), set()
+    n = batch.n_context
     assert batch.wrong_context is not None
+    assert n == batch.wrong_context.shape[1] == batch.tokens.shape[1] - made.config.queries
+    lengths = {made.batch("test", k, 1).n_context for k in range(40)}
+    assert {*range(32, 65, 2)} >= lengths if haystack else lengths == {made.n_context}
+    assert len(lengths) > 8 * bool(haystack)
     writes = pairs + round(pairs * overwritten)
     for tokens, wrong, answers in zip(
         *map(Tensor.tolist, (batch.tokens, batch.wrong_context, batch.targets)), strict=True
     ):
+        hay = [name >= 16 for name in tokens[: batch.n_context]]
+        assert hay == [name >= 16 for name in wrong]
+        assert hay[::2] == hay[1::2]
+        tokens, wrong = ([name for name in row if name < 16] for row in (tokens, wrong))
+        n = len(wrong)
         keys, values = tokens[:n:2], tokens[1:n:2]
         memory, other = dict(zip(keys, values, strict=True)), dict(zip(wrong[::2], wrong[1::2], strict=True))
         assert len(keys) == writes

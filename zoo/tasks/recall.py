@@ -4,8 +4,9 @@
     carries    key  value key  value ... value |  key  key  ...     Q queries, all at position C, blind to each other
 
 Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927) with overwriting (Schlag et al. 2021, arXiv
-2102.11174): a memory that only adds up keeps the old value beside the new one.
-Axes: B sequences, N keys, W writes, C = 2W context tokens, Q queries, V ids.
+2102.11174): a memory that only adds up keeps the old value beside the new one. In a haystack other ids, which say
+nothing, stand between the pairs, each of which begins at an even place.
+Axes: B sequences, N keys, W writes, C context tokens, H = C/2 places of pairs, Q queries, K keys and as many values.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from torch import Tensor
 from zoo.config import require_positive
 from zoo.tasks.base import Batch, Predict, Task, TaskConfig
 
+HAY = 240
+"""Ids that say nothing: with 8 keys and 8 values as many as bytes."""
+
 
 @dataclass(frozen=True)
 class RecallConfig(TaskConfig):
     """Of `vocabulary` ids the first half are keys, the others values; `pairs` different keys are written, and the share
-    `overwritten` of them once more, with another value."""
+    `overwritten` of them once more, with another value. haystack: the least and the most tokens of a context, drawn
+    anew for each batch, each doubling as likely; null: as many as are written."""
 
     name: str = "recall"
     vocabulary: int = 16
     pairs: int = 4
     overwritten: float = 0.5
     queries: int = 8
+    haystack: tuple[int, int] | None = None
 
     def resolve(self) -> Self:
         if not 0 <= self.overwritten <= 1:
@@ -42,7 +48,18 @@ class RecallConfig(TaskConfig):
                 f"task.pairs={self.pairs} exceeds the {self.vocabulary // 2} keys of task.vocabulary={self.vocabulary}"
             )
         require_positive("task", pairs=self.pairs, queries=self.queries)
+        least = 2 * (self.pairs + self.twice)
+        if self.haystack and not least <= self.haystack[0] <= self.haystack[1]:
+            raise ValueError(
+                f"task.haystack={list(self.haystack)} must be the least and the most tokens of a context, no fewer than "
+                f"the {least} that are written"
+            )
         return self
+
+    @property
+    def twice(self) -> int:
+        """How many keys are written twice."""
+        return round(self.overwritten * self.pairs)
 
 
 class Recall(Task):
@@ -63,28 +80,37 @@ class Recall(Task):
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        self.vocabulary = self.output_dim = config.vocabulary
-        self.twice = round(config.overwritten * config.pairs)
-        self.n_context = 2 * (config.pairs + self.twice)
+        self.vocabulary = self.output_dim = config.vocabulary + (HAY if config.haystack else 0)
+        self.n_context = max(config.haystack or (2 * (config.pairs + config.twice),)) // 2 * 2
         self.tokens = self.n_context + config.queries
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         config, generator = self.config, self.generator(split, k)
-        K, N, W = config.vocabulary // 2, config.pairs, config.pairs + self.twice
+        K, N, W = config.vocabulary // 2, config.pairs, config.pairs + config.twice
         key_BN = torch.rand(size, K, generator=generator).argsort(-1)[:, :N]
         first_BN = torch.randint(K, (size, N), generator=generator)
         step_BN = torch.randint(1, K, (size, N), generator=generator)  # from the first value to the second, another one
         number_BW = torch.rand(size, W, generator=generator).argsort(-1) % N  # of the key; the first of them come twice
         again_BW = (number_BW[:, :, None] == number_BW[:, None, :]).tril(-1).any(-1)
         value_BW = (first_BN.gather(1, number_BW) + again_BW * step_BN.gather(1, number_BW)) % K
-        newest_BN = (first_BN + (torch.arange(N) < self.twice) * step_BN) % K
+        newest_BN = (first_BN + (torch.arange(N) < config.twice) * step_BN) % K
         asked_BQ = torch.randint(N, (size, config.queries), generator=generator)
+        written_BW = key_BN.gather(1, number_BW)
         others_BW = (value_BW + torch.randint(1, K, (size, 1), generator=generator)) % K
+        H = W
+        if config.haystack:
+            least, most = (math.log(tokens) for tokens in config.haystack)
+            H = int(math.exp(least + (most - least) * float(torch.rand((), generator=generator)))) // 2
+        place_BW = torch.rand(size, H, generator=generator).argsort(-1)[:, :W].sort(-1).values
+        hay_BH2 = 2 * K + torch.randint(HAY, (size, H, 2), generator=generator)
         context_BC, wrong_BC = (
-            torch.stack([key_BN.gather(1, number_BW), K + value], -1).flatten(1) for value in (value_BW, others_BW)
+            hay_BH2.scatter(1, place_BW[..., None].expand(-1, -1, 2), torch.stack([written_BW, K + value], -1)).flatten(
+                1
+            )
+            for value in (value_BW, others_BW)
         )
         tokens = torch.cat([context_BC, key_BN.gather(1, asked_BQ)], 1)
-        return Batch(tokens, K + newest_BN.gather(1, asked_BQ), self.n_context, wrong_BC)
+        return Batch(tokens, K + newest_BN.gather(1, asked_BQ), 2 * H, wrong_BC)
 
     def baselines(self) -> dict[str, float]:
         return {"guessing one of the values": math.log(self.config.vocabulary // 2)}
