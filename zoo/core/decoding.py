@@ -7,7 +7,6 @@ and values, d their width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,9 +24,10 @@ FORM_AFTER = 3
 
 
 class Joined:
-    """Copies of one block's matrices: qkv (D,N·d), with the weight of norm1 in it, gate_up (E,D,2F), down (E,D,F).
+    """Copies of one block's matrices: qkv (D,N·d), with the weight of norm1 in it, and gate_up (D,2F) and down (F,D) of
+    each expert.
 
-    Rows of many numbers are read from memory at up to twice the rate of short ones, and a token takes a third of the
+    Rows of many numbers are read from memory at up to twice the rate of short ones, and a token takes a quarter of the
     calls that the modules make. rotary, rotate: the tables of positions, and what they do.
     """
 
@@ -36,31 +36,32 @@ class Joined:
         self.block, self.heads, self.kv_heads, self.width = block, attention.heads, attention.kv_heads, attention.width
         qkv = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
         self.qkv, self.out = (qkv * block.norm1.weight).mT.contiguous(), attention.o.weight.mT
-        self.rotary = lru_cache(1)(lambda length: rotary(torch.arange(length), self.width, attention.theta, qkv.dtype))
+        self.tables = lambda length: rotary(torch.arange(length), self.width, attention.theta, qkv.dtype)
+        self.turns: list[tuple[Tensor, Tensor]] = []
         self.stored = self._join(Patch())
         self.patch, self.uses, self.formed = Patch(), 0, self.stored
 
     def __deepcopy__(self, memo: Any) -> Joined:
         return self  # whoever copies a cache, to go on in two ways, need not copy the weights
 
-    def _join(self, patch: Patch) -> tuple[Tensor, Tensor]:
-        """gate_up and down under a patch that is the same for all tokens."""
+    def _join(self, patch: Patch) -> list[tuple[Tensor, Tensor]]:
+        """gate_up and down of each expert under a patch that is the same for all tokens."""
         ffn = self.block.ffn
         gate, up, down = (w.reshape(w.shape[-2:]) for w in ffn.dense(patch).values())
         gate_EFD, up_EFD = (w.unflatten(0, (ffn.blocks, -1)) for w in (gate, up))
-        down_DEF = down.unflatten(1, (ffn.blocks, -1))
-        return torch.cat([gate_EFD, up_EFD], 1).mT.contiguous(), down_DEF.transpose(0, 1).contiguous()
+        down_EDF = down.unflatten(1, (ffn.blocks, -1)).transpose(0, 1).contiguous()
+        return list(zip(torch.cat([gate_EFD, up_EFD], 1).mT.contiguous(), down_EDF.mT, strict=True))
 
     def step(self, x_B1D: Tensor, cache: Any, patch_of: Callable[[Tensor, Tensor], Patch]) -> tuple[Tensor, Patch]:
         """What the block gives for the token after those in the cache; see Block.forward."""
         block, x_BD = self.block, x_B1D[:, 0]
-        length = 1 << max(cache.tokens, 255).bit_length()
-        cos_11d, sin_11d = (table[cache.tokens : cache.tokens + 1] for table in self.rotary(length))
-        qkv_BNd = (x_BD * inverse_rms(x_BD, block.norm1.eps) @ self.qkv).unflatten(1, (-1, self.width))
-        qk_BNd, v_BG1d = qkv_BNd[:, : -self.kv_heads], qkv_BNd[:, -self.kv_heads :, None]
-        qk_BN1d = self.rotate(qk_BNd[:, None], cos_11d, sin_11d).transpose(1, 2)
-        k_BGTd, v_BGTd = cache.extend(qk_BN1d[:, self.heads :], v_BG1d, None)
-        q_BH1d = qk_BN1d[:, : self.heads]
+        if cache.tokens >= len(self.turns):
+            self.turns = list(zip(*self.tables(1 << max(cache.tokens, 255).bit_length()), strict=True))
+        qkv_BN1d = (x_BD * inverse_rms(x_BD, block.norm1.eps) @ self.qkv).view(len(x_BD), -1, 1, self.width)
+        qk_BN1d, v_BG1d = qkv_BN1d.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        qk_BN1d = self.rotate(qk_BN1d, *self.turns[cache.tokens])
+        q_BH1d, k_BG1d = qk_BN1d.split([self.heads, self.kv_heads], 1)
+        k_BGTd, v_BGTd = cache.extend(k_BG1d, v_BG1d, None)
         y_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BGTd, v_BGTd, enable_gqa=self.kv_heads < self.heads)
         v_BD = torch.addmm(x_BD, y_BH1d.flatten(1), self.out)
         z_BD = (v_BD * inverse_rms(v_BD, block.norm2.eps)).mul_(block.norm2.weight)
@@ -70,7 +71,7 @@ class Joined:
 
     def _ffn(self, v_BD: Tensor, z_BD: Tensor, patch: Patch, own: bool) -> Tensor | None:
         """v + FFN(z) under the patch; None for one that needs the general way. own: it is that of the family."""
-        (gate_up_EDF, down_EDF), deltas = self.stored, patch.weights
+        (gate_up_DF, down_FD), deltas = self.stored[0], patch.weights
         if patch.biases or patch.input or patch.served is not None:
             return None
         if patch.routing:
@@ -79,10 +80,10 @@ class Joined:
                 return None
             return self._experts(v_BD, z_BD, index_BK, weight_BK)
         if deltas and len(z_BD) == 1 and own and self._serves_long(patch):
-            (gate_up_EDF, down_EDF), deltas = self.formed, {}
+            (gate_up_DF, down_FD), deltas = self.formed[0], {}
         low_rank = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank) and delta.gate is None}
         each = all(d.u.dim() > 2 and len(d.u) == len(z_BD) for d in low_rank.values())  # an update for each row
-        if len(down_EDF) > 1 or len(low_rank) < len(deltas) or not each:
+        if len(self.stored) > 1 or len(low_rank) < len(deltas) or not each:
             return None
 
         def plus(y_Bo: Tensor, name: str, x_Bi: Tensor) -> Tensor:
@@ -92,26 +93,26 @@ class Joined:
             u_BoR, v_BiR = (factor.flatten(0, -3) for factor in (low_rank[name].u, low_rank[name].v))
             return torch.baddbmm(y_Bo[:, None], torch.bmm(x_Bi[:, None], v_BiR), u_BoR.mT)[:, 0]
 
-        gate_BF, up_BF = (z_BD @ gate_up_EDF[0]).chunk(2, -1)
+        gate_BF, up_BF = (z_BD @ gate_up_DF).chunk(2, -1)
         h_BF = F.silu(plus(gate_BF, "gate", z_BD)) * plus(up_BF, "up", z_BD)
-        return plus(torch.addmm(v_BD, h_BF, down_EDF[0].mT), "down", h_BF)
+        return plus(torch.addmm(v_BD, h_BF, down_FD), "down", h_BF)
 
     def _experts(self, v_BD: Tensor, z_BD: Tensor, index_BK: Tensor, weight_BK: Tensor) -> Tensor:
         """v + the weighted sum of the chosen blocks; few rows are sorted faster on the host."""
-        (gate_up_EDF, down_EDF), chosen = self.stored, index_BK.flatten().tolist()
+        chosen = index_BK.flatten().tolist()
         if len(z_BD) == 1:
-            for e, weight in zip(chosen, weight_BK.flatten(), strict=True):
-                gate_BF, up_BF = (z_BD @ gate_up_EDF[e]).chunk(2, -1)
-                v_BD = torch.addmm(v_BD, F.silu(gate_BF) * up_BF * weight, down_EDF[e].mT)
+            for e, weight in zip(chosen, weight_BK.flatten().tolist(), strict=True):
+                gate_up_DF, down_FD = self.stored[e]
+                gate_BF, up_BF = (z_BD @ gate_up_DF).chunk(2, -1)
+                v_BD = torch.addmm(v_BD, F.silu(gate_BF) * up_BF, down_FD, alpha=weight)
             return v_BD
         choice_N = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__))
         row_N, experts = choice_N // index_BK.shape[1], sorted({*chosen})
         counts = [chosen.count(e) for e in experts]
-        x_parts = z_BD[row_N].split(counts)
-        gate_NF, up_NF = torch.cat([x @ gate_up_EDF[e] for x, e in zip(x_parts, experts, strict=True)]).chunk(2, -1)
-        h_parts = (F.silu(gate_NF) * up_NF * weight_BK.view(-1, 1)[choice_N]).split(counts)
-        y_ND = torch.cat([h @ down_EDF[e].mT for h, e in zip(h_parts, experts, strict=True)])
-        return v_BD.index_add(0, row_N, y_ND)
+        parts = zip(z_BD[row_N].split(counts), experts, strict=True)
+        gate_NF, up_NF = torch.cat([x @ self.stored[e][0] for x, e in parts]).chunk(2, -1)
+        parts = zip((F.silu(gate_NF) * up_NF * weight_BK.view(-1, 1)[choice_N]).split(counts), experts, strict=True)
+        return v_BD.index_add(0, row_N, torch.cat([h @ self.stored[e][1] for h, e in parts]))
 
     def _serves_long(self, patch: Patch) -> bool:
         """Whether this patch has served so many tokens that its matrices are formed."""

@@ -51,8 +51,8 @@ class RecallConfig(TaskConfig):
         least = 2 * (self.pairs + self.twice)
         if self.haystack and not least <= self.haystack[0] <= self.haystack[1]:
             raise ValueError(
-                f"task.haystack={list(self.haystack)} must be the least and the most tokens of a context, no fewer than "
-                f"the {least} that are written"
+                f"task.haystack={list(self.haystack)} must be the least and the most tokens of a context, no fewer "
+                f"than the {least} that are written"
             )
         return self
 
@@ -103,11 +103,10 @@ class Recall(Task):
             H = int(math.exp(least + (most - least) * float(torch.rand((), generator=generator)))) // 2
         place_BW = torch.rand(size, H, generator=generator).argsort(-1)[:, :W].sort(-1).values
         hay_BH2 = 2 * K + torch.randint(HAY, (size, H, 2), generator=generator)
+        index_BW2 = place_BW[..., None].expand(-1, -1, 2)
         context_BC, wrong_BC = (
-            hay_BH2.scatter(1, place_BW[..., None].expand(-1, -1, 2), torch.stack([written_BW, K + value], -1)).flatten(
-                1
-            )
-            for value in (value_BW, others_BW)
+            hay_BH2.scatter(1, index_BW2, torch.stack([written_BW, K + value_BW], -1)).flatten(1)
+            for value_BW in (value_BW, others_BW)
         )
         tokens = torch.cat([context_BC, key_BN.gather(1, asked_BQ)], 1)
         return Batch(tokens, K + newest_BN.gather(1, asked_BQ), 2 * H, wrong_BC)
