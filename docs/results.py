@@ -14,17 +14,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import zoo
+from zoo.compare.figures import pareto
 from zoo.compare.report import Report
 from zoo.compare.runs import find, read, require_one_test
-from zoo.compare.systems import compare, group
+from zoo.compare.systems import System, compare, group
 from zoo.console import say
 from zoo.files import to_json, write
+from zoo.lens.draw import save
 from zoo.lens.routing import information
 
 HERE = Path(__file__).parent
@@ -100,9 +103,7 @@ EXPERIMENTS = {
             "dense-total": "model=transformer model.hidden=1024",
         },
     ),
-    "domains": Experiment(
-        90, {route: f"model.route_on={route}" for route in ("context", "token")}, experts=True
-    ),
+    "domains": Experiment(90, {route: f"model.route_on={route}" for route in ("context", "token")}, experts=True),
     "families": Experiment(
         90,
         {
@@ -193,33 +194,40 @@ def specialisation(name: str) -> list[list[str]]:
     return rows
 
 
-def tables(name: str) -> str:
-    """Systems, differences to the first of the experiment, and further entries of its test, as Markdown."""
+def compared(name: str) -> Report:
+    """The systems of an experiment under its own names for them."""
     runs = [read(folder) for folder in find([KEPT / name])]
     require_one_test(runs)
-    systems = group(runs)
-    report = Report(systems, compare(systems))
-    names = {system.label: system.runs[0].folder.name.partition(",seed=")[0] for system in systems}
+    systems = [System(one.runs[0].folder.name.partition(",seed=")[0], one.runs) for one in group(runs)]
+    return Report(systems, compare(systems))
+
+
+def tables(name: str) -> str:
+    """Systems, differences to the first of the experiment, and further entries of its test, as Markdown."""
+    report, first = compared(name), next(iter(EXPERIMENTS[name].systems))
     head, *rows = report.main()
     chosen = [0, 1, *(head.index(column) for column in COLUMNS)]
     labels, *pairs = report.pairs()
-    first = next(iter(EXPERIMENTS[name].systems))
     parts = [
         [[row[column] for column in chosen] for row in (head, *rows)],
-        [[*row[:5], row[6]] for row in (labels, *pairs) if row is labels or first in map(names.get, row[:2])],
+        [[*row[:5], row[6]] for row in (labels, *pairs) if row is labels or first in row[:2]],
         report.others(),
         specialisation(name),
     ]
-
-    def short(cell: str) -> str:
-        label = cell.removesuffix(" is better")
-        return cell.replace(label, names.get(label, label))
-
     return "\n\n".join(
-        "\n".join(f"| {' | '.join(map(short, row))} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
+        "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
         for cells in parts
         if len(cells) > 1
     )
+
+
+def draw(text: str) -> None:
+    """Error against FLOPs, for each experiment of which the page shows that."""
+    for name in re.findall(r"\(figures/results-(\w+)\.png\)", text):
+        settings = {"command": f"python docs/results.py run {name}"}
+        figure = pareto(compared(name).systems, "")
+        figure = replace(figure, name=f"results-{name}", title=f"{name}: error and cost", settings=settings)
+        say(str(save(figure, HERE / "figures")))
 
 
 def page(text: str) -> str:
@@ -234,7 +242,9 @@ def page(text: str) -> str:
 def main(words: list[str]) -> None:
     if words[:1] == ["run"]:
         run(words[1:] or [*EXPERIMENTS])
-    write(PAGE, page(PAGE.read_text(encoding="utf-8")))
+    text = page(PAGE.read_text(encoding="utf-8"))
+    write(PAGE, text)
+    draw(text)
 
 
 if __name__ == "__main__":
