@@ -121,10 +121,10 @@ EXPERIMENTS = {
     ),
     "haystack": Experiment(120, {family: f"model={family}" for family in ("fast_weights", "transformer", "hypernet")}),
     "overwrites": Experiment(
-        30,
+        60,
         {
             **{rule: f"model=fast_weights model.rule={rule}" for rule in ("delta", "sum")},
-            **{f"attention-{layers}": f"model=transformer model.layers={layers}" for layers in (1, 2)},
+            "attention": "model=transformer model.layers=2",
         },
     ),
 }
