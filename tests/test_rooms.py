@@ -85,6 +85,7 @@ WINGS = {
     "tests of wings": (
         ["tests/compared.py"]
         + [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "shipped", "oracles", "sweep")]
+        + ["tests/test_tokenizer_file.py"]
         + [f"tests/test_{name}.py" for name in ("compare", "compare_page", "results")],
         1_500,
     ),

@@ -63,7 +63,6 @@ class Recall(Task):
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        self.vocabulary = self.output_dim = config.vocabulary
         self.twice = round(config.overwritten * config.pairs)
         self.n_context = 2 * (config.pairs + self.twice)
         self.tokens = self.n_context + config.queries

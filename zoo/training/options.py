@@ -76,9 +76,7 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         raise ValueError(f"resume={asked.resume} continues in its own folder, {folder}: leave out={asked.out} away")
     saved = checkpoint.read(file, resume=True)
     options = asdict(from_dict(RunConfig, saved["zoo"]["config"], ""))
-    for place in sources.PLACES:  # may change; what lies there may not, see zoo.training.run
-        if options["task"].get(place) and asked.task.get(place):
-            options["task"][place] = asked.task[place]
+    options["task"] = sources.moved(options["task"], asked.task)  # see zoo.training.run
     old = _dotted(options)
     new = _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
     if asked.budget:  # which has decided it
