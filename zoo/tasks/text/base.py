@@ -1,7 +1,6 @@
 """The common part of tasks on text: where it lies, what its tokens are, their order, and how many bits a byte takes.
 
-Axes: B sequences, T tokens, Q of them after the context, L bytes of the longest token, V ids, N sequences of a split,
-D sources.
+Axes: B sequences, T tokens, Q of them after the context, V ids, N sequences of a split, or ids in a row, D sources.
 """
 
 from __future__ import annotations
@@ -240,7 +239,6 @@ class TextTask(Task):
         """Bits that the trigram needs for each scored byte, having read the same queries as the model."""
         windows_BT = torch.cat([batch.tokens[:, batch.n_context :], batch.targets[:, -1:]], 1)
         windows_BT = F.pad(windows_BT, (1, 0), value=START)  # one stream of all sequences: starts hide what was before
-        bytes_BTL = self.tokenizer.table[windows_BT.where(windows_BT >= 0, START).cpu().numpy()]
-        wanted_BTL = np.broadcast_to(F.pad(scored_BQ, (2, 0)).cpu().numpy()[:, :, None], bytes_BTL.shape)
-        bits = self.trigram.bits(bytes_BTL[bytes_BTL >= 0])
-        return torch.from_numpy(bits[wanted_BTL[bytes_BTL >= 0]]).float()
+        ids_N = windows_BT.where(windows_BT >= 0, START).flatten().cpu().numpy()
+        wanted = np.repeat(F.pad(scored_BQ, (2, 0)).flatten().cpu().numpy(), self.tokenizer.counts[ids_N])
+        return torch.from_numpy(self.trigram.bits(self.tokenizer.respelled(ids_N))[wanted]).float()

@@ -4,7 +4,7 @@ Sennrich, Haddow & Birch 2016, arXiv 1508.07909; here on bytes, so any file can 
 Ids 0–255 are the bytes, 256 is the start of a document, which spells nothing. From a file, tokenizer.json of the
 library `tokenizers`, the merges are taken, and how it cuts text into words, as data; text is not normalised, and none
 of it means an added token such as <|endoftext|>.
-Axes: V ids, L bytes of the longest token.
+Axes: V ids, N ids of a text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from zoo.tasks.text import corpus
 from zoo.tasks.text.corpus import START, byte_ids
 from zoo.tasks.text.sources import named
 
-LONGEST, LIMIT = 64, 256  # bytes of a token that is learned, and of any
+LONGEST, SPELLED = 64, 1 << 25  # bytes of a token that is learned, and of all tokens together
 TRAINED = 10_000_000  # bytes that merges are learned from, an equal share from each source
 MOST = 1 << 19  # merges
 LARGEST = 1 << 26  # bytes of a file
@@ -55,14 +55,16 @@ class Tokenizer:
         self.spelled = [bytes([byte]) for byte in range(START)] + [b""]
         self._ids = {token: index for index, token in enumerate(self.spelled) if token}
         self.merges: list[list[int]] = []
+        total = 0
         if not isinstance(merges, list | tuple) or len(merges) > MOST:
             raise ValueError(f"a tokenizer is a list of {MOST} merges at most, got {show(merges)}")
         for pair in merges:
             known = isinstance(pair, list | tuple) and len(pair) == 2
             if not known or any(type(i) is not int or not 0 <= i < len(self.spelled) or i == START for i in pair):
                 raise ValueError(f"merge {len(self.merges)} of a tokenizer must be two earlier ids, got {show(pair)}")
-            if len(token := self.spelled[pair[0]] + self.spelled[pair[1]]) > LIMIT:
-                raise ValueError(f"merge {len(self.merges)} of a tokenizer spells more than {LIMIT} bytes")
+            token = self.spelled[pair[0]] + self.spelled[pair[1]]
+            if (total := total + len(token)) > SPELLED:
+                raise ValueError(f"merge {len(self.merges)} of a tokenizer is beyond {SPELLED} bytes in all")
             self.merges.append([*pair])
             if token not in self._ids:  # two merges may spell the same
                 self._ids[token] = len(self.spelled)
@@ -77,13 +79,9 @@ class Tokenizer:
         return torch.tensor([len(token) for token in self.spelled])
 
     @functools.cached_property
-    def table(self) -> np.ndarray:
-        """(V,L) the bytes of each id, −1 after its last; START alone for the start."""
-        table = np.full((len(self.spelled), max(map(len, self.spelled))), -1, np.int16)
-        for row, token in zip(table, self.spelled, strict=True):
-            row[: len(token)] = list(token)
-        table[START, 0] = START
-        return table
+    def counts(self) -> np.ndarray:
+        """(V) byte ids that stand for each id: its bytes, or the start."""
+        return self.lengths.numpy().clip(min=1)
 
     @functools.cached_property
     def _bpe(self) -> Any:
@@ -117,10 +115,13 @@ class Tokenizer:
         """The bytes that ids spell; ids that no merge has made spell nothing."""
         return b"".join(self.spelled[i] for i in ids if i < len(self.spelled))
 
-    def respelled(self, ids: np.ndarray) -> np.ndarray:
-        """The byte ids that ids spell, with the starts between them."""
-        rows = (self.table[ids[at : at + PIECE]] for at in range(0, len(ids), PIECE))
-        return np.concatenate([part[part >= 0] for part in rows])
+    def respelled(self, ids_N: np.ndarray) -> np.ndarray:
+        """The byte ids (uint16) that ids stand for, one after the other."""
+        every = np.frombuffer(bytes(START) + b"\0" + b"".join(self.spelled[START:]), np.uint8).astype(np.uint16)
+        every[: START + 1] = np.arange(START + 1)
+        count_N = self.counts[ids_N]
+        place_N = self.counts.cumsum()[ids_N] - count_N.cumsum()  # in `every`, from the one in the result on
+        return every[np.repeat(place_N, count_N) + np.arange(count_N.sum())]
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
