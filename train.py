@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo import console
 from zoo.config import did_you_mean, one_line, show
+from zoo.files import home
 
 CONF = Path(__file__).parent / "conf"
 HYDRAS = (HydraException, OmegaConfBaseException)
-FAILED: list[int] = []
-"""Exit codes of the jobs of this sweep that ended with a mistake, which was said."""
+FAILED: set[str] = set()
+"""The names of the jobs of this sweep that ended with a mistake, which was said."""
 
 
 def parsed(word: str) -> Override | None:
@@ -88,8 +91,9 @@ def main(cfg: DictConfig) -> float | None:
     if state.mode == RunMode.RUN or code > 2:  # stopped: no further job
         sys.exit(code)
     if code:
-        FAILED.append(code)
-    return scores[0] if scores else None  # which sweepers of Hydra can search by
+        FAILED.add(place_of(state, folder).name)
+        return None
+    return scores[0] if scores and scores[0] is not None else math.nan  # which sweepers of Hydra can search by
 
 
 def place_of(state: Any, folder: Path) -> Path:
@@ -111,6 +115,9 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
     from zoo.training.run import finished, train
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    asked = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
+    if config.get("budget") and "model.hidden" not in asked:  # that of conf/ is nobody's wish
+        config.get("model", {}).pop("hidden", None)
     place: list[str] = []  # what tells a process of this job where it works
     if config["resume"] is None:
         config["out"] = out = config["out"] or folder
@@ -120,7 +127,7 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
                 console.say(f"{out} is complete")
                 scores.append(metrics["test"].get(metrics["main_metric"]))
                 return 0
-            if Path(out, "checkpoints/last.ckpt").is_file():
+            if (home(out) / "checkpoints/last.ckpt").is_file():
                 config["resume"], place = out, [f"resume={quoted(out)}"]
     if folder and (str(config.get("trainer", {}).get("devices", 1)) != "1" or (config["resume"] and not place)):
         # the processes of a job repeat its command line, which must not be the sweep
@@ -177,15 +184,31 @@ def start() -> int:
     return int(bool(FAILED))
 
 
+def reported(func: Callable[[], Any]) -> Any:
+    """What `func` of Hydra gives, in place of its own way, which takes many lines on a mistake and says 1."""
+    result = func()
+    FAILED.update(failed(result))
+    return result
+
+
+def failed(result: Any) -> Iterator[str]:
+    """The names of jobs that came to nothing, out of what a sweep gives: they may have run in other processes."""
+    for batch in result if isinstance(result, list) else ():
+        for done in batch:
+            if done.return_value is None:
+                state = done.hydra_cfg.hydra
+                yield place_of(state, Path(state.runtime.output_dir)).name
+
+
 def end_of_sweep(folder: Path) -> None:
     """Says what the jobs of a sweep came to."""
-    if any(folder.glob("*/metrics.json")):
+    if FAILED or any(folder.glob("*/metrics.json")):
         from zoo.compare.sweep import table
 
-        console.say(table(folder))
+        console.say(table(folder, FAILED))
 
 
 if __name__ == "__main__":
-    internal.run_and_report = lambda func: func()  # Hydra's own takes many lines and says 1
+    internal.run_and_report = reported
     argparse.ArgumentParser.error = console.Parser.error  # type: ignore[assignment,method-assign]
     sys.exit(console.command(start, HYDRAS, reason)())

@@ -29,8 +29,9 @@ TASKS = {
 
 def small(out: Path | None, model: str = "transformer", task: str = "regression", **options: Any) -> dict[str, Any]:
     """Trains; options go to zoo.train, those of optim, trainer and model_options on top of the defaults."""
+    chosen = {**FAMILIES[model], **SIZES, **options.pop("model_options", {})}
     return zoo.train(
-        model={**FAMILIES[model], **SIZES, **options.pop("model_options", {})},
+        model={key: x for key, x in chosen.items() if key != "hidden" or "budget" not in options},
         task=TASKS[task],
         optim={**OPTIM, **options.pop("optim", {})},
         trainer={**QUIET, **options.pop("trainer", {})},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import zoo
 from cases import FAMILIES
 from runs import one_line, small
+from test_cli import SHORT, TINY, command  # noqa: F401
 from zoo.models import flops
 from zoo.training import validate
 from zoo.training.budget import MEASURES, fitted
@@ -47,3 +49,18 @@ def test_a_model_that_is_too_large_without_its_ffn() -> None:
     options = {**OPTIONS, "model": {"name": "hypernet", "code_dim": 400}}
     said = one_line(lambda: fitted(options, "params", None))
     assert said.startswith("budget=params: hypernet has 384,384 parameters without an FFN, of the 123,648 of")
+
+
+def test_a_width_that_is_given_is_not_to_be_fitted(command: Any, tmp_path: Path) -> None:  # noqa: F811
+    few = [*TINY[:-1], *SHORT, "debug=fast", "budget=params"]
+    assert TINY[-1] == "model.hidden=16"
+    said = "budget=params decides model.hidden: leave model.hidden=16 away, or the budget"
+    answer = command(*few, "model.hidden=16", "out=run")
+    assert (answer.code, answer.err) == (2, f"error: {said}\n")
+    assert one_line(lambda: zoo.train({"name": "moe", "hidden": 16}, budget="params")) == said
+    sweep = ["-m", *few, "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert command(*sweep).code == 0
+    shutil.rmtree(tmp_path / "sweep/seed=1")
+    assert command(*sweep).code == 0  # the one is complete, the other begins anew
+    assert "4 of 4, its last; optim.steps=N trains it longer" in command("resume=sweep/seed=0", "budget=params").out
+    assert "model.hidden is " in command("resume=sweep/seed=0", "budget=params", "model.hidden=16").err

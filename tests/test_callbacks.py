@@ -142,5 +142,6 @@ def test_loggers_are_told_what_the_metrics_file_holds(tmp_path: Path, accumulate
     written = [(row["step"], row["loss"], row["aux_loss"]) for row in rows(tmp_path / "run") if "loss" in row]
     assert [step for step, *_ in written] == [2, 4, 6]
     assert all(aux > 0 for *_, aux in written)
-    told = [(step + 1, row["loss"], row["aux_loss"]) for step, row in logger.rows if "loss" in row]
+    told = [(step, row["loss"], row["aux_loss"]) for step, row in logger.rows if "loss" in row]
     assert told == written
+    assert [step for step, row in logger.rows if "validation_loss" in row] == [6]

@@ -213,7 +213,7 @@ def test_a_job_of_a_sweep_that_fails_is_one_line(command: Any, tmp_path: Path, m
     assert len(errors) == 2
     assert "Traceback" not in answer.err
     assert [path.parent.name for path in tmp_path.rglob("metrics.json")] == ["optim.lr=0.1"]
-    assert re.search(r"^optim.lr=0.5 +not complete$", answer.out, re.M)
+    assert re.findall(r"^optim.lr=(\S+) +failed$", answer.out, re.M) == ["-1", "0.5"]
     assert re.search(r"^optim.lr=0.1 +4 .* nmse \d", answer.out, re.M)
 
 

@@ -306,6 +306,12 @@ def test_without_plotly_all_else_is_written(
     assert "index.html" not in written
 
 
+def test_a_file_is_no_folder_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    said = one_line([tmp_path / "absent", "--out", tmp_path / "file"], capsys)  # before anything is read
+    assert said.startswith(f"error: --out {tmp_path / 'file'} is a file: name a folder")
+
+
 def test_runs_of_today_are_read(tmp_path: Path) -> None:
     for seed in range(2):
         small(tmp_path / "sweep" / str(seed), "moe", seed=seed)

@@ -61,7 +61,7 @@ REFUSED = [
     ("rate", float("nan"), "where.rate=nan must be a finite number"),
     ("rate", float("inf"), "where.rate=inf must be a finite number"),
     ("name", 1, "where.name=1 must be of type str, got int"),
-    ("loud", 1, "where.loud=1 must be of type bool, got int"),
+    ("loud", 1, "where.loud=1 must be true or false, got int"),
     ("kind", "hihg", "where.kind 'hihg' does not exist; did you mean high?"),
     ("kind", None, "where.kind None does not exist; known: low, high"),
     ("kind", 1, "where.kind 1 does not exist; known: low, high"),

@@ -60,7 +60,10 @@ TASK_CHANGES: dict[str, dict[str, Any]] = {
         "noise": (0.1, {"function": "noisy"}),
         "units": (5, {"function": "network"}),
     },
-    "prompts": {"context": 21, "query": 9, "target": 13, "domains": ["medicine"], "files": (FILES, {"domains": None})},
+    "prompts": {
+        **{"context": 21, "query": 9, "target": 13, "domains": ["medicine"], "files": (FILES, {"domains": None})},
+        **{"tokenizer": "bpe", "vocabulary": (512, {"tokenizer": "bpe"})},
+    },
     "text": {
         "tokens": 41,
         "domains": ["medicine"],
@@ -272,7 +275,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "text", {**ALONE, "task.files": ["a"], "task.documents": 5}, ["task.documents=5", "task.hub"]),
     ("moe", "text", {**ALONE, "task.hub": "a/b", "task.documents": 0}, ["task.documents=0"]),
     ("moe", "text", {"task.vocabulary": 300}, ["task.vocabulary=300", "task.tokenizer=bpe"]),
-    ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 257}, ["task.vocabulary=257", "258", "65536"]),
+    ("moe", "text", {"task.tokenizer": "bpe", "task.vocabulary": 257}, ["task.vocabulary=257", "258", "524288"]),
     ("moe", "text", {"optim.steps": 0}, ["optim.steps=0"]),
     ("moe", "text", {"optim.batch_size": 9, "optim.accumulate": 2}, ["optim.batch_size=9", "optim.accumulate=2"]),
     ("moe", "text", {"optim.warmup": 20, "optim.steps": 20}, ["optim.warmup=20", "optim.steps=20"]),

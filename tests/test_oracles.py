@@ -100,16 +100,13 @@ def test_options_of_a_file_cost_nothing_before_a_batch_is_asked_for() -> None:
 def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float, haystack: list[int] | None) -> None:
     made = task("recall", pairs=pairs, overwritten=overwritten, haystack=haystack)
     batch, places = made.batch("test", 0, 50), set()
-    n = batch.n_context
     assert batch.wrong_context is not None
-    assert n == batch.wrong_context.shape[1] == batch.tokens.shape[1] - made.config.queries
+    assert batch.n_context == batch.wrong_context.shape[1] == batch.tokens.shape[1] - made.config.queries
     lengths = {made.batch("test", k, 1).n_context for k in range(40)}
     assert {*range(32, 65, 2)} >= lengths if haystack else lengths == {made.n_context}
     assert len(lengths) > 8 * bool(haystack)
-    writes = pairs + round(pairs * overwritten)
-    for tokens, wrong, answers in zip(
-        *map(Tensor.tolist, (batch.tokens, batch.wrong_context, batch.targets)), strict=True
-    ):
+    rows = map(Tensor.tolist, (batch.tokens, batch.wrong_context, batch.targets))
+    for tokens, wrong, answers in zip(*rows, strict=True):
         hay = [name >= 16 for name in tokens[: batch.n_context]]
         assert hay == [name >= 16 for name in wrong]
         assert hay[::2] == hay[1::2]
@@ -117,8 +114,7 @@ def test_recall_asks_for_what_was_written_last(pairs: int, overwritten: float, h
         n = len(wrong)
         keys, values = tokens[:n:2], tokens[1:n:2]
         memory, other = dict(zip(keys, values, strict=True)), dict(zip(wrong[::2], wrong[1::2], strict=True))
-        assert len(keys) == writes
-        assert len(memory) == pairs
+        assert (len(keys), len(memory)) == (pairs + round(pairs * overwritten), pairs)
         assert max(memory) < 8 <= min(values)
         assert [memory[key] for key in tokens[n:]] == answers
         assert not any(other[key] == memory[key] for key in memory)  # the control's answers are all wrong

@@ -119,7 +119,7 @@ def test_a_wrong_context_is_found_where_one_document_has_nearly_all_blocks(
 
 
 def test_documents_that_are_too_short_are_named(small: None) -> None:
-    with pytest.raises(ValueError, match=r"^the train split of code has 0, but needs 2 documents of 98 bytes"):
+    with pytest.raises(ValueError, match=r"^the train split of code has 0, but needs 2 documents of 98 tokens"):
         prompts(context=90).prepare()
 
 

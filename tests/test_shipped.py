@@ -34,6 +34,12 @@ def test_each_has_its_card_and_predicts(name: str) -> None:
             assert float(error) < 0.01
 
 
+def test_a_misspelt_name_has_a_close_one() -> None:
+    said = "no checkpoint at text/transfomer; did you mean text/transformer?"
+    assert one_line(lambda: zoo.load("text/transfomer")) == said
+    assert one_line(lambda: zoo.train(init="text/transfomer")) == said
+
+
 def batch_of(tokens: torch.Tensor) -> zoo.tasks.Batch:
     return zoo.tasks.Batch(tokens[:, :-1], tokens[:, 1:], 0)
 

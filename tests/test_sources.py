@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from runs import one_line
-from zoo.tasks.text import sources
+from zoo.tasks.text import corpus, sources
 from zoo.tasks.text.corpus import texts
 from zoo.tasks.text.language import Text
 
@@ -58,7 +58,7 @@ def made(**options: Any) -> Text:
 
 def found(**options: Any) -> dict[str, list[str]]:
     """The documents of each split."""
-    (splits,) = made(**options).texts
+    (splits,) = map(corpus.read, made(**options).folders.values())
     return {split: [text.decode() for text in texts(splits[split])] for split in SPLITS}
 
 
@@ -90,7 +90,7 @@ def test_a_text_file_is_a_document_byte_for_byte() -> None:
     contents = [b"a\r\n\nb", b"\xff\x00", "é".encode(), b"no newline"]
     for k, content in enumerate(contents):
         Path(f"{k}.txt").write_bytes(content)
-    (splits,) = made(files=["*.txt"]).texts
+    (splits,) = map(corpus.read, made(files=["*.txt"]).folders.values())
     assert sorted(text for ids in splits.values() for text in texts(ids)) == sorted(contents)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import re
+import runpy
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 
-from runs import signalled
-from test_cli import SHORT, TINY, assert_same, command  # noqa: F401
+from runs import signalled, small
+from test_cli import SHORT, TINY, TRAIN, assert_same, command  # noqa: F401
+from zoo.training.run import finished
 
 
 def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(
@@ -40,3 +47,34 @@ def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(
     answer = command(*asked, "validate_every=3")  # what is complete is another run
     assert answer.code == 1
     assert answer.err.count("validate_every is 2 in the checkpoint, 3 asked") == 4
+
+
+def test_failures_in_processes_of_their_own_count(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Launchers of Hydra give back what their processes returned, and nothing else."""
+    launcher = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_launcher.BasicLauncher"]
+    launch, returns = launcher.launch, []
+
+    def elsewhere(*arguments: Any, **options: Any) -> Any:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=lambda: theirs.send(launch(*arguments, **options)))
+        process.start()
+        returns.append(ours.recv())
+        process.join()
+        return returns[-1]
+
+    monkeypatch.setattr(launcher, "launch", elsewhere)
+    answer = command("-m", "optim.lr=-1,-2", "hydra.sweep.dir=sweep")
+    assert (answer.code, len(*returns)) == (1, 2)
+    assert re.findall(r"^(\S+) +failed$", answer.out, re.M) == ["optim.lr=-1", "optim.lr=-2"]
+    failed = runpy.run_path(str(TRAIN))["failed"]
+    complete = JobReturn(status=JobStatus.COMPLETED, _return_value=math.nan)  # no number, but no mistake
+    assert [*failed([[complete]])] == [*failed(None)] == []
+
+
+def test_the_folder_of_a_finished_run_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    metrics = small(tmp_path / "run")
+    found = finished({"out": "~/run"})
+    assert found
+    assert found["test"] == metrics["test"]

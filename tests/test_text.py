@@ -149,11 +149,13 @@ def test_ids_stand_for_the_same_documents_in_the_same_splits(written: None) -> N
 def test_each_domain_teaches_an_equal_share(written: None, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bytes] = []
     monkeypatch.setattr(tokenizer, "train", lambda texts, vocabulary: given.extend(texts) or [[97, 98]])
-    monkeypatch.setattr(module, "TRAINED", 8000)
+    monkeypatch.setattr(tokenizer, "TRAINED", 8000)
     made = text(**PAIRS)
     assert made.tokenizer.merges == [[97, 98]]
     sample = np.concatenate([corpus.byte_ids(document) for document in given])
-    assert np.array_equal(sample, np.concatenate([splits["train"][:2000] for splits in made.texts]))
+    assert np.array_equal(
+        sample, np.concatenate([corpus.read(folder)["train"][:2000] for folder in made.folders.values()])
+    )
 
 
 def test_the_second_start_neither_trains_nor_encodes(written: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +221,7 @@ def test_bits_are_those_of_bytes_whatever_the_tokens(written: None, options: dic
 def test_the_trigram_counts_bytes_whatever_the_tokens(written: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (module.COUNTED, 1000):
         monkeypatch.setattr(module, "COUNTED", limit)
-        expected = Trigram(splits["train"][:limit] for splits in text().texts)
+        expected = Trigram(splits["train"][:limit] for splits in text().ids)
         for options in ({}, PAIRS):
             counts = text(**options).trigram.counts
             assert all(np.array_equal(a, b) for a, b in zip(counts, expected.counts, strict=True))
@@ -251,7 +253,7 @@ def test_a_restored_tokenizer_encodes_the_text(written: None) -> None:
     ("options", "state", "message"),
     [
         ({}, {"merges": []}, "task.name=text has no state merges"),
-        (PAIRS, {}, "a tokenizer is a list of 65536 merges at most, got None"),
+        (PAIRS, {}, "a tokenizer is a list of 524288 merges at most, got None"),
         (PAIRS, {"merges": [], "code": "x"}, "task.name=text has no state code"),
         (PAIRS, {"merges": [[97, k] for k in range(256)]}, "a tokenizer of 513 ids exceeds task.vocabulary=400"),
     ],

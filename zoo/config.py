@@ -113,7 +113,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}={value} must be a finite number")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}={show(value)} must be of type {hint.__name__}, got {type(value).__name__}")
+        kind = "true or false" if hint is bool else f"of type {hint.__name__}"
+        raise ValueError(f"{where}={show(value)} must be {kind}, got {type(value).__name__}")
     return value
 
 

@@ -23,6 +23,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_text = "compare evaluations/NAME of each run, of python -m zoo.evaluate, in place of its own test"
     parser.add_argument("--evaluation", metavar="NAME", help=help_text)
     options = parser.parse_args(argv)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file: name a folder")
     if options.evaluation is not None and not re.fullmatch(r"[\w=,-][\w.=,-]*", options.evaluation):
         parser.error(f"--evaluation {show(options.evaluation)} must be a name, of letters, digits and . = , - _")
     return options

@@ -8,20 +8,20 @@ from pathlib import Path
 from zoo.training.callbacks import read_rows
 
 
-def table(folder: Path) -> str:
-    """The table of all jobs of a sweep, those that are not complete included; options are chosen by the validation."""
-    runs = sorted({path.parent.parent for path in folder.glob("*/checkpoints/*.ckpt")})
+def table(folder: Path, failed: set[str]) -> str:
+    """The table of all jobs of a sweep, whether complete or not, or `failed`; options are chosen by the validation."""
+    runs = sorted({path.parent.parent for path in folder.glob("*/checkpoints/*.ckpt")} | {folder / x for x in failed})
     rows = [("job", "steps", "seconds", "parameters", "validation", "test")]
     for run in runs:
         try:
-            metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+            metrics = {} if run.name in failed else json.loads((run / "metrics.json").read_text(encoding="utf-8"))
             test = f"{metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.4g}"
             size = f"{metrics['params_total']:,}"
             losses = [row["validation_loss"] for row in read_rows(run / "metrics.jsonl") if row.get("validation_loss")]
             best = f"{min(losses):.4g}" if losses else ""
             rows.append((run.name, str(metrics["steps"]), f"{metrics['seconds']:.0f}", size, best, test))
         except (OSError, ValueError, KeyError, TypeError):
-            rows.append((run.name, "", "", "", "", "not complete"))
+            rows.append((run.name, "", "", "", "", "failed" if run.name in failed else "not complete"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(["", f"{folder}: {len(runs)} runs", *lines])

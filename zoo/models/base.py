@@ -169,7 +169,7 @@ class Model(L.LightningModule):
         output, patches = self.decoder(batch.tokens, batch.n_context)
         # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
         losses = self.task.token_losses(output, batch)[self.task.scored(batch)]
-        self._log_mean("validation_loss", losses, prog_bar=True)
+        self._log_mean("validation_loss", losses, prog_bar=True, logger=False)
         for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
             for metric in metrics.values():
                 metric.update(patch, block.ffn)
@@ -177,7 +177,7 @@ class Model(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         for layer, metrics in enumerate(self.layer_metrics):
             for name, metric in metrics.items():
-                self.log(f"layer{layer}/{name}", metric.compute(), sync_dist=True)
+                self.log(f"layer{layer}/{name}", metric.compute(), sync_dist=True, logger=False)
                 metric.reset()
 
     def on_test_start(self) -> None:

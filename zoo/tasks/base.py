@@ -98,10 +98,13 @@ class Task(ABC):
     def __init__(self, options: dict[str, Any], seed: int):
         self.config: Any = from_dict(self.Config, options, "task").resolve()
         self.seed = seed
+        if ids := getattr(self.config, "vocabulary", None):  # options of these names are sizes of the task
+            self.vocabulary = self.output_dim = ids
+        self.tokens = getattr(self.config, "tokens", 0)
 
-    def generator(self, split: str, k: int) -> torch.Generator:
-        """Random numbers of batch k of a split; the streams of splits, seeds and batches are independent."""
-        state = np.random.SeedSequence([self.seed, SPLITS[split], k]).generate_state(1, np.uint64)
+    def generator(self, split: str, k: int = 0) -> torch.Generator:
+        """Random numbers of batch k of a split, or of what is `fixed` by the seed; the streams are independent."""
+        state = np.random.SeedSequence([self.seed, {**SPLITS, "fixed": 3}[split], k]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
     def prepare(self) -> None:

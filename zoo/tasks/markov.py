@@ -16,14 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from zoo.tasks.base import Batch, Predict, Task, TaskConfig
 
 ALPHABET = string.ascii_letters + string.digits
-STREAM = 3  # of the chains' numbers, beside those of the splits
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,13 @@ class Markov(Task):
         super().__init__(options, seed)
         self.start = self.config.letters  # the id after all letters
         self.vocabulary = self.output_dim = self.config.letters + 1
-        self.tokens = self.config.tokens
 
     @functools.cached_property
     def chains(self) -> Tensor:
         """The chance of each letter after each in each domain, (D,V,V) in float64; drawn from the seed."""
-        config = self.config
-        state = np.random.SeedSequence([self.seed, STREAM]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-        normal_DVV = torch.randn(
-            config.domains, config.letters, config.letters, generator=generator, dtype=torch.float64
-        )
+        config, generator = self.config, self.generator("fixed")
+        sizes = config.domains, config.letters, config.letters
+        normal_DVV = torch.randn(sizes, generator=generator, dtype=torch.float64)
         return (config.sharpness * normal_DVV).softmax(-1)
 
     @functools.cached_property

@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +29,6 @@ OWN_OPTION: dict[str, tuple[str, Any]] = {
     "held_out": ("combined", 0.5),
     "pairs": ("pairs", 24),
 }
-STREAM = 3  # of the teacher's numbers, beside those of the splits
 SIZES = (1, 2, 3)  # of combinations
 PARTS = ("", "_unseen")
 
@@ -79,14 +77,12 @@ class ModulesConfig(TaskConfig):
 
 
 class Teacher:
-    """The modules, drawn from the seed: parts (K,U,d), of the routed variant (K,O,d); which combinations (Z,K) are seen
+    """The modules, drawn once: parts (K,U,d), of the routed variant (K,O,d); which combinations (Z,K) are seen
     in training and which are not; moments: mean (O) and variance of y of both, over 4,096 x."""
 
-    def __init__(self, config: ModulesConfig, seed: int):
+    def __init__(self, config: ModulesConfig, generator: torch.Generator):
         K, d = config.modules or 0, config.dimension
         U = config.units or config.outputs
-        state = np.random.SeedSequence([seed, STREAM]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
         self.parts_KUd = torch.randn(K, U, d, generator=generator) * (3 / d) ** 0.5  # x has variance 1/3
         x_Nd = torch.rand(4096, d, generator=generator) * 2 - 1
         if config.variant == "routed":
@@ -147,7 +143,7 @@ class Modules(Task):
     @functools.cached_property
     def teacher(self) -> Teacher:
         """What no model is told."""
-        return Teacher(self.config, self.seed)
+        return Teacher(self.config, self.generator("fixed"))
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         generator, teacher, C = self.generator(split, k), self.teacher, self.n_context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,11 +27,6 @@ class Noise(Task):
     Config = NoiseConfig
     main_metric = "nats"
     labels: ClassVar = {"nats": "test loss in nats per token", "nats_floor": "  floor, ln of the vocabulary"}
-
-    def __init__(self, options: dict[str, Any], seed: int):
-        super().__init__(options, seed)
-        self.vocabulary = self.output_dim = self.config.vocabulary
-        self.tokens = self.config.tokens
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         shape = (size, self.tokens + 1)

@@ -29,7 +29,7 @@ HAY = 240
 class RecallConfig(TaskConfig):
     """Of `vocabulary` ids the first half are keys, the others values; `pairs` different keys are written, and the share
     `overwritten` of them once more, with another value. haystack: the least and the most tokens of a context, drawn
-    anew for each batch, each doubling as likely; null: as many as are written."""
+    anew for each batch; null: as many as are written."""
 
     name: str = "recall"
     vocabulary: int = 16
@@ -48,18 +48,14 @@ class RecallConfig(TaskConfig):
                 f"task.pairs={self.pairs} exceeds the {self.vocabulary // 2} keys of task.vocabulary={self.vocabulary}"
             )
         require_positive("task", pairs=self.pairs, queries=self.queries)
-        least = 2 * (self.pairs + self.twice)
-        if self.haystack and not least <= self.haystack[0] <= self.haystack[1]:
-            raise ValueError(
-                f"task.haystack={list(self.haystack)} must be the least and the most tokens of a context, no fewer "
-                f"than the {least} that are written"
-            )
+        if self.haystack and not 2 * self.writes <= self.haystack[0] <= self.haystack[1]:
+            named = f"task.haystack={list(self.haystack)} must be the least and the most tokens of a context"
+            raise ValueError(f"{named}, no fewer than the {2 * self.writes} that are written")
         return self
 
     @property
-    def twice(self) -> int:
-        """How many keys are written twice."""
-        return round(self.overwritten * self.pairs)
+    def writes(self) -> int:
+        return self.pairs + round(self.overwritten * self.pairs)
 
 
 class Recall(Task):
@@ -80,27 +76,26 @@ class Recall(Task):
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
         config = self.config
-        self.vocabulary = self.output_dim = config.vocabulary + (HAY if config.haystack else 0)
-        self.n_context = max(config.haystack or (2 * (config.pairs + config.twice),)) // 2 * 2
+        if config.haystack:
+            self.vocabulary = self.output_dim = config.vocabulary + HAY
+        self.n_context = max(config.haystack or (2 * config.writes,)) // 2 * 2
         self.tokens = self.n_context + config.queries
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         config, generator = self.config, self.generator(split, k)
-        K, N, W = config.vocabulary // 2, config.pairs, config.pairs + config.twice
+        K, N, W = config.vocabulary // 2, config.pairs, config.writes
         key_BN = torch.rand(size, K, generator=generator).argsort(-1)[:, :N]
         first_BN = torch.randint(K, (size, N), generator=generator)
         step_BN = torch.randint(1, K, (size, N), generator=generator)  # from the first value to the second, another one
         number_BW = torch.rand(size, W, generator=generator).argsort(-1) % N  # of the key; the first of them come twice
         again_BW = (number_BW[:, :, None] == number_BW[:, None, :]).tril(-1).any(-1)
         value_BW = (first_BN.gather(1, number_BW) + again_BW * step_BN.gather(1, number_BW)) % K
-        newest_BN = (first_BN + (torch.arange(N) < config.twice) * step_BN) % K
+        newest_BN = (first_BN + (torch.arange(N) < W - N) * step_BN) % K
         asked_BQ = torch.randint(N, (size, config.queries), generator=generator)
         written_BW = key_BN.gather(1, number_BW)
         others_BW = (value_BW + torch.randint(1, K, (size, 1), generator=generator)) % K
-        H = W
-        if config.haystack:
-            least, most = (math.log(tokens) for tokens in config.haystack)
-            H = int(math.exp(least + (most - least) * float(torch.rand((), generator=generator)))) // 2
+        least, most = (tokens // 2 for tokens in config.haystack or (2 * W, 2 * W))
+        H = int(torch.randint(least, most + 1, (), generator=generator))
         place_BW = torch.rand(size, H, generator=generator).argsort(-1)[:, :W].sort(-1).values
         hay_BH2 = 2 * K + torch.randint(HAY, (size, H, 2), generator=generator)
         index_BW2 = place_BW[..., None].expand(-1, -1, 2)

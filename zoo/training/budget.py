@@ -24,9 +24,12 @@ def fitted(options: dict[str, Any], budget: str, reference: str | None) -> tuple
     the default transformer, and one line on that.
 
     options: model, task, optim and seed; budget: which of MEASURES. All of them grow by the same for each unit, so two
-    widths tell all. Raises ValueError where the rest of the model is over the budget.
+    widths tell all. Raises ValueError where hidden is given, or the rest of the model is over the budget.
     """
     name, measure = MEASURES[budget]
+    if "hidden" in options["model"]:
+        given = f"model.hidden={options['model']['hidden']}"
+        raise ValueError(f"budget={budget} decides model.hidden: leave {given} away, or the budget")
 
     def at(model: dict[str, Any]) -> float:
         with torch.device("meta"):

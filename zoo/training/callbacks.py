@@ -80,7 +80,7 @@ class Keeper(Checkpoint):
         if stepped and trainer.global_step % self.config["log_every"] == 0:
             losses = self._losses(trainer, pl_module)
             for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
-                pl_module.log(name, value, prog_bar=True)
+                pl_module.log(name, value, prog_bar=True, logger=False)
             self._append(trainer, {**losses, "lr": self.lr})
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # the last step is validated even if validate_every does not divide the steps
@@ -114,6 +114,9 @@ class Keeper(Checkpoint):
                 used = {name: trainer.global_step * cost for name, cost in self.step_cost.items()}
                 seconds = round(self.seconds, 3)
                 file.write(to_json({"step": trainer.global_step, "seconds": seconds, **used, **row}) + "\n")
+            for logger in trainer.loggers:  # not by Lightning, which counts steps from 0
+                logger.log_metrics(row, trainer.global_step)
+                logger.save()
 
     def _signalled(self, trainer: L.Trainer) -> bool:
         """True in every process if any has got a signal: all must stop at the same step."""

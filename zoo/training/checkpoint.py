@@ -76,7 +76,7 @@ def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
             folder = max(runs, key=lambda run: run.stat().st_mtime, default=file) / "checkpoints"
             validated = (folder / f"{name}.ckpt").is_file() or not (folder / "last.ckpt").is_file()
             file = folder / f"{name if validated else 'last'}.ckpt"
-    return untrusted.regular(file, "checkpoint", f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt")
+    return untrusted.regular(file, "checkpoint", shipped.advice(path, name))
 
 
 def read(path: Path, resume: bool = False) -> dict[str, Any]:

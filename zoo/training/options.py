@@ -25,9 +25,8 @@ from zoo.training import checkpoint
 class RunConfig:
     """Options of a run, see docs/configuration.md; model, task and optim are groups of their own. validate_every and
     log_every count optimiser steps, validation_batches and test_batches batches of optim.batch_size sequences. init:
-    the run or checkpoint whose weights a new run begins with; init_frozen: it trains the family's own alone. budget:
-    model.hidden is such that the model costs as much as the default transformer, or as the run budget_of.
-    shuffle_context: a null model, which sees the contexts of other sequences alone."""
+    whose weights a run begins with; init_frozen: it trains the family's own alone. budget: model.hidden is such that it
+    costs what the default transformer does, or the run budget_of. shuffle_context: contexts are those of others."""
 
     model: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
@@ -76,13 +75,9 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         raise ValueError(f"resume={asked.resume} continues in its own folder, {folder}: leave out={asked.out} away")
     saved = checkpoint.read(file, resume=True)
     options = asdict(from_dict(RunConfig, saved["zoo"]["config"], ""))
-    for place in sources.PLACES:  # may change; what lies there may not, see zoo.training.run
-        if options["task"].get(place) and asked.task.get(place):
-            options["task"][place] = asked.task[place]
+    options["task"] = sources.moved(options["task"], asked.task)  # see zoo.training.run
     old = _dotted(options)
     new = _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
-    if asked.budget:  # which has decided it
-        new.pop("model.hidden", None)
     changed = {  # null leaves an option open: it is what the run made of it
         key: f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
         for key, value in sorted(new.items())
@@ -92,7 +87,8 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         file, saved = _longer(file, saved, steps)
         options["optim"]["steps"] = steps
     elif changed:
-        raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {'; '.join(changed.values())}")
+        but = "; ".join([*changed.values(), "trainer, logger, optim.steps and the place of text may change"])
+        raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {but}")
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
 
 

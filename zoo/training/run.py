@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
 from zoo.console import Untested, describe, say, warn
-from zoo.files import write
+from zoo.files import home, write
 from zoo.models import Model
 from zoo.training import checkpoint, results, validate
 from zoo.training import summary as report
@@ -46,8 +46,7 @@ def train(
     model, task: a name, or a dict of options with the key `name` (default: transformer and regression, or what the run
     to resume was begun with); optim: options of OptimConfig; trainer: keyword arguments of lightning.Trainer; logger:
     as model, of LoggerConfig, or Lightning's own objects; further options: those of RunConfig. Raises ValueError before
-    anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint was written.
-    """
+    anything starts if options are wrong, Interrupted if a signal stopped the run after its checkpoint was written."""
     if options.get("resume") is None:
         model, task = model or "transformer", task or "regression"
     for group, given in (("model", model), ("task", task), ("optim", optim)):
@@ -86,7 +85,8 @@ def train(
             for line in news:
                 say(line)
             if saved:
-                say(f"continues at step {saved['global_step']} of {network.optim.steps}")
+                more = ", its last; optim.steps=N trains it longer" * (saved["global_step"] == network.optim.steps)
+                say(f"continues at step {saved['global_step']} of {network.optim.steps}{more}")
             for name, value in placement(engine).items():
                 if (then := before["placement"].get(name, value)) != value:
                     say(f"this run goes on with {name} {value} (was {show(then)})")
@@ -161,7 +161,7 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
 def finished(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the complete run with these options in the folder `out` came to, None where there is none; raises ValueError
     for one with other options."""
-    file = Path(options["out"], "metrics.json")
+    file = home(options["out"]) / "metrics.json"
     if not file.is_file():
         return None
     asked = {key: value for key, value in options.items() if key not in ("trainer", "logger")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from zoo.config import show
+from zoo.config import did_you_mean, show
 from zoo.files import to_json, whole, write
 from zoo.training import untrusted
 
@@ -27,6 +27,12 @@ def names() -> list[str]:
 def find(name: Any) -> Path | None:
     """The file of a model that comes with this package, None for all other names."""
     return WEIGHTS / f"{name}.safetensors" if isinstance(name, str | Path) and str(name) in names() else None
+
+
+def advice(path: Any, name: str) -> str:
+    """What to do where `path` leads to no checkpoint `name` of a run."""
+    close = did_you_mean(str(path), names())
+    return close if close.endswith("?") else f": give a .ckpt file, or a run folder with checkpoints/{name}.ckpt"
 
 
 def contents(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""The common part of tasks on text: where their text lies, in which order it comes, and how many bits a byte takes.
+"""The common part of tasks on text: where it lies, what its tokens are, their order, and how many bits a byte takes.
 
-Axes: B sequences, T tokens, Q of them after the context, L bytes of the longest token, V ids, N sequences of a split,
-D sources.
+Axes: B sequences, T tokens, Q of them after the context, V ids, N sequences of a split, or ids in a row, D sources.
 """
 
 from __future__ import annotations
@@ -11,41 +10,26 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.config import plain, show
+from zoo.config import show
+from zoo.files import home
 from zoo.tasks.base import SPLITS, Batch, Predict, Task
-from zoo.tasks.text import corpus, domains
+from zoo.tasks.text import corpus, domains, sources, tokenizer
 from zoo.tasks.text.corpus import START
 from zoo.tasks.text.ngram import Trigram
-from zoo.tasks.text.tokenizer import Tokenizer
+from zoo.tasks.text.tokenizer import Tokenizer, learned
 
 ADVICE = (
     "bring that text back, name where it lies now (resume=… task.files=[…]), or let ZOO_CACHE name a folder that holds "
     "it as it was prepared"
 )
-Config = TypeVar("Config", bound=Any)
-
-
-def one_source(config: Config, *options: str) -> Config:
-    """`config` with its source of text, all domains where none of `options` names one; raises ValueError for several
-    sources and for one that names nothing, or something twice."""
-    given = {name: plain(value) for name in options if (value := getattr(config, name)) is not None}
-    if len(given) > 1:
-        named = " and ".join(f"task.{name}={show(value)}" for name, value in given.items())
-        raise ValueError(f"{named} exclude each other: text has one source")
-    for name, value in given.items():
-        if isinstance(value, list) and (not value or len(set(value)) < len(value)):
-            known = ", ".join(domains.DOMAINS)
-            raise ValueError(f"task.{name}={show(value)} must name something, nothing twice; the domains are {known}")
-    return config if given else replace(config, domains=tuple(domains.DOMAINS))
 
 
 def _changed(folders: dict[str, Path], digests: Sequence[str]) -> str:
@@ -119,10 +103,17 @@ class TextTask(Task):
         return f"{show(given)}: whoever chose them knows their licence."
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.digests is None else {"corpus": self.digests}
+        kind, used = self.config.tokenizer, self.tokenizer
+        kept = {"bytes": {}, "bpe": {"merges": used.merges}}.get(kind, {"tokenizer": used.content})
+        return kept if self.digests is None else {**kept, "corpus": self.digests}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over which text to use; raises ValueError if it is not the text in use."""
+        """Takes over which text and tokenizer to use; raises ValueError if they are broken, or not those in use."""
+        state, kind = dict(state), self.config.tokenizer
+        if kind == "bpe":
+            self._take(Tokenizer(state.pop("merges", None)))
+        elif kind != "bytes":
+            self._take(tokenizer.restored(str(state.pop("tokenizer", ""))))
         super().load_state_dict({key: value for key, value in state.items() if key != "corpus"})
         if "corpus" not in state:  # older checkpoints do not say
             return
@@ -167,8 +158,28 @@ class TextTask(Task):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Bytes."""
-        return Tokenizer()
+        """Bytes, or what is learned or read at the first use; a checkpoint brings its own."""
+        kind, vocabulary = self.config.tokenizer, self.config.vocabulary
+        if kind == "bytes":
+            return Tokenizer()
+        return self._fits(learned(self.folders.values(), vocabulary) if kind == "bpe" else tokenizer.read(kind))
+
+    def _fits(self, found: Tokenizer) -> Tokenizer:
+        if (size := len(found.spelled)) > self.vocabulary:
+            raise ValueError(f"a tokenizer of {size} ids exceeds task.vocabulary={self.vocabulary}")
+        return found
+
+    def _take(self, restored: Tokenizer) -> None:
+        """Goes on with the tokenizer of a checkpoint."""
+        path = self.config.tokenizer
+        # with text in use a run goes on; a model that is loaded looks for no file
+        looks = "folders" in self.__dict__ and path not in sources.KINDS and home(path).is_file()
+        if looks and tokenizer.read(path).content != restored.content:
+            advice = "bring that file back, or take this one away: the checkpoint holds its own"
+            raise ValueError(f"task.tokenizer={path} is another one than the checkpoint was trained with; {advice}")
+        self.tokenizer = self._fits(restored)
+        for name in ("ids", "examples"):  # made with another tokenizer, maybe
+            self.__dict__.pop(name, None)
 
     def encode(self, text: str) -> list[int]:
         return np.concatenate(list(self.tokenizer.encode([text.encode()]))).tolist()
@@ -228,7 +239,6 @@ class TextTask(Task):
         """Bits that the trigram needs for each scored byte, having read the same queries as the model."""
         windows_BT = torch.cat([batch.tokens[:, batch.n_context :], batch.targets[:, -1:]], 1)
         windows_BT = F.pad(windows_BT, (1, 0), value=START)  # one stream of all sequences: starts hide what was before
-        bytes_BTL = self.tokenizer.table[windows_BT.where(windows_BT >= 0, START).cpu().numpy()]
-        wanted_BTL = np.broadcast_to(F.pad(scored_BQ, (2, 0)).cpu().numpy()[:, :, None], bytes_BTL.shape)
-        bits = self.trigram.bits(bytes_BTL[bytes_BTL >= 0])
-        return torch.from_numpy(bits[wanted_BTL[bytes_BTL >= 0]]).float()
+        ids_N = windows_BT.where(windows_BT >= 0, START).flatten().cpu().numpy()
+        wanted = np.repeat(F.pad(scored_BQ, (2, 0)).flatten().cpu().numpy(), self.tokenizer.counts[ids_N])
+        return torch.from_numpy(self.trigram.bits(self.tokenizer.respelled(ids_N))[wanted]).float()

@@ -189,10 +189,10 @@ def prepare(
     return folder
 
 
-def read(folder: Path) -> dict[str, np.ndarray]:
-    """The ids (uint16) of each split, memory-mapped."""
+def read(folder: Path, dtype: Any = np.uint16) -> dict[str, np.ndarray]:
+    """The ids of each split, memory-mapped."""
     # as plain arrays on the same pages: slicing a memmap takes eight times as long
-    return {split: np.asarray(np.memmap(folder / f"{split}.bin", np.uint16, "r")) for split in SPLITS}
+    return {split: np.asarray(np.memmap(folder / f"{split}.bin", dtype, "r")) for split in SPLITS}
 
 
 def _hashes(folder: Path) -> dict[str, str]:

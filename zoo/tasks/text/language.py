@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,68 +10,90 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from zoo.config import did_you_mean, plain, show
 from zoo.tasks.base import TaskConfig
 from zoo.tasks.text import corpus, sources, tokenizer
-from zoo.tasks.text.base import TextTask, one_source
+from zoo.tasks.text.base import TextTask
 from zoo.tasks.text.corpus import START
-from zoo.tasks.text.tokenizer import MOST, Tokenizer
+from zoo.tasks.text.domains import DOMAINS
+from zoo.tasks.text.sources import KINDS
+from zoo.tasks.text.tokenizer import MOST, encoded
 
-TRAINED = 10_000_000  # bytes that merges are learned from, an equal share from each domain
 COUNTED = 1 << 25  # ids of each training split that baselines are counted on: all of a domain, a part of a large set
 
 
 @dataclass(frozen=True)
-class TextConfig(TaskConfig):
-    """Sequences of `tokens` tokens out of one of `domains` each, or out of local `files`, or out of the set `hub`.
+class SourceConfig(TaskConfig):
+    """Text out of `domains`, or out of local `files`; tokenizer: bytes, bpe, learned from the training split, or a file
+    tokenizer.json; vocabulary: how many ids, null: 1024 of bpe, of a file all."""
+
+    domains: tuple[Literal["code", "medicine", "law", "speeches"], ...] | None = None
+    files: tuple[str, ...] | None = None
+    tokenizer: str = "bytes"
+    vocabulary: int | None = None
+
+    def resolve(self) -> Self:
+        places = {name: getattr(self, name, None) for name in ("domains", "files", "hub")}
+        given = {name: plain(value) for name, value in places.items() if value is not None}
+        if len(given) > 1:
+            named = " and ".join(f"task.{name}={show(value)}" for name, value in given.items())
+            raise ValueError(f"{named} exclude each other: text has one source")
+        for name, value in given.items():
+            if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+                known = f"the domains are {', '.join(DOMAINS)}"
+                raise ValueError(f"task.{name}={show(value)} must name something, nothing twice; {known}")
+        config = self if given else replace(self, domains=tuple(DOMAINS))  # type: ignore[arg-type]
+        return replace(super(SourceConfig, config).resolve(), vocabulary=self._ids())
+
+    def _ids(self) -> int | None:
+        kind, count = self.tokenizer, self.vocabulary
+        if kind not in KINDS and not kind.endswith(".json"):
+            raise ValueError(f"task.tokenizer {show(kind)} does not exist{did_you_mean(kind, [*KINDS, 'FILE.json'])}")
+        if kind == "bytes" and count is not None:
+            raise ValueError(f"task.vocabulary={count} needs task.tokenizer=bpe, or a file")
+        if kind != "bytes" and count is None:
+            count = 1024 if kind == "bpe" else len(tokenizer.read(kind).spelled)
+        if count is not None and not START + 1 < count <= MOST:
+            raise ValueError(f"task.vocabulary={count} must lie between {START + 2} and {MOST}")
+        return count
+
+
+@dataclass(frozen=True)
+class TextConfig(SourceConfig):
+    """Sequences of `tokens` tokens out of one of `domains` each, or out of `files`, or out of the set `hub`.
 
     subset, documents: a configuration of the set, and how many documents of each of its splits; column: of tables and
-    sets; tokenizer: bytes, or bpe with `vocabulary` ids in all.
-    """
+    sets."""
 
     name: str = "text"
     tokens: int = 128
-    domains: tuple[Literal["code", "medicine", "law", "speeches"], ...] | None = None
-    files: tuple[str, ...] | None = None
     hub: str | None = None
     subset: str | None = None
     documents: int | None = None
     column: str | None = None
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
-    vocabulary: int | None = None
 
     def resolve(self) -> Self:
-        config = one_source(super().resolve(), "domains", "files", "hub")
+        config = super().resolve()
         for option, needs, given in (
             ("subset", "task.hub", config.hub),
             ("documents", "task.hub", config.hub),
             ("column", "task.hub or task.files", config.hub or config.files),
-            ("vocabulary", "task.tokenizer=bpe", config.tokenizer == "bpe"),
         ):
             if getattr(config, option) is not None and not given:
                 raise ValueError(f"task.{option}={getattr(config, option)} needs {needs}")
-        if config.domains is None:
-            config = replace(config, column=config.column or "text")
-        if config.tokenizer == "bytes":
-            return config
-        vocabulary = config.vocabulary or 1024
-        if not START + 1 < vocabulary <= MOST:
-            raise ValueError(f"task.vocabulary={vocabulary} must lie between {START + 2} and {MOST}")
-        return replace(config, vocabulary=vocabulary)
+        return config if config.domains else replace(config, column=config.column or "text")
 
 
 class Text(TextTask):
     """Next-token prediction in bits per byte.
 
     A source gives blocks of T+1 ids that overlap by one. The start of the next document is learned as the end of the
-    one before, but bits per byte are of bytes alone.
-    """
+    one before, but bits per byte are of bytes alone."""
 
     Config = TextConfig
 
     def __init__(self, options: dict[str, Any], seed: int):
         super().__init__(options, seed)
-        self.tokens = self.config.tokens
-        self.vocabulary = self.output_dim = self.config.vocabulary or START + 1
         self.sources = self.config.domains or ("hub" if self.config.files is None else "files",)
 
     def prepare_source(self) -> dict[str, Path]:
@@ -88,58 +108,13 @@ class Text(TextTask):
         return {label: corpus.prepare(self.sources[0], key, parts, label=label)}
 
     @functools.cached_property
-    def texts(self) -> list[dict[str, np.ndarray]]:
-        """Byte ids of each source by split."""
-        return [corpus.read(folder) for folder in self.folders.values()]
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Trained on the training splits, once; a checkpoint brings its own."""
-        if self.config.tokenizer == "bytes":
-            return Tokenizer()
-        share = TRAINED // len(self.texts)
-
-        def parts() -> Iterable[corpus.Part]:
-            sample = (text for splits in self.texts for text in corpus.texts(splits["train"][:share]))
-            yield "tokenizer", json.dumps(tokenizer.train(sample, self.vocabulary)).encode()
-
-        key = f"{self.vocabulary} {share} {' '.join(map(corpus.digest, self.folders.values()))}"
-        folder = corpus.prepare("bpe", key, parts(), ["tokenizer.json"])
-        return Tokenizer(json.loads((folder / "tokenizer.json").read_bytes()))
-
-    @functools.cached_property
     def ids(self) -> list[dict[str, np.ndarray]]:
         """Token ids of each source by split."""
-        ids = [self._encoded(folder) for folder in self.folders.values()] if self.tokenizer.merges else self.texts
+        ids = [encoded(folder, self.tokenizer) for folder in self.folders.values()]
         shortest = min(len(split) for splits in ids for split in splits.values())
         if self.tokens >= shortest:
             raise ValueError(f"task.tokens={self.tokens} must be below {shortest}, the tokens of the shortest split")
         return ids
-
-    def _encoded(self, folder: Path) -> dict[str, np.ndarray]:
-        encoded = (
-            (split, part)
-            for split, ids in corpus.read(folder).items()
-            for part in self.tokenizer.encode(corpus.texts(ids))
-        )
-        merges = hashlib.sha256(json.dumps(self.tokenizer.merges).encode()).hexdigest()
-        key = f"bpe {merges} of {corpus.digest(folder)}"
-        return corpus.read(corpus.prepare("ids", key, encoded))
-
-    def state_dict(self) -> dict[str, Any]:
-        merges = {"merges": self.tokenizer.merges} if self.config.tokenizer == "bpe" else {}
-        return merges | super().state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a tokenizer, too; raises ValueError if it is broken, or not one for these options."""
-        if self.config.tokenizer == "bpe":
-            state = dict(state)
-            restored = Tokenizer(state.pop("merges", None))
-            if (size := len(restored.spelled)) > self.vocabulary:
-                raise ValueError(f"a tokenizer of {size} ids exceeds task.vocabulary={self.vocabulary}")
-            self.tokenizer = restored
-            self.__dict__.pop("ids", None)  # made with another tokenizer, maybe
-        super().load_state_dict(state)
 
     def sizes(self, split: str) -> list[int]:
         return [(len(splits[split]) - 1) // self.tokens for splits in self.ids]
@@ -150,7 +125,7 @@ class Text(TextTask):
         return window[:-1], window[1:]
 
     def train_bytes(self) -> Iterable[np.ndarray]:
-        return (splits["train"][:COUNTED] for splits in self.texts)
+        return (corpus.read(folder)["train"][:COUNTED] for folder in self.folders.values())
 
     def train_targets(self) -> Iterable[np.ndarray]:
         return (splits["train"][:COUNTED] for splits in self.ids)

@@ -3,9 +3,8 @@
     token      0 ... C-1             |   C    C+1 ...                        T-1
     carries    filling, the context  | START  the query, the target, filling       scored: the target and its end
 
-A context enters by attention, or through weights alone, as the family says. Tokens are bytes. Filling holds the place
-of what is missing and changes nothing. Documents go on after the target, which then has no end, and its last byte is
-not read.
+A context enters by attention, or through weights alone, as the family says. Filling holds the place of what is missing
+and changes nothing. Documents go on after the target, which then has no end, and its last token is not read.
 Axes: C context tokens, T tokens, N examples of a split.
 """
 
@@ -18,39 +17,41 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from zoo.config import show
 from zoo.core.layers import FILLING
-from zoo.tasks.base import IGNORE, SPLITS, TaskConfig
+from zoo.tasks.base import IGNORE, SPLITS
 from zoo.tasks.text import corpus, sources
-from zoo.tasks.text.base import TextTask, one_source
+from zoo.tasks.text.base import TextTask
 from zoo.tasks.text.corpus import START, Part, fill
+from zoo.tasks.text.language import SourceConfig
+from zoo.tasks.text.tokenizer import Tokenizer, encoded
 
 PARTS = ("context", "query", "target")
 ENOUGH = 2  # documents of a split: the context of another one is the control of every test
 
 
 @dataclass(frozen=True)
-class PromptsConfig(TaskConfig):
-    """Bytes of the context, the query and the target. They come from documents of `domains` (null: all four), or from
+class PromptsConfig(SourceConfig):
+    """Tokens of the context, the query and the target. They come from documents of `domains` (null: all four), or from
     `files`, tables such as JSON Lines with the columns context, query and target, all text, the target not empty."""
 
     name: str = "prompts"
     context: int = 64
     query: int = 16
     target: int = 32
-    domains: tuple[Literal["code", "medicine", "law", "speeches"], ...] | None = None
-    files: tuple[str, ...] | None = None
 
     def resolve(self) -> Self:
-        return one_source(super().resolve(), "domains", "files")
+        if self.files and self.tokenizer == "bpe":
+            raise ValueError("task.tokenizer=bpe is learned from task.domains: take bytes, or a file, with task.files")
+        return super().resolve()
 
 
 class Prompts(TextTask):
-    """Prediction of the target's bytes in bits per byte, with the own context, none, and that of another document."""
+    """Prediction of the target in bits per byte, with the own context, none, and that of another document."""
 
     Config = PromptsConfig
 
@@ -60,7 +61,7 @@ class Prompts(TextTask):
         self.sources = config.domains or ("prompts",)
         self.n_context = config.context
         self.filled = config.files is not None
-        self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last byte
+        self.tokens = config.context + config.query + config.target + self.filled  # a place for the target's last token
 
     def prepare_source(self) -> dict[str, Path]:
         files, label = sources.find(self.config.files, ()), f"task.files: {', '.join(self.config.files)}"
@@ -72,15 +73,15 @@ class Prompts(TextTask):
         config = self.config
         if not config.domains:
             with Path(*self.folders.values(), "rows.jsonl").open("rb") as file:
-                return [from_rows(map(json.loads, file), config.context)]
+                return [from_rows(map(json.loads, file), config.context, self.tokenizer)]
         made = []
         for domain, folder in zip(self.sources, self.folders.values(), strict=True):
-            ids = corpus.read(folder)
+            ids = encoded(folder, self.tokenizer)
             sizes = config.context, config.query, config.target
             made.append({split: from_documents(ids[split], *sizes) for split in SPLITS})
             for split, blocks in made[-1].items():
                 if (found := len(np.unique(blocks.document))) < ENOUGH:
-                    needed = f"{ENOUGH} documents of {sum(sizes)} bytes, context, query and target"
+                    needed = f"{ENOUGH} documents of {sum(sizes)} tokens, context, query and target"
                     raise ValueError(f"the {split} split of {domain} has {found}, but needs {needed}")
         return made
 
@@ -114,7 +115,7 @@ class Prompts(TextTask):
         return context[-self.n_context :], query[-self.config.query :], target
 
     def train_bytes(self) -> Iterable[np.ndarray]:
-        return (splits["train"].ids for splits in self.examples)
+        return (self.tokenizer.respelled(splits["train"].ids) for splits in self.examples)
 
     def train_targets(self) -> Iterable[np.ndarray]:
         for splits in self.examples:
@@ -160,17 +161,17 @@ def read_rows(files: Iterable[Path]) -> Iterator[Part]:
         yield "rows", json.dumps(parts).encode() + b"\n"
 
 
-def from_rows(rows: Iterable[list[str]], context: int) -> dict[str, Examples]:
+def from_rows(rows: Iterable[list[str]], context: int, tokenizer: Tokenizer) -> dict[str, Examples]:
     """Rows of a context, a query and a target by split: in the order of their contexts' hashes, they fill test, then
-    validation, with 5 % of all bytes and two contexts each at least; the rest trains. A context with more than 5 %
+    validation, with 5 % of all tokens and two contexts each at least; the rest trains. A context with more than 5 %
     trains too, if others are left. Raises ValueError for too few contexts.
 
-    Rows whose last `context` bytes agree stay together, so that no context of the test was trained on; a row without
+    Rows whose last `context` tokens agree stay together, so that no context of the test was trained on; a row without
     one goes with its equals."""
-    documents: dict[bytes, list[list[bytes]]] = {}
+    documents: dict[bytes, list[list[np.ndarray]]] = {}
     for texts in rows:
-        row = [text.encode() for text in texts]
-        key = row[0][-context:] or b"\0".join(row)
+        row = [np.concatenate([*tokenizer.encode([text.encode()])])[1:] for text in texts]
+        key = tokenizer.decode(row[0][-context:]) or "\0".join(texts).encode()
         documents.setdefault(hashlib.sha256(key).digest(), []).append(row)
     if len(documents) < ENOUGH * len(SPLITS):
         raise ValueError(f"task.files: {len(documents)} different contexts are too few, each split needs {ENOUGH}")
@@ -183,9 +184,9 @@ def from_rows(rows: Iterable[list[str]], context: int) -> dict[str, Examples]:
     }
 
 
-def _flat(documents: list[list[list[bytes]]]) -> Examples:
+def _flat(documents: list[list[list[np.ndarray]]]) -> Examples:
     rows = [row for document in documents for row in document]
     edges = np.cumsum([[1, *map(len, row)] for row in rows]).reshape(-1, 4)  # 1: the START before a context
-    ids = np.frombuffer(b"".join(b"\0" + b"".join(row) for row in rows), np.uint8).astype(np.uint16)
-    ids[edges[:, 0] - 1] = START
+    start = np.array([START], rows[0][0].dtype)
+    ids = np.concatenate([part for row in rows for part in (start, *row)])
     return Examples(ids, edges, np.repeat(np.arange(len(documents)), [len(document) for document in documents]))

@@ -28,7 +28,8 @@ from zoo.tasks.text.corpus import Document, Part, byte_ids, split_documents
 TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".xml", ".log")
 BATCH = 1000  # rows that are read at once, and after which a column that none of them has is missed
 TIMEOUT = 5  # seconds for the hub to answer
-PLACES = ("files", "hub")  # the options of a task that may name paths
+PLACES = ("files", "hub", "tokenizer")  # the options of a task that may name paths
+KINDS = ("bytes", "bpe")  # of tokenizers, beside those of files
 ADVICE = (
     "connect once (later starts read ZOO_CACHE), give the folder of a copy as task.hub=FOLDER, or other text as "
     "task.files=[…]; HF_HUB_OFFLINE=1 looks for a copy in the Hugging Face cache"
@@ -40,12 +41,23 @@ Row = tuple[str, dict[str, Any]]
 
 def absolute(task: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a task with absolute paths, so that a run is resumed from anywhere; links and globs stay."""
-    task, paths, hub = dict(task), task.get("files"), task.get("hub")
+    task, paths, hub, tokenizer = dict(task), task.get("files"), task.get("hub"), task.get("tokenizer")
     if isinstance(paths, str | list):
         task["files"] = [str(_path(str(path))) for path in ([paths] if isinstance(paths, str) else paths)]
     if isinstance(hub, str) and os.path.isdir(_path(hub)):
         task["hub"] = str(_path(hub))
+    if str(tokenizer).endswith(".json"):
+        task["tokenizer"] = str(_path(str(tokenizer)))
     return task
+
+
+def moved(task: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a task, its places those that are asked for: they may change, what lies there may not."""
+    places = [place for place in PLACES if task.get(place) and asked.get(place)]
+    return {
+        **task,
+        **{place: asked[place] for place in places if not {*map(str, (task[place], asked[place]))} & {*KINDS}},
+    }
 
 
 def _path(name: str) -> Path:
@@ -59,7 +71,9 @@ def named(what: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {one_line(error)}") from error
-    except Exception as error:  # readers of tables and the network fail in many ways
+    except BaseException as error:  # readers of tables and the network fail in many ways, those in Rust by a panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         cause = error.__cause__ or error
         line = f"{what} cannot be read: {type(cause).__name__}: {one_line(cause, 300)}"
         network = isinstance(error, ConnectionError) or "httpx" in type(error).__module__
