@@ -12,7 +12,7 @@ from torch import Tensor
 from cases import Case, batch_of, build
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
-from zoo.models.moe import ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts
+from zoo.models.moe import ExpertRouting, MoE, MoEConfig, Router, balance_loss, expert_counts
 
 pytestmark = pytest.mark.numeric
 
@@ -230,16 +230,18 @@ def test_every_backend_runs_in_every_dtype(backend: str, dtype: torch.dtype) -> 
 
 
 def test_expert_load_by_hand() -> None:
-    metrics = ExpertRouting(config()).metrics()
+    family = ExpertRouting(config())
     for name, value in (("load_max_over_mean", 4 / (7 / 4)), ("dead_fraction", 0.25)):
-        metrics[name].update(Patch(routing=routing_of([[0, 1], [0, 1], [0, 4]])), FFN)  # 4 is a shared expert
-        metrics[name].update(Patch(routing=routing_of([[0, 2]])), FFN)
-        assert metrics[name].compute().item() == pytest.approx(value)
+        summary = family.summaries[name]()
+        for index in ([[0, 1], [0, 1], [0, 4]], [[0, 2]]):  # 4 is a shared expert
+            summary.update(family.metrics(Patch(routing=routing_of(index)), FFN)[name])
+        assert summary.compute().item() == pytest.approx(value)
 
 
 def test_router_entropy_by_hand() -> None:
-    metric = RouterEntropy()
-    metric.update(Patch(routing=routing_of([[0]], torch.tensor([[[0.0] * E]]))), FFN)
-    assert metric.compute().item() == pytest.approx(math.log(E))
-    metric.update(Patch(routing=routing_of([[0]], torch.tensor([[[math.log(3.0), 0.0, -1e9, -1e9]]]))), FFN)
-    assert 2 * metric.compute().item() == pytest.approx(math.log(E) + 0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    for logits, value in (
+        ([0.0] * E, math.log(E)),
+        ([math.log(3.0), 0.0, -1e9, -1e9], 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+    ):
+        patch = Patch(routing=routing_of([[0]], torch.tensor([[logits]])))
+        assert ExpertRouting(config()).metrics(patch, FFN)["entropy"].mean().item() == pytest.approx(value)

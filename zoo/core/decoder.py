@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
-from zoo.core.decoding import JOIN_FOR
+from zoo.core.decoding import joined
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch
@@ -23,7 +23,9 @@ from zoo.core.patch import Patch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens."""
+    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens. What families
+    decide besides: blocks, backend: of each FeedForward; attend_context: tokens after a separate context see it, if it
+    is not False."""
 
     dim: int = 64
     layers: int = 3
@@ -31,6 +33,7 @@ class Sizes:
     kv_heads: int | None = None
     hidden: int = 128
     tied: bool = False
+    blocks, backend, attend_context = 1, "auto", True
 
 
 class Tokens(Protocol):
@@ -49,24 +52,22 @@ class Tokens(Protocol):
 class Decoder(nn.Module):
     """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
-    attend_context: tokens after a separate context see it; blocks, backend: of each FeedForward; the attribute
     activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174).
     """
 
     context_to_delta: ContextToDelta | None
     activation_checkpointing: bool = False
 
-    def __init__(
-        self, sizes: Sizes, tokens: Tokens, *, attend_context: bool = True, blocks: int = 1, backend: str = "auto"
-    ):
+    def __init__(self, sizes: Sizes, tokens: Tokens):
         super().__init__()
-        dim, vocabulary, token_dim = sizes.dim, tokens.vocabulary, tokens.token_dim
+        dim, kv_heads = sizes.dim, sizes.kv_heads or sizes.heads
+        vocabulary, token_dim = tokens.vocabulary, tokens.token_dim
         self.context_to_delta = None
-        self.attend_context, self.separate_context = attend_context, tokens.n_context > 0
+        self.attend_context, self.separate_context = sizes.attend_context is not False, tokens.n_context > 0
         self.independent_queries, self.filled = tokens.independent_queries, tokens.filled
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(dim, sizes.heads, sizes.kv_heads or sizes.heads, FeedForward(dim, sizes.hidden, blocks, backend))
+            Block(dim, sizes.heads, kv_heads, FeedForward(dim, sizes.hidden, sizes.blocks, sizes.backend))
             for _ in range(sizes.layers)
         )
         self.norm = RMSNorm(dim)
@@ -123,10 +124,7 @@ class Decoder(nn.Module):
     def new_cache(self, room: int = 16) -> list[LayerCache]:
         """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one; they
         take space for `room` of these at once, and more when it is used up."""
-        W = self.head.weight  # measured on a CPU alone; copies pass no gradient on
-        pays = room >= JOIN_FOR and W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64)
-        pays = pays and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return [LayerCache(max(room, 1), joined=block.joined() if pays else None) for block in self.blocks]
+        return [LayerCache(max(room, 1), joined=joined(block, room)) for block in self.blocks]
 
     def forward(
         self,

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
-from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
+from zoo.core.context import ContextMean, ContextToDelta
 from zoo.core.delta import Delta
 from zoo.core.layers import split_chunks
 from zoo.core.patch import Patch
@@ -104,14 +103,9 @@ class GeneratedExperts(ContextToDelta):
         applied = 3 * self.rank * (self.config.dim + self.config.hidden)
         return 2.0 * made, 2.0 * applied + self.routing.flops()[1]
 
-    def metrics(self) -> dict[str, Metric]:
-        return {f"delta_norm_{name}": RelativeNorm(name) for name in ("gate", "up", "down")}
-
 
 class HyperMoE(Model):
     """A decoder whose FFN weights are W + Σ_e s_e(token) ΔW_e(context): a router's choice of emitted updates."""
 
     Config = HyperMoEConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return GeneratedExperts(self.config)
+    Family = GeneratedExperts

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import CatMetric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
@@ -74,8 +74,8 @@ class MoEConfig(ModelConfig):
         return replace(super().resolve(task), renormalise=renormalise, chunk=chunk, **off)
 
     @property
-    def decoder_options(self) -> dict[str, Any]:
-        return {"blocks": self.experts + self.shared, "backend": self.backend}
+    def blocks(self) -> int:  # type: ignore[override]
+        return self.experts + self.shared
 
     @property
     def source(self) -> Source:
@@ -112,9 +112,8 @@ class Router(nn.Module):
         index_BTK = (score_BTE.detach() + self.bias).topk(config.top_k, -1).indices
         weight_BTK = score_BTE.gather(-1, index_BTK)
         if config.router == "uniform":
-            place_TK = first * config.top_k + torch.arange(index_BTK[0].numel(), device=z_BTD.device).view_as(
-                index_BTK[0]
-            )
+            T, K = index_BTK.shape[1:]
+            place_TK = torch.arange(first * K, (first + T) * K, device=z_BTD.device).view(T, K)
             index_BTK, weight_BTK = (place_TK % config.experts).expand_as(index_BTK), torch.ones_like(weight_BTK)
         if config.renormalise:
             weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
@@ -128,6 +127,11 @@ class Router(nn.Module):
 class ExpertRouting(ContextToDelta):
     """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; state: the share
     of each expert in the step before, even ones in the first."""
+
+    summaries: ClassVar = {
+        "load_max_over_mean": lambda: ExpertLoad(lambda count_E: count_E.max() / count_E.mean()),
+        "dead_fraction": lambda: ExpertLoad(lambda count_E: (count_E == 0).float().mean()),
+    }
 
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
@@ -189,12 +193,12 @@ class ExpertRouting(ContextToDelta):
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
 
-    def metrics(self) -> dict[str, Metric]:
-        return {
-            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
-            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
-            "entropy": RouterEntropy(),
-        }
+    def metrics(self, patch: Patch, ffn: FeedForward) -> dict[str, Tensor]:
+        """Choices by expert, (1,E), and the entropy in nats of the softmax of the router's logits, ln E at most."""
+        logp = routing_of(patch).logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        counts = dict.fromkeys(self.summaries, expert_counts(patch, self.config.experts)[None])
+        return {**counts, "entropy": entropy if patch.counted is None else entropy[patch.counted]}
 
 
 def routing_of(patch: Patch) -> Routing:
@@ -227,35 +231,19 @@ def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
     return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
 
 
-class ExpertLoad(Metric):
-    """The number `of` how many real tokens chose each expert, (E)."""
+class ExpertLoad(CatMetric):
+    """The number `of` the choices of each expert, (E), over all batches and processes; update(count_1E)."""
 
-    counts: Tensor
-
-    def __init__(self, experts: int, of: Callable[[Tensor], Tensor]):
+    def __init__(self, of: Callable[[Tensor], Tensor]):
         super().__init__()
         self.of = of
-        self.add_state("counts", torch.zeros(experts), dist_reduce_fx="sum")
-
-    def update(self, patch: Patch, ffn: FeedForward) -> None:
-        self.counts += expert_counts(patch, len(self.counts))
 
     def compute(self) -> Tensor:
-        return self.of(self.counts)
-
-
-class RouterEntropy(MeanMetric):
-    """Mean entropy in nats over real tokens of the softmax of the router's logits; ln E if it does not care."""
-
-    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
-        logp = routing_of(patch).logits.log_softmax(-1)
-        super().update(-(logp.exp() * logp).sum(-1), 1.0 if patch.counted is None else patch.counted)
+        return self.of(torch.as_tensor(super().compute()).sum(0))
 
 
 class MoE(Model):
     """A decoder whose FFN is E blocks of a wide one, K of them used per token (Jiang et al. 2024, arXiv 2401.04088)."""
 
     Config = MoEConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return ExpertRouting(self.config)
+    Family = ExpertRouting
