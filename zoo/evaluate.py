@@ -81,13 +81,8 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     silent: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     engine = L.Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **silent)
     engine.test(model, test, verbose=False)
-    numbers = results.numbers(
-        model,
-        saved.get("global_step", 0),
-        saved["zoo"].get("seconds") or 0.0,
-        saved["zoo"].get("placement") or {},
-        test,
-    )
+    seconds, where = (saved["zoo"].get(name) for name in ("seconds", "placement"))
+    numbers = results.numbers(model, saved.get("global_step", 0), seconds or 0.0, where or {}, test)
     metrics = {
         **numbers,
         "checkpoint": str(file),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import warnings
@@ -156,18 +155,6 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     except Exception as error:
         raise Untested(f"the test failed, {describe(error)}; {keeper.safe}") from error
     return metrics
-
-
-def finished(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the complete run with these options in the folder `out` came to, None where there is none; raises ValueError
-    for one with other options."""
-    file = Path(options["out"], "metrics.json")
-    if not file.is_file():
-        return None
-    asked = {key: value for key, value in options.items() if key not in ("trainer", "logger")}
-    config, _ = of_run({**plain(asked), "resume": options["out"]})
-    metrics = json.loads(file.read_text(encoding="utf-8"))
-    return metrics if metrics["steps"] >= config.optim["steps"] else None
 
 
 def command() -> str:
