@@ -51,12 +51,3 @@ class LayerCache:
         self.attended.narrow(3, before, new).copy_(new_2BGTd)
         keys_BGTd, values_BGTd = self.attended.narrow(3, 0, self.seen)
         return keys_BGTd, values_BGTd
-
-    def check(self, tokens: int, n_context: int) -> None:
-        """Raises ValueError unless `tokens` new tokens, the first n_context of them a context, can follow."""
-        if self.tokens and (tokens != 1 or n_context):
-            raise ValueError(
-                f"{tokens} tokens with n_context={n_context} after {self.tokens} others: pass the next token alone"
-            )
-        if not self.tokens and n_context == tokens:
-            raise ValueError(f"all {tokens} tokens are context: the first call with a cache needs one token after it")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,29 +36,17 @@ class Sizes:
     blocks, backend, attend_context = 1, "auto", True
 
 
-class Tokens(Protocol):
-    """The tokens of a task: `vocabulary` ids, or continuous ones of `token_dim` numbers; the first n_context
-    are a separate context, 0 on running text. independent_queries: those after it all stand at the same position and do
-    not see each other. filled: ids may be FILLING."""
-
-    vocabulary: int | None
-    token_dim: int | None
-    output_dim: int
-    n_context: int
-    independent_queries: bool
-    filled: bool
-
-
 class Decoder(nn.Module):
     """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
+    tokens: a task, or what has its vocabulary, token_dim, output_dim, n_context, independent_queries and filled;
     activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174).
     """
 
     context_to_delta: ContextToDelta | None
     activation_checkpointing: bool = False
 
-    def __init__(self, sizes: Sizes, tokens: Tokens):
+    def __init__(self, sizes: Sizes, tokens: Any):
         super().__init__()
         dim, kv_heads = sizes.dim, sizes.kv_heads or sizes.heads
         vocabulary, token_dim = tokens.vocabulary, tokens.token_dim
@@ -142,7 +130,7 @@ class Decoder(nn.Module):
         (T,): where the tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in
         place: the first call passes all tokens there are, each further one the next token (B,1), and gets its output.
         """
-        check_tokens(tokens, n_context)
+        check_tokens(tokens, n_context, cache[0] if cache else None)
         for given in (patches, added):
             if given is not None and len(given) != len(self.blocks):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
@@ -151,7 +139,6 @@ class Decoder(nn.Module):
         if cache is not None:
             if self.independent_queries:
                 raise ValueError("a cache needs tokens in sequence, but the queries of this task are independent")
-            cache[0].check(tokens.shape[1], n_context)
             layout = replace(layout, positions=cache[0].tokens + layout.positions)
         if positions is not None:
             layout = replace(layout, positions=positions)
@@ -179,9 +166,15 @@ class Decoder(nn.Module):
         return self.unembed(x_BTD), used
 
 
-def check_tokens(tokens: Tensor, n_context: int) -> None:
-    """Raises ValueError unless tokens (B,T,…) hold a token, and n_context counts some of them or none."""
+def check_tokens(tokens: Tensor, n_context: int, cache: LayerCache | None = None) -> None:
+    """Raises ValueError unless tokens (B,T,…) hold a token, n_context counts some of them or none, and they can follow
+    those in the cache."""
     if tokens.dim() < 2 or 0 in tokens.shape[:2]:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B,T), at least one sequence of one token")
-    if not 0 <= n_context <= tokens.shape[1]:
-        raise ValueError(f"n_context={n_context} must lie between 0 and the {tokens.shape[1]} tokens given")
+    count, before = tokens.shape[1], cache.tokens if cache else 0
+    if not 0 <= n_context <= count:
+        raise ValueError(f"n_context={n_context} must lie between 0 and the {count} tokens given")
+    if before and (count != 1 or n_context):
+        raise ValueError(f"{count} tokens with n_context={n_context} after {before} others: pass the next token alone")
+    if cache and not before and n_context == count:
+        raise ValueError(f"all {count} tokens are context: the first call with a cache needs one token after it")

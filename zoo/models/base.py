@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
@@ -25,9 +24,6 @@ from zoo.core.layers import FILLING
 from zoo.core.patch import Patch
 from zoo.models.optim import OptimConfig, optimizer_of
 from zoo.tasks import TASKS, Batch, Task
-
-MEAN = partial(MeanMetric, nan_strategy="disable")
-"""Of all values, nan if there are none, or if one of them is."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ class Model(L.LightningModule):
         if family := self.decoder.context_to_delta:
             for layer, (block, patch) in enumerate(zip(self.decoder.blocks, patches, strict=True)):
                 for name, values in family.metrics(patch, block.ffn).items():
-                    self._log(f"layer{layer}/{name}", values, family.summaries.get(name, MEAN))
+                    self._log(f"layer{layer}/{name}", values, family.summaries.get(name))
 
     def on_test_start(self) -> None:
         self.tested = []  # those of an earlier test
@@ -175,10 +171,11 @@ class Model(L.LightningModule):
         sums = main_N.new_zeros(2, len(batch.tokens), dtype=torch.float64)
         self.tested.append(sums.index_add(1, row_N, torch.stack([main_N, torch.ones_like(main_N)]).double()).cpu())
 
-    def _log(self, name: str, values: Tensor, summary: Callable[[], Metric] = MEAN, **options: Any) -> None:
-        """Logs, at the end of the epoch, what the values of all its batches and of all processes come to."""
+    def _log(self, name: str, values: Tensor, summary: Callable[[], Metric] | None = None, **options: Any) -> None:
+        """Logs, at the end of the epoch, the mean of the values of all batches and processes, or their `summary`."""
         if name not in self.summaries:
-            self.summaries[name] = summary().to(self.device)
+            metric = summary() if summary else MeanMetric(nan_strategy="disable")
+            self.summaries[name] = metric.to(self.device)
         self.summaries[name].update(values)
         self.log(name, self.summaries[name], metric_attribute=f"summaries.{name}", **options)
 
@@ -189,9 +186,8 @@ class Model(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.task.state_dict()
-        if self.decoder.context_to_delta:
-            state = self.decoder.context_to_delta.state
-            checkpoint["family"] = {name: values.tolist() for name, values in state.items()}
+        state = self.decoder.context_to_delta.state if self.decoder.context_to_delta else {}
+        checkpoint["family"] = {name: values.tolist() for name, values in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.task.load_state_dict(checkpoint.get("task", {}))
