@@ -37,9 +37,8 @@ def routing_of(index: list[list[int]], logits: Tensor | None = None) -> Routing:
 
 
 def balance_of_choices(routing: Routing, options: MoEConfig) -> Tensor:
-    patch = Patch(routing=routing)
-    counts_E = expert_counts(patch, E)
-    return balance_loss(patch, counts_E / counts_E.sum(), options)
+    counts_E = expert_counts(routing, None)
+    return balance_loss(routing, None, counts_E / counts_E.sum(), options.score)
 
 
 def emitted(model: MoE, z: Tensor) -> Routing:
@@ -90,7 +89,7 @@ def test_bias_evens_out_a_skewed_router(score: str) -> None:
     busiest = []
     for _ in range(1000):
         patch = context_to_delta(z, 0, 0)
-        busiest.append(expert_counts(patch, E).max().item() / 32)
+        busiest.append(expert_counts(patch.routing, None).max().item() / 32)
         context_to_delta.aux_loss([patch], 0)
         context_to_delta.after_step()
         assert abs(context_to_delta.routers[0].bias.mean().item()) < 1e-6
@@ -118,7 +117,7 @@ def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
         context_to_delta.aux_loss(patches, part)
         assert context_to_delta.counts.sum(1).tolist() == [parts * 20] * 2
     context_to_delta.after_step()
-    torch.testing.assert_close(context_to_delta.state["shares"][1], expert_counts(patches[1], E) / 20)
+    torch.testing.assert_close(context_to_delta.state["shares"][1], expert_counts(patches[1].routing, None) / 20)
     assert not torch.isclose(torch.as_tensor(context_to_delta.aux_loss(patches, 0)), torch.as_tensor(even), rtol=1e-6)
     assert all(router.bias.any() for router in context_to_delta.routers)
 

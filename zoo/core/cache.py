@@ -35,11 +35,10 @@ class LayerCache:
 
     def extend(self, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values with the new ones in the end; keeps those that the last token sees by its mask (T,T)."""
-        new_2BGTd, before = torch.stack([k_BGTd, v_BGTd]), self.seen
+        new_2BGTd = torch.stack([k_BGTd, v_BGTd])
         if mask is not None:
             new_2BGTd = new_2BGTd[..., mask[-1], :]
-        new = new_2BGTd.shape[3]
-        self.seen += new
+        before, self.seen = self.seen, self.seen + new_2BGTd.shape[3]
         if self.attended is None:
             self.attended = F.pad(new_2BGTd, (0, 0, 0, self.room))
             return k_BGTd, v_BGTd
@@ -48,6 +47,6 @@ class LayerCache:
         used = used or (self.attended.is_inference() and not torch.is_inference_mode_enabled())
         if self.seen > self.attended.shape[3] or used:
             self.attended = F.pad(self.attended[..., :before, :], (0, 0, 0, max(self.room, before)))
-        self.attended.narrow(3, before, new).copy_(new_2BGTd)
-        keys_BGTd, values_BGTd = self.attended.narrow(3, 0, self.seen)
+        self.attended[..., before : self.seen, :] = new_2BGTd
+        keys_BGTd, values_BGTd = self.attended[..., : self.seen, :]
         return keys_BGTd, values_BGTd

@@ -18,7 +18,7 @@ from zoo.core.layers import split_chunks
 from zoo.core.patch import Patch
 from zoo.models.base import ContextConfig, Model
 from zoo.models.hypernet import Generator, HypernetConfig
-from zoo.models.moe import ExpertRouting, MoEConfig, routing_of
+from zoo.models.moe import ExpertRouting, MoEConfig
 from zoo.tasks import Task
 
 
@@ -86,7 +86,8 @@ class GeneratedExperts(ContextToDelta):
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
         patch, choice = super().forward(z_BTD, layer, n_context, cache, real), self.routing(z_BTD, layer, 0, None, real)
-        scale_BTE = routing_of(choice).scales(self.config.experts).to(z_BTD.dtype)
+        assert choice.routing is not None
+        scale_BTE = choice.routing.scales(self.config.experts).to(z_BTD.dtype)
         gate = split_chunks(scale_BTE.repeat_interleave(self.config.rank, -1), patch.chunk)
         emitted: dict[str, Any] = dict(patch.weights)  # all of them LowRank
         weights = {name: replace(delta, gate=gate) for name, delta in emitted.items()}

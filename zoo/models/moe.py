@@ -5,7 +5,7 @@ Axes: B batch, T tokens, D model, F hidden units of an expert, E experts, K chos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -106,9 +106,8 @@ class Router(nn.Module):
         with torch.autocast(z_BTD.device.type, enabled=False):
             # experts first: a softmax over fewer than 16 numbers of each token takes a CPU ten times as long
             logits_EN = self.weight.to(dtype) @ z_BTD.flatten(0, 1).to(dtype).mT
-        logits_BTE, score_BTE = (
-            t.mT.unflatten(0, z_BTD.shape[:2]) for t in (logits_EN, SCORES[config.score](logits_EN))
-        )
+        score_EN = SCORES[config.score](logits_EN)
+        logits_BTE, score_BTE = (t.mT.unflatten(0, z_BTD.shape[:2]) for t in (logits_EN, score_EN))
         index_BTK = (score_BTE.detach() + self.bias).topk(config.top_k, -1).indices
         weight_BTK = score_BTE.gather(-1, index_BTK)
         if config.router == "uniform":
@@ -137,9 +136,7 @@ class ExpertRouting(ContextToDelta):
         super().__init__(config.source, config.layers)
         self.config = config
         self.active_share = (config.top_k + config.shared) / (config.experts + config.shared)
-        self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
-            Router(config) for _ in range(config.layers)
-        )
+        self.routers: Any = nn.ModuleList(Router(config) for _ in range(config.layers))
         if config.route_on == "context":
             self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.layers))
             # what routes where there is no context yet: zero logits would send everyone to the same experts
@@ -165,17 +162,18 @@ class ExpertRouting(ContextToDelta):
             state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
         return Patch(routing=self.routers[layer](state_BTD, cache.tokens if cache else 0), counted=real)
 
-    def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
+    def aux_loss(self, patches: list[Any], part: int) -> Tensor | float:
         """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""
         config = self.config
-        counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
+        counts_LE = torch.stack([expert_counts(patch.routing, patch.counted) for patch in patches])
         self.counts = self.counts + counts_LE if part else counts_LE
         loss: Tensor | float = 0.0
         for patch, share_E in zip(patches, self.state["shares"], strict=True):
             if config.balance_weight:
-                loss = loss + config.balance_weight * balance_loss(patch, share_E, config) / config.layers
+                balance = balance_loss(patch.routing, patch.counted, share_E, config.score)
+                loss = loss + config.balance_weight * balance / config.layers
             if config.z_weight:
-                square = routing_of(patch).logits.logsumexp(-1).square()
+                square = patch.routing.logits.logsumexp(-1).square()
                 loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
         return loss
 
@@ -195,25 +193,20 @@ class ExpertRouting(ContextToDelta):
 
     def metrics(self, patch: Patch, ffn: FeedForward) -> dict[str, Tensor]:
         """Choices by expert, (1,E), and the entropy in nats of the softmax of the router's logits, ln E at most."""
-        logp = routing_of(patch).logits.log_softmax(-1)
+        assert patch.routing is not None
+        logp = patch.routing.logits.log_softmax(-1)
         entropy = -(logp.exp() * logp).sum(-1)
-        counts = dict.fromkeys(self.summaries, expert_counts(patch, self.config.experts)[None])
+        counts = dict.fromkeys(self.summaries, expert_counts(patch.routing, patch.counted)[None])
         return {**counts, "entropy": entropy if patch.counted is None else entropy[patch.counted]}
 
 
-def routing_of(patch: Patch) -> Routing:
-    """The routing of a patch that has one."""
-    assert patch.routing is not None
-    return patch.routing
-
-
-def expert_counts(patch: Patch, experts: int) -> Tensor:
-    """How many real tokens chose each routed expert, (E) in at least float32."""
-    # shared experts have the ids from `experts` on; a size known beforehand keeps the count free of a device sync
-    index, logits = routing_of(patch).index.clamp(max=experts), routing_of(patch).logits
-    counted = index.new_ones(()) if patch.counted is None else patch.counted.unsqueeze(-1)
-    ones = counted.expand_as(index).to(torch.promote_types(logits.dtype, torch.float32)).flatten()
-    return ones.new_zeros(experts + 1).scatter_add(0, index.flatten(), ones)[:-1]
+def expert_counts(routing: Routing, counted: Tensor | None) -> Tensor:
+    """How many of the tokens that are counted (B,T), None for all, chose each routed expert, (E) in float32."""
+    # shared experts have the ids from E on; a size known beforehand keeps the count free of a device sync
+    experts = routing.logits.shape[-1]
+    index = routing.index.clamp(max=experts)
+    ones = torch.ones_like(index, dtype=torch.float32) * (1 if counted is None else counted.unsqueeze(-1))
+    return ones.new_zeros(experts + 1).scatter_add(0, index.flatten(), ones.flatten())[:-1]
 
 
 def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
@@ -221,14 +214,14 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
     return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp(min=1)
 
 
-def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
-    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`; f:
+def balance_loss(routing: Routing, counted: Tensor | None, share_E: Tensor, score: str) -> Tensor:
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of experts; f:
     share of choices in the whole step before, of all parts and processes (Qiu et al. 2025, arXiv 2501.11873)."""
-    logits = routing_of(patch).logits
-    score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
+    logits = routing.logits
+    score_EN = SCORES["sigmoid" if score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
     p_EN = score_EN / score_EN.sum(0)
-    counted = None if patch.counted is None else patch.counted.flatten()
-    return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
+    f_p_BT = (share_E.to(logits) @ p_EN).view(logits.shape[:-1])
+    return len(share_E) * mean_of(f_p_BT, counted)
 
 
 class ExpertLoad(CatMetric):
