@@ -6,7 +6,7 @@ Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,14 +43,13 @@ class Decoder(nn.Module):
     activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174).
     """
 
-    context_to_delta: ContextToDelta | None
     activation_checkpointing: bool = False
 
     def __init__(self, sizes: Sizes, tokens: Any):
         super().__init__()
         dim, kv_heads = sizes.dim, sizes.kv_heads or sizes.heads
         vocabulary, token_dim = tokens.vocabulary, tokens.token_dim
-        self.context_to_delta = None
+        self.context_to_delta: ContextToDelta | None = None
         self.attend_context, self.separate_context = sizes.attend_context is not False, tokens.n_context > 0
         self.independent_queries, self.filled = tokens.independent_queries, tokens.filled
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
@@ -139,9 +138,9 @@ class Decoder(nn.Module):
         if cache is not None:
             if self.independent_queries:
                 raise ValueError("a cache needs tokens in sequence, but the queries of this task are independent")
-            layout = replace(layout, positions=cache[0].tokens + layout.positions)
+            layout = layout._replace(positions=cache[0].tokens + layout.positions)
         if positions is not None:
-            layout = replace(layout, positions=positions)
+            layout = layout._replace(positions=positions)
             for kept in cache or ():
                 kept.joined = None  # which stands where the cache ends
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,7 @@ FILLING = -1
 """The id of a place that holds no token: nobody sees it, and it counts for nothing."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Positions of tokens (T,) and their attention mask (T,T) or (B,1,T,T), True: may attend; None: causal."""
 
     positions: Tensor

@@ -89,7 +89,7 @@ class ContextConfig(ModelConfig):
 
 
 class Model(L.LightningModule):
-    """A decoder and its training; families differ in Config and Family alone.
+    """A decoder and its training; families differ in Config and Family, their ContextToDelta if any, alone.
 
     All options come as plain dicts and are written back with every default, so a checkpoint rebuilds the model.
     losses: sums over the parts of the last training step: loss, the task's, and aux_loss, where a family adds one;
@@ -98,23 +98,19 @@ class Model(L.LightningModule):
 
     Config: ClassVar[type[ModelConfig]]
     Family: ClassVar[type | None] = None
-    """The ContextToDelta, made of a config; None for a plain transformer."""
-    config: Any
-    decoder: Decoder
-    losses: dict[str, Tensor]
-    tested: list[Tensor]
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
         self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
-        self.config = from_dict(self.Config, model, "model").resolve(self.task)
+        self.config: Any = from_dict(self.Config, model, "model").resolve(self.task)
         self.optim = from_dict(OptimConfig, optim, "optim").resolve(self.task)
         groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
         self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed
         self.decoder = Decoder(self.config, self.task)
         self.decoder.context_to_delta = self.Family(self.config) if self.Family else None
-        self.losses, self.tested = {}, []
+        self.losses: dict[str, Tensor] = {}
+        self.tested: list[Tensor] = []
         self.summaries: dict[str, Metric] = nn.ModuleDict()  # type: ignore[assignment]
 
     def freeze_decoder(self) -> None:

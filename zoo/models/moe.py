@@ -87,18 +87,12 @@ class Router(nn.Module):
     """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters; `bias` moves
     the choice but not the weights (Wang et al. 2024, arXiv 2408.15664)."""
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
         weight = torch.randn(config.experts, config.dim) * config.dim**-0.5
-        if config.router == "learned":
-            self.weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.zeros(config.experts))
+        self.weight = nn.Parameter(weight) if config.router == "learned" else nn.Buffer(weight)
+        self.bias = nn.Buffer(torch.zeros(config.experts))
 
     def forward(self, z_BTD: Tensor, first: int = 0) -> Routing:
         """The routing of states of which the first stands at place `first`."""

@@ -89,7 +89,6 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
         "lr_schedulers": [schedule.state_dict()],
         "loops": place(step, meta.optim),
         "callbacks": {},
-        "epoch": 0,
         "pytorch-lightning_version": L.__version__,
     }
 
