@@ -136,13 +136,9 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         engine.test(model, test, verbose=False)
         where = {**placement(engine), "memory_bytes": results.peak_memory(engine.strategy.root_device)}
-        metrics = {
-            **results.numbers(model, engine.global_step, keeper.seconds, where, test),
-            "checkpoint": str(tested),
-            "command": keeper.command,
-            "config": {**keeper.config, **model.hparams, **keeper.begun_with},
-            "test": {name: float(value) for name, value in engine.callback_metrics.items()},
-        }
+        config = {**keeper.config, **model.hparams, **keeper.begun_with}
+        said = {"checkpoint": str(tested), "command": keeper.command, "config": config}
+        metrics = results.numbers(engine, model, test, engine.global_step, keeper.seconds, where, **said)
         sequences = results.by_sequence(model, test)
         if engine.is_global_zero:
             results.save(folder / "metrics.json", metrics, sequences, folder / "test.npz")
