@@ -156,6 +156,13 @@ def test_gradient_of_the_task_reaches_a_top_1_router(score: str) -> None:
     assert all(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
 
 
+@pytest.mark.parametrize("router", ["frozen", "uniform"])
+def test_null_routers_learn_nothing(router: str) -> None:
+    family = moe(router=router).decoder.context_to_delta
+    assert not [*family.parameters()]
+    assert "routers.1.weight" in family.state_dict()
+
+
 def test_shared_expert_serves_every_token_with_weight_1() -> None:
     model = moe(shared=1)
     z, ffn = states(model), model.decoder.blocks[0].ffn
