@@ -111,8 +111,9 @@ def place_of(state: Any, folder: Path) -> Path:
 def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
     """Trains what Hydra composed, in `folder` unless it says another, and puts its main metric into `scores`; returns
     the exit code."""
-    from zoo.training.memory import keep_freed_memory
-    from zoo.training.run import finished, train
+    from zoo.compare.sweep import finished
+    from zoo.memory import keep_freed_memory
+    from zoo.training.run import train
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     asked = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]

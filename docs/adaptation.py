@@ -24,9 +24,9 @@ from zoo.core.patch import Patch
 from zoo.lens import static
 from zoo.lens.draw import save
 from zoo.lens.figure import Figure, Lines, Series
+from zoo.memory import keep_freed_memory
 from zoo.models import Model
 from zoo.training import validate
-from zoo.training.memory import keep_freed_memory
 
 CONTEXTS, STEPS = 64, (1, 3, 10, 30, 100, 300, 1000)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

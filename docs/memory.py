@@ -25,10 +25,10 @@ from zoo.lens import static
 from zoo.lens.draw import save
 from zoo.lens.figure import Figure, Lines, Series
 from zoo.lens.patch_file import load_patch, save_patch
+from zoo.memory import keep_freed_memory
 from zoo.models import Model
 from zoo.tasks import Batch
 from zoo.training import validate
-from zoo.training.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 RUNS, SEEDS = Path("runs/results"), (0, 1, 2)

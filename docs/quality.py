@@ -27,9 +27,9 @@ from zoo.core.layers import Layout
 from zoo.core.patch import Patch
 from zoo.lens.draw import save
 from zoo.lens.figure import Figure, Lines, Series
+from zoo.memory import keep_freed_memory
 from zoo.models import Model
 from zoo.models.base import ModelConfig
-from zoo.training.memory import keep_freed_memory
 
 OPTIM: dict[str, Any] = {"steps": 500, "batch_size": 32}
 RATES = (0.003, 0.006, 0.012)
@@ -112,7 +112,6 @@ class Peer(Model):
         few, many = (size(make(self, hidden)) for hidden in (8, 16))
         torch.manual_seed(seed)
         self.decoder = make(self, round(8 + 8 * (wanted - few) / (many - few)))  # type: ignore[assignment]
-        self.layer_metrics = nn.ModuleList()  # type: ignore[assignment]
         assert abs(size(self.decoder) - wanted) < 0.01 * wanted
 
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.delta import Replaced
 from zoo.core.layers import Layout
 from zoo.core.patch import Patch
+from zoo.lens.exact import Replaced
 from zoo.models import MODELS, Model
 from zoo.tasks import Batch
 

@@ -110,7 +110,7 @@ def test_a_logger_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Capture
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = results.numbers
-    monkeypatch.setattr(results, "numbers", lambda *args: original(*args) | {"flops": math.nan})
+    monkeypatch.setattr(results, "numbers", lambda *args, **said: original(*args, **said) | {"flops": math.nan})
     small(tmp_path / "run")
     assert json.loads((tmp_path / "run/metrics.json").read_text())["flops"] is None
     assert files.to_json({"a": (math.inf, [float("nan"), "nan"]), "b": 1.5}) == '{"a": [null, [null, "nan"]], "b": 1.5}'

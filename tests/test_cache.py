@@ -346,11 +346,9 @@ def test_what_is_kept(case: Case) -> None:
         heads, width = model.config.kv_heads, 16 // 2
         assert cache.tokens == n + 7
         attended = cache.tokens if model.decoder.attend_context else 7
-        assert cache.keys is not None
-        assert cache.values is not None
         assert cache.seen == attended
-        assert attended <= cache.keys.shape[2] <= 7 + 2 * 16
-        assert cache.keys.shape == cache.values.shape == (3, heads, cache.keys.shape[2], width)
+        assert attended <= cache.attended.shape[3] <= 7 + 2 * 16
+        assert cache.attended.shape == (2, 3, heads, cache.attended.shape[3], width)
         kept_sums = [value for value in (cache.total, cache.memory) if torch.is_tensor(value)]
         assert all(value.shape in ((3, 1, 16), (3, 1, 1)) for value in kept_sums)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cases import BY_NAME, CASES, FAMILIES, Case, batch_of, build, length_of_context, options_of, taking_turns
-from zoo.core.decoder import Decoder, Sizes
+from zoo.core.decoder import Decoder
 from zoo.core.patch import Patch
 from zoo.models import MODELS, Model
+from zoo.models.base import ContextConfig
 
 pytestmark = pytest.mark.numeric
 
@@ -34,7 +35,7 @@ def test_layouts(independent: bool, attend: bool) -> None:
     """Independent queries all stand at the position after the context, and are blind to each other."""
     task = {"vocabulary": None, "token_dim": 3, "output_dim": 1, "n_context": 2, "filled": False}
     tokens = SimpleNamespace(**task, independent_queries=independent)
-    layout = Decoder(Sizes(dim=8, layers=1, heads=2, hidden=8), tokens, attend_context=attend).layout(4, 2)
+    layout = Decoder(ContextConfig(dim=8, layers=1, heads=2, hidden=8, attend_context=attend), tokens).layout(4, 2)
     mask = None if layout.mask is None else layout.mask.int().tolist()
     assert (layout.positions.tolist(), mask) == LAYOUTS[independent, attend]
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.core.delta import Delta, Full, InputShift, LowRank, Replaced, Scale, Sum
+from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
+from zoo.lens.exact import Replaced
 
 pytestmark = pytest.mark.numeric
 

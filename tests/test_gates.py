@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm, Source
+from zoo.core.context import ContextMean, ContextToDelta, Source
 from zoo.core.delta import LowRank
 from zoo.core.layers import split_chunks
 from zoo.core.patch import Patch
@@ -49,9 +49,7 @@ class Gated(ContextToDelta):
 
 class GatedModel(Model):
     Config = GatedConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return Gated(self.config)
+    Family = Gated
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +87,8 @@ def test_its_size_differs_from_token_to_token(model: Model) -> None:
     size_BT = patch.weights["up"].norm(ffn.up)
     each_BT = patch.per_token(torch.arange(27)).weights["up"].norm(ffn.up)
     torch.testing.assert_close(size_BT[:, 7:], each_BT[:, 7:], rtol=1e-10, atol=0)
-    metric = RelativeNorm("up")
-    metric.update(patch, ffn)
-    assert metric.compute().item() == pytest.approx((size_BT.mean() / ffn.up.norm()).item(), rel=1e-6)
+    values = model.decoder.context_to_delta.metrics(patch, ffn)["delta_norm_up"]  # type: ignore[union-attr]
+    assert values.mean().item() == pytest.approx((size_BT.mean() / ffn.up.norm()).item(), rel=1e-6)
 
 
 def test_one_that_says_it_does_not_read_the_query_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

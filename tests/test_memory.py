@@ -17,10 +17,10 @@ import torch
 
 from cases import CASES, FAMILIES, Case, build, taking_turns
 from runs import small
+from zoo import memory
 from zoo.bench.timing import saved_bytes
 from zoo.core.layers import Attention
 from zoo.models import MODELS, Model
-from zoo.training import memory
 from zoo.training import run as training_module
 
 
@@ -99,7 +99,7 @@ FAULTS = """
 import itertools, resource, statistics, torch
 from torch import nn
 from zoo.core.layers import FeedForward
-from zoo.training.memory import keep_freed_memory
+from zoo.memory import keep_freed_memory
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -105,8 +105,10 @@ def test_numbers_of_each_layer_are_logged(family: str, monkeypatch: pytest.Monke
         model.validation_step(model.task.batch("validation", k, 8), k)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    model.on_validation_epoch_end()
     assert logged.pop("validation_loss")
     assert set(logged) == {f"layer{layer}/{name}" for layer in range(2) for name in NUMBERS[family]}
-    assert family == "moe" or len({float(value) for value in logged.values()}) == 6
-    assert all(metric.update_count == 0 for metrics in model.layer_metrics for metric in metrics.values())
+    numbers = {name: float(value.compute()) for name, value in logged.items()}
+    if family == "moe":  # of all tokens, neither a mean of choices nor of batches
+        assert numbers["layer0/dead_fraction"] <= 1 <= numbers["layer0/load_max_over_mean"] <= 4
+    else:
+        assert len({*numbers.values()}) == 6

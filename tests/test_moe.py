@@ -12,7 +12,7 @@ from torch import Tensor
 from cases import Case, batch_of, build
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
-from zoo.models.moe import ExpertRouting, MoE, MoEConfig, Router, RouterEntropy, balance_loss, expert_counts
+from zoo.models.moe import ExpertRouting, MoE, MoEConfig, Router, balance_loss, expert_counts
 
 pytestmark = pytest.mark.numeric
 
@@ -37,9 +37,8 @@ def routing_of(index: list[list[int]], logits: Tensor | None = None) -> Routing:
 
 
 def balance_of_choices(routing: Routing, options: MoEConfig) -> Tensor:
-    patch = Patch(routing=routing)
-    counts_E = expert_counts(patch, E)
-    return balance_loss(patch, counts_E / counts_E.sum(), options)
+    counts_E = expert_counts(routing, None)
+    return balance_loss(routing, None, counts_E / counts_E.sum(), options.score)
 
 
 def emitted(model: MoE, z: Tensor) -> Routing:
@@ -90,7 +89,7 @@ def test_bias_evens_out_a_skewed_router(score: str) -> None:
     busiest = []
     for _ in range(1000):
         patch = context_to_delta(z, 0, 0)
-        busiest.append(expert_counts(patch, E).max().item() / 32)
+        busiest.append(expert_counts(patch.routing, None).max().item() / 32)
         context_to_delta.aux_loss([patch], 0)
         context_to_delta.after_step()
         assert abs(context_to_delta.routers[0].bias.mean().item()) < 1e-6
@@ -118,7 +117,7 @@ def test_choices_are_counted_once_for_each_part_of_a_batch() -> None:
         context_to_delta.aux_loss(patches, part)
         assert context_to_delta.counts.sum(1).tolist() == [parts * 20] * 2
     context_to_delta.after_step()
-    torch.testing.assert_close(context_to_delta.state["shares"][1], expert_counts(patches[1], E) / 20)
+    torch.testing.assert_close(context_to_delta.state["shares"][1], expert_counts(patches[1].routing, None) / 20)
     assert not torch.isclose(torch.as_tensor(context_to_delta.aux_loss(patches, 0)), torch.as_tensor(even), rtol=1e-6)
     assert all(router.bias.any() for router in context_to_delta.routers)
 
@@ -155,6 +154,13 @@ def test_gradient_of_the_task_reaches_a_top_1_router(score: str) -> None:
     model.task.token_losses(model(batch.tokens, batch.n_context), batch).mean().backward()
     gradients = [router.weight.grad for router in model.decoder.context_to_delta.routers]
     assert all(gradient is not None and gradient.norm() > 1e-6 for gradient in gradients)
+
+
+@pytest.mark.parametrize("router", ["frozen", "uniform"])
+def test_null_routers_learn_nothing(router: str) -> None:
+    family = moe(router=router).decoder.context_to_delta
+    assert not [*family.parameters()]
+    assert "routers.1.weight" in family.state_dict()
 
 
 def test_shared_expert_serves_every_token_with_weight_1() -> None:
@@ -230,16 +236,18 @@ def test_every_backend_runs_in_every_dtype(backend: str, dtype: torch.dtype) -> 
 
 
 def test_expert_load_by_hand() -> None:
-    metrics = ExpertRouting(config()).metrics()
+    family = ExpertRouting(config())
     for name, value in (("load_max_over_mean", 4 / (7 / 4)), ("dead_fraction", 0.25)):
-        metrics[name].update(Patch(routing=routing_of([[0, 1], [0, 1], [0, 4]])), FFN)  # 4 is a shared expert
-        metrics[name].update(Patch(routing=routing_of([[0, 2]])), FFN)
-        assert metrics[name].compute().item() == pytest.approx(value)
+        summary = family.summaries[name]()
+        for index in ([[0, 1], [0, 1], [0, 4]], [[0, 2]]):  # 4 is a shared expert
+            summary.update(family.metrics(Patch(routing=routing_of(index)), FFN)[name])
+        assert summary.compute().item() == pytest.approx(value)
 
 
 def test_router_entropy_by_hand() -> None:
-    metric = RouterEntropy()
-    metric.update(Patch(routing=routing_of([[0]], torch.tensor([[[0.0] * E]]))), FFN)
-    assert metric.compute().item() == pytest.approx(math.log(E))
-    metric.update(Patch(routing=routing_of([[0]], torch.tensor([[[math.log(3.0), 0.0, -1e9, -1e9]]]))), FFN)
-    assert 2 * metric.compute().item() == pytest.approx(math.log(E) + 0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    for logits, value in (
+        ([0.0] * E, math.log(E)),
+        ([math.log(3.0), 0.0, -1e9, -1e9], 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+    ):
+        patch = Patch(routing=routing_of([[0]], torch.tensor([[logits]])))
+        assert ExpertRouting(config()).metrics(patch, FFN)["entropy"].mean().item() == pytest.approx(value)

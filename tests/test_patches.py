@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cases import CASES, Case, batch_of, build, length_of_context, plain_forward, shared, taking_turns
 from test_delta import at_most
-from zoo.core.exact import EXACT_FORMS, LayerStates, exact, replace_context
+from zoo.core.exact import LayerStates, replace_context
 from zoo.core.patch import Patch
+from zoo.lens.exact import EXACT_FORMS, exact
 from zoo.models import MODELS, Model
 
 pytestmark = pytest.mark.numeric

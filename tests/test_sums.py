@@ -16,7 +16,6 @@ from cases import BY_NAME, Case, build
 from runs import FAMILIES, QUIET
 from zoo.core.layers import FILLING
 from zoo.models import Model
-from zoo.models.moe import ExpertLoad, RouterEntropy
 from zoo.tasks import Task
 from zoo.tasks.regression import Regression
 from zoo.tasks.text.corpus import START
@@ -179,11 +178,10 @@ def test_statistics_of_experts_leave_filling_out(name: str, tmp_path: Path) -> N
         batch = task.batch("test", 0, 6)
         patches = model.decoder(batch.tokens, context)[1]
         context_to_delta: Any = model.decoder.context_to_delta
-        load, entropy = ExpertLoad(4, torch.sum), RouterEntropy()
-        load.update(patches[0], model.decoder.blocks[0].ffn)
-        entropy.update(patches[0], model.decoder.blocks[0].ffn)
-        assert int(load.counts.sum()) == int((batch.tokens != FILLING).sum()) * 2
-        found.append([*load.counts.tolist(), float(entropy.compute()), float(context_to_delta.aux_loss(patches, 0))])
+        values = context_to_delta.metrics(patches[0], model.decoder.blocks[0].ffn)
+        load, entropy = values["dead_fraction"][0], float(values["entropy"].mean())
+        assert int(load.sum()) == int((batch.tokens != FILLING).sum()) * 2
+        found.append([*load.tolist(), entropy, float(context_to_delta.aux_loss(patches, 0))])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0] == pytest.approx(found[2], rel=1e-6)
 

@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from runs import signalled, small
 from test_cli import SHORT, TINY, TRAIN, assert_same, command  # noqa: F401
-from zoo.training.run import finished
+from zoo.compare.sweep import finished
 
 
 def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(

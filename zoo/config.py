@@ -75,6 +75,14 @@ def plain(value: Any, where: str = "", depth: int = 8) -> Any:
     raise ValueError(f"{where or 'an option'}={show(value)} cannot be stored: give a number, a text, a list or a dict")
 
 
+def flat(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Options of groups by their whole names, as model.dim."""
+    named: dict[str, Any] = {}
+    for key, value in options.items():
+        named |= flat(value, _path(where, key)) if isinstance(value, dict) else {_path(where, key): value}
+    return named
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A `cls` from the plain values of group `where`, "" at the top; raises ValueError for unknown keys, wrong types
     and values that are not allowed."""

@@ -81,20 +81,10 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     silent: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     engine = L.Trainer(devices=1, enable_progress_bar=sys.stderr.isatty(), **silent)
     engine.test(model, test, verbose=False)
-    numbers = results.numbers(
-        model,
-        saved.get("global_step", 0),
-        saved["zoo"].get("seconds") or 0.0,
-        saved["zoo"].get("placement") or {},
-        test,
-    )
-    metrics = {
-        **numbers,
-        "checkpoint": str(file),
-        "command": command(),
-        "config": {**run_options, **options, "task": model.hparams["task"]},
-        "test": {key: float(value) for key, value in engine.callback_metrics.items()},
-    }
+    seconds, where = (saved["zoo"].get(name) for name in ("seconds", "placement"))
+    config = {**run_options, **options, "task": model.hparams["task"]}
+    said = {"checkpoint": str(file), "command": command(), "config": config}
+    metrics = results.numbers(engine, model, test, saved.get("global_step", 0), seconds or 0.0, where or {}, **said)
     folder = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "evaluations"
     if shipped.WEIGHTS in file.parents:  # a package is not written to
         folder = Path("evaluations", file.parent.name, file.stem)

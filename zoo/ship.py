@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := {*arguments.names} - {*NAMES}:
         parser.error(f"{sorted(unknown)[0]} is none of {', '.join(NAMES)}")
+    from zoo.memory import keep_freed_memory
     from zoo.training import checkpoint, shipped
     from zoo.training.card import card
-    from zoo.training.memory import keep_freed_memory
 
     keep_freed_memory()
     for name in arguments.names:

@@ -23,7 +23,7 @@ from zoo.config import lookup, require_positive
 from zoo.console import Parser, command
 from zoo.files import write
 from zoo.lens.draw import save
-from zoo.training.memory import keep_freed_memory
+from zoo.memory import keep_freed_memory
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     section.__name__: section for section in (layers, growth, steps, loops, generation, startup)

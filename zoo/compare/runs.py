@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.config import one_line, show
+from zoo.config import flat, one_line, show
 from zoo.console import warn
 
 BYTES = {".json": 4 << 20, ".jsonl": 256 << 20, ".npz": 64 << 20}  # the largest files that are read
@@ -71,14 +71,6 @@ def _finite(value: Any) -> bool:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if _finite(value) and NAME.fullmatch(name)}
-
-
-def flat(options: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Options of groups by their whole names, as model.dim."""
-    named: dict[str, Any] = {}
-    for key, value in options.items():
-        named |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return named
 
 
 def find(paths: list[Path]) -> list[Path]:

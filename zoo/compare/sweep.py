@@ -1,11 +1,26 @@
-"""The table at the end of a sweep."""
+"""Jobs of a sweep: what the complete ones came to, and the table at its end."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from zoo.config import plain
+from zoo.files import home
 from zoo.training.callbacks import read_rows
+from zoo.training.options import of_run
+
+
+def finished(options: dict) -> dict | None:
+    """What the complete run with these options in the folder `out` came to, None where there is none; raises ValueError
+    for one with other options."""
+    file = home(options["out"]) / "metrics.json"
+    if not file.is_file():
+        return None
+    asked = {key: value for key, value in options.items() if key not in ("trainer", "logger")}
+    config, _ = of_run({**plain(asked), "resume": options["out"]})
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    return metrics if metrics["steps"] >= config.optim["steps"] else None
 
 
 def table(folder: Path, failed: set[str]) -> str:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zoo.compare.runs import Run, flat
+from zoo.compare.runs import Run
 from zoo.compare.statistics import ENOUGH, Estimate, estimate, weighted
-from zoo.config import show
+from zoo.config import flat, show
 
 ELSEWHERE = {"seed", "out", "resume", "logger", "trainer", "placement", "task", "log_every", "budget", "budget_of"}
 """Options of a run that do not say which system it is: that of the task is the same for all."""

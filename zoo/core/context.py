@@ -5,14 +5,14 @@ Axes: B batch, S chunks, c tokens of a chunk, T tokens, D model; `*` the leading
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from zoo.core.cache import LayerCache
 from zoo.core.delta import Delta
@@ -69,9 +69,7 @@ class Source:
         mean = ContextMean((total / count.clamp(min=1)).to(z_BTD.dtype), (count > 0).to(z_BTD.dtype))
         if cache is not None:  # all of a segment is known then
             cache.context = mean if self.kind == "segment" else ContextMean(*(t[:, -1:] for t in mean))
-            cache.total = None if self.kind == "segment" else total[:, -1:]
-            if self.chunk:  # clone: a view would keep all states
-                cache.pending = [z_BTD[:, (z_BTD.shape[1] - 1) // self.chunk * self.chunk :].clone()]
+            cache.total = z_BTD.sum(1, keepdim=True, dtype=dtype)
         return mean
 
     def _sums(self, t_BTn: Tensor, n_context: int) -> Tensor:
@@ -85,17 +83,14 @@ class Source:
         return F.pad(sums_BSn.cumsum(1)[:, :-1], (0, 0, 1, 0))
 
     def _of_next(self, z_B1D: Tensor, cache: LayerCache) -> ContextMean:
-        """The mean of the next token's context, which is that of the token before unless a chunk has become complete;
-        the states of a chunk are added up only then."""
+        """The mean of the next token's context: that of the token before, unless a chunk has become complete."""
         if self.kind == "segment":
             return cache.context
-        running = self.kind == "running"
+        running, before = self.kind == "running", cache.total
+        cache.total = before + z_B1D
         if running or not cache.tokens % (self.chunk or 1):
-            read_B1D = z_B1D if running else torch.cat(cache.pending, 1)
-            cache.total = cache.total + read_B1D.sum(1, keepdim=True, dtype=cache.total.dtype)
-            mean = (cache.total / (cache.tokens + running)).to(z_B1D.dtype)
-            cache.context, cache.pending = ContextMean(mean, torch.ones_like(mean[..., :1])), []
-        cache.pending.append(z_B1D)
+            mean = ((cache.total if running else before) / (cache.tokens + running)).to(z_B1D.dtype)
+            cache.context = ContextMean(mean, torch.ones_like(mean[..., :1]))
         return cache.context
 
 
@@ -104,10 +99,12 @@ class ContextToDelta(nn.Module):
 
     A family that makes an update of the mean of its context defines `update` and `flops`, and is done; one that reads
     something else defines `forward`. active_share: of the FFN's parameters, for one token; lr_factor: its own weights'
-    part of the learning rate, beside Muon; state: what checkpoints keep beside the weights.
+    part of the learning rate, beside Muon; state: what checkpoints keep beside the weights; summaries: what the values
+    of `metrics` come to over a validation, by name, for those whose mean it is not.
     """
 
     active_share = lr_factor = 1.0
+    summaries: ClassVar[Mapping[str, Callable[[], Metric]]] = {}
 
     def __init__(self, source: Source, layers: int):
         super().__init__()
@@ -158,23 +155,15 @@ class ContextToDelta(nn.Module):
         """The auxiliary loss of training, a mean over the real tokens of a part of the step's batch, counted from 0."""
         return 0.0
 
-    def metrics(self) -> dict[str, Metric]:
-        """Fresh metrics of one layer, each of which has update(patch, ffn)."""
-        return {}
+    def metrics(self, patch: Patch, ffn: FeedForward) -> dict[str, Tensor]:
+        """Values of one layer by name, which are summed up and logged at validation: here ‖ΔW‖/‖W‖ (Frobenius) of each
+        update, without those of empty contexts."""
+        sizes = {}
+        for name, delta in patch.weights.items():
+            W = ffn.weight(name)
+            size = delta.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+            sizes[f"delta_norm_{name}"] = size if patch.counted is None else size[patch.counted]
+        return sizes
 
     def after_step(self) -> None:
         """Called once after each optimiser step, on every process; nothing to do for most families."""
-
-
-class RelativeNorm(MeanMetric):
-    """Mean of ‖ΔW‖/‖W‖ (Frobenius) of one matrix over contexts that are not empty; nan if all are."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.matrix = name
-
-    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
-        delta, W = patch.weights[self.matrix], ffn.weight(self.matrix)
-        size = delta.norm(W) / torch.linalg.matrix_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
-        weight = torch.ones_like(size) if patch.counted is None else patch.counted.to(size)
-        super().update(size, weight.view(*weight.shape, *[1] * (size.dim() - weight.dim())).expand_as(size))

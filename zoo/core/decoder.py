@@ -6,8 +6,8 @@ Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
-from zoo.core.decoding import JOIN_FOR
+from zoo.core.decoding import joined
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch
@@ -23,7 +23,9 @@ from zoo.core.patch import Patch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens."""
+    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens. What families
+    decide besides: blocks, backend: of each FeedForward; attend_context: tokens after a separate context see it, if it
+    is not False."""
 
     dim: int = 64
     layers: int = 3
@@ -31,42 +33,28 @@ class Sizes:
     kv_heads: int | None = None
     hidden: int = 128
     tied: bool = False
-
-
-class Tokens(Protocol):
-    """The tokens of a task: `vocabulary` ids, or continuous ones of `token_dim` numbers; the first n_context
-    are a separate context, 0 on running text. independent_queries: those after it all stand at the same position and do
-    not see each other. filled: ids may be FILLING."""
-
-    vocabulary: int | None
-    token_dim: int | None
-    output_dim: int
-    n_context: int
-    independent_queries: bool
-    filled: bool
+    blocks, backend, attend_context = 1, "auto", True
 
 
 class Decoder(nn.Module):
     """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
-    attend_context: tokens after a separate context see it; blocks, backend: of each FeedForward; the attribute
+    tokens: a task, or what has its vocabulary, token_dim, output_dim, n_context, independent_queries and filled;
     activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174).
     """
 
-    context_to_delta: ContextToDelta | None
     activation_checkpointing: bool = False
 
-    def __init__(
-        self, sizes: Sizes, tokens: Tokens, *, attend_context: bool = True, blocks: int = 1, backend: str = "auto"
-    ):
+    def __init__(self, sizes: Sizes, tokens: Any):
         super().__init__()
-        dim, vocabulary, token_dim = sizes.dim, tokens.vocabulary, tokens.token_dim
-        self.context_to_delta = None
-        self.attend_context, self.separate_context = attend_context, tokens.n_context > 0
+        dim, kv_heads = sizes.dim, sizes.kv_heads or sizes.heads
+        vocabulary, token_dim = tokens.vocabulary, tokens.token_dim
+        self.context_to_delta: ContextToDelta | None = None
+        self.attend_context, self.separate_context = sizes.attend_context is not False, tokens.n_context > 0
         self.independent_queries, self.filled = tokens.independent_queries, tokens.filled
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(dim, sizes.heads, sizes.kv_heads or sizes.heads, FeedForward(dim, sizes.hidden, blocks, backend))
+            Block(dim, sizes.heads, kv_heads, FeedForward(dim, sizes.hidden, sizes.blocks, sizes.backend))
             for _ in range(sizes.layers)
         )
         self.norm = RMSNorm(dim)
@@ -123,10 +111,7 @@ class Decoder(nn.Module):
     def new_cache(self, room: int = 16) -> list[LayerCache]:
         """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one; they
         take space for `room` of these at once, and more when it is used up."""
-        W = self.head.weight  # measured on a CPU alone; copies pass no gradient on
-        pays = room >= JOIN_FOR and W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64)
-        pays = pays and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return [LayerCache(max(room, 1), joined=block.joined() if pays else None) for block in self.blocks]
+        return [LayerCache(max(room, 1), joined=joined(block, room)) for block in self.blocks]
 
     def forward(
         self,
@@ -144,7 +129,7 @@ class Decoder(nn.Module):
         (T,): where the tokens stand; default as if nothing but `cache` came before. cache: from new_cache(), changed in
         place: the first call passes all tokens there are, each further one the next token (B,1), and gets its output.
         """
-        check_tokens(tokens, n_context)
+        check_tokens(tokens, n_context, cache[0] if cache else None)
         for given in (patches, added):
             if given is not None and len(given) != len(self.blocks):
                 raise ValueError(f"{len(given)} patches for {len(self.blocks)} layers: pass one patch per layer")
@@ -153,10 +138,9 @@ class Decoder(nn.Module):
         if cache is not None:
             if self.independent_queries:
                 raise ValueError("a cache needs tokens in sequence, but the queries of this task are independent")
-            cache[0].check(tokens.shape[1], n_context)
-            layout = replace(layout, positions=cache[0].tokens + layout.positions)
+            layout = layout._replace(positions=cache[0].tokens + layout.positions)
         if positions is not None:
-            layout = replace(layout, positions=positions)
+            layout = layout._replace(positions=positions)
             for kept in cache or ():
                 kept.joined = None  # which stands where the cache ends
 
@@ -181,9 +165,15 @@ class Decoder(nn.Module):
         return self.unembed(x_BTD), used
 
 
-def check_tokens(tokens: Tensor, n_context: int) -> None:
-    """Raises ValueError unless tokens (B,T,…) hold a token, and n_context counts some of them or none."""
+def check_tokens(tokens: Tensor, n_context: int, cache: LayerCache | None = None) -> None:
+    """Raises ValueError unless tokens (B,T,…) hold a token, n_context counts some of them or none, and they can follow
+    those in the cache."""
     if tokens.dim() < 2 or 0 in tokens.shape[:2]:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B,T), at least one sequence of one token")
-    if not 0 <= n_context <= tokens.shape[1]:
-        raise ValueError(f"n_context={n_context} must lie between 0 and the {tokens.shape[1]} tokens given")
+    count, before = tokens.shape[1], cache.tokens if cache else 0
+    if not 0 <= n_context <= count:
+        raise ValueError(f"n_context={n_context} must lie between 0 and the {count} tokens given")
+    if before and (count != 1 or n_context):
+        raise ValueError(f"{count} tokens with n_context={n_context} after {before} others: pass the next token alone")
+    if cache and not before and n_context == count:
+        raise ValueError(f"all {count} tokens are context: the first call with a cache needs one token after it")

@@ -167,20 +167,6 @@ class Full(Delta):
 
 
 @dataclass(frozen=True)
-class Replaced(Delta):
-    """W + ΔW = matrix (*,o,i), formed and stored in the place of W: its rounding is that of real weights."""
-
-    matrix: Tensor
-
-    def linear(self, W: Tensor, x: Tensor, served: Tensor | None = None) -> Tensor:
-        assert served is None, "a formed matrix serves all tokens"
-        return x @ self.matrix.mT
-
-    def dense(self, W: Tensor) -> Tensor:
-        return self.matrix - W
-
-
-@dataclass(frozen=True)
 class InputShift(Delta):
     """ΔV = (V shift) aᵀ/|a|² for every matrix V that reads x: a (*,i) is read as a + shift (*,i).
 

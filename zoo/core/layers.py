@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.core.cache import LayerCache
-from zoo.core.decoding import Joined
 from zoo.core.experts import GROUPED_MATMULS, Combine, Dispatch, backend_for, sort_by_block
 from zoo.core.low_rank import transformed
 from zoo.core.norm import RMSNorm
@@ -26,8 +25,7 @@ FILLING = -1
 """The id of a place that holds no token: nobody sees it, and it counts for nothing."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Positions of tokens (T,) and their attention mask (T,T) or (B,1,T,T), True: may attend; None: causal."""
 
     positions: Tensor
@@ -47,7 +45,7 @@ def rotary(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> t
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Entry i and entry i + d/2 as one plane, turned; fewest passes over memory, and before heads are transposed."""
     return torch.addcmul(x_BTHd * cos, x_BTHd.roll(x_BTHd.shape[-1] // 2, -1), sin).to(x_BTHd.dtype)
 
@@ -66,22 +64,17 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         cos, sin = rotary(layout.positions, self.width, self.theta, x_BTD.dtype)
-        q_BHTd = _rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
-        k_BGTd = _rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
+        q_BHTd = rotate(self.q(x_BTD).view(B, T, self.heads, self.width), cos, sin).transpose(1, 2)
+        k_BGTd = rotate(self.k(x_BTD).view(B, T, self.kv_heads, self.width), cos, sin).transpose(1, 2)
         v_BGTd = self.v(x_BTD).view(B, T, self.kv_heads, self.width).transpose(1, 2)
         if cache is not None:
             k_BGTd, v_BGTd = cache.extend(k_BGTd, v_BGTd, layout.mask)
+        # a single token is the last one and sees all others; a compiled graph must decide it, T may be a symbol
+        causal = True if layout.mask is None and T > 1 else False  # noqa: SIM210
+        options: Any = {"attn_mask": layout.mask, "is_causal": causal, "enable_gqa": self.kv_heads < self.heads}
         # of torch's kernels only the plain one knows every transform
         with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
-            y_BHTd = F.scaled_dot_product_attention(
-                q_BHTd,
-                k_BGTd,
-                v_BGTd,
-                attn_mask=layout.mask,
-                # a single token is the last one and sees all others; a compiled graph must decide it, T may be a symbol
-                is_causal=True if layout.mask is None and T > 1 else False,  # noqa: SIM210
-                enable_gqa=self.kv_heads < self.heads,
-            )
+            y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, **options)
         return self.o(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
 
@@ -200,11 +193,3 @@ class Block(nn.Module):
         z_BTD = self.norm2(v_BTD)
         patch = patch_of(v_BTD, z_BTD)
         return v_BTD + self.ffn(z_BTD, patch), patch
-
-    def joined(self) -> Joined | None:
-        """Copies of the matrices for a token alone, see zoo.core.decoding; None where a part is not the zoo's own, or
-        somebody looks into it."""
-        known = all(type(part) in (Block, Attention, FeedForward, RMSNorm, nn.Linear) for part in self.modules())
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in [*self.modules()][1:])
-        biased = any(name.endswith("bias") for name, _ in self.named_parameters())
-        return Joined(self, rotary, _rotate) if known and not hooked and not biased else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from zoo.core.delta import Delta, InputShift, LowRank, picked, rows
+from zoo.core.delta import Delta, InputShift, picked, rows
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,6 @@ class Patch:
             routing=self.routing and self.routing.per_token(tokens, self.chunk),
             chunk=1,
         )
-
-    def with_delta(self, name: str, delta: LowRank) -> Patch:
-        """This patch, which serves all tokens, with `delta` added to the update of the matrix `name`."""
-        return self.merged_with(Patch(weights={name: delta}))
 
     def merged_with(self, other: Patch) -> Patch:
         """This patch and `other`, which holds low-rank updates and biases alone; leading dims broadcast. Raises

@@ -43,8 +43,7 @@ def generate(
     """
     if tokens_BT.dim() != 2 or tokens_BT.is_floating_point():
         raise ValueError(f"the prompt must be token ids (B,T), got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}")
-    check_tokens(tokens_BT, n_context)
-    LayerCache().check(tokens_BT.shape[1], n_context)
+    check_tokens(tokens_BT, n_context, LayerCache())
     vocabulary, low, high = decoder.head.out_features, int(tokens_BT.min()), int(tokens_BT.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(f"token ids from {low} to {high} do not fit the vocabulary, 0 to {vocabulary - 1}")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zoo.core.exact import exact
 from zoo.lens import static, structure
+from zoo.lens.exact import exact
 from zoo.lens.figure import Figure, Heat, Lines, Panel, Series
 from zoo.lens.routing import information, switched, usage
 from zoo.models import Model

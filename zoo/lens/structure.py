@@ -25,7 +25,7 @@ Matrices = dict[str, Tensor]
 @torch.no_grad()
 def updates(model: Model, tokens: Tensor, n_context: int) -> Iterator[Matrices]:
     """Layer by layer, ΔW(context, query) − ΔW(no context, query) of each matrix, (B,Q,o,i): what the first n_context
-    tokens do for each of the others. Raises ValueError as zoo.core.exact.exact does."""
+    tokens do for each of the others. Raises ValueError as zoo.core.exact.replace_context does."""
     query = tokens[:, n_context:]
     return _differences(model, query, model.deltas(tokens, n_context), model.deltas(query, 0))
 

@@ -5,7 +5,7 @@ Axes: B sequences, T tokens, V output numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,9 +17,9 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.config import from_dict, lookup, plain, require_positive
 from zoo.core import sampling
-from zoo.core.context import ContextToDelta, Source
+from zoo.core.context import Source
 from zoo.core.decoder import Decoder, Sizes
-from zoo.core.exact import exact
+from zoo.core.exact import replace_context
 from zoo.core.layers import FILLING
 from zoo.core.patch import Patch
 from zoo.models.optim import OptimConfig, optimizer_of
@@ -43,11 +43,6 @@ class ModelConfig(Sizes):
         if self.tied and not task.vocabulary:
             raise ValueError(f"model.tied=true needs token ids, but task.name={task.config.name} has continuous tokens")
         return replace(self, kv_heads=kv_heads)
-
-    @property
-    def decoder_options(self) -> dict[str, Any]:
-        """Keyword arguments of Decoder, once resolved."""
-        return {}
 
 
 def open_chunk(chunk: int | None, task: Task, needs: str | None) -> int | None:
@@ -76,7 +71,7 @@ class ContextConfig(ModelConfig):
 
     context: Literal["segment", "chunk", "running", "token"] | None = None
     chunk: int | None = None
-    attend_context: bool | None = None
+    attend_context: bool | None = None  # type: ignore[assignment]
 
     def resolve(self, task: Task) -> Self:
         kind = self.context or ("segment" if task.n_context else "chunk")
@@ -88,17 +83,13 @@ class ContextConfig(ModelConfig):
         return replace(super().resolve(task), context=kind, chunk=chunk, attend_context=attend)
 
     @property
-    def decoder_options(self) -> dict[str, Any]:
-        return {"attend_context": self.attend_context is not False}
-
-    @property
     def source(self) -> Source:
         """Where the context of an update comes from, once resolved."""
         return Source(str(self.context), self.chunk)
 
 
 class Model(L.LightningModule):
-    """A decoder and its training; families differ in Config and context_to_delta() alone.
+    """A decoder and its training; families differ in Config and Family, their ContextToDelta if any, alone.
 
     All options come as plain dicts and are written back with every default, so a checkpoint rebuilds the model.
     losses: sums over the parts of the last training step: loss, the task's, and aux_loss, where a family adds one;
@@ -106,31 +97,21 @@ class Model(L.LightningModule):
     """
 
     Config: ClassVar[type[ModelConfig]]
-    config: Any
-    decoder: Decoder
-    losses: dict[str, Tensor]
-    tested: list[Tensor]
+    Family: ClassVar[type | None] = None
 
     def __init__(self, model: dict[str, Any], task: dict[str, Any], optim: dict[str, Any], seed: int = 0):
         super().__init__()
         self.task = lookup(task.get("name"), TASKS, "task")(task, seed)
-        self.config = from_dict(self.Config, model, "model").resolve(self.task)
+        self.config: Any = from_dict(self.Config, model, "model").resolve(self.task)
         self.optim = from_dict(OptimConfig, optim, "optim").resolve(self.task)
         groups = {"model": self.config, "task": self.task.config, "optim": self.optim}
         self.save_hyperparameters({name: plain(asdict(config)) for name, config in groups.items()} | {"seed": seed})
         # the decoder draws its weights first: families start from the same decoder at the same seed
-        self.decoder = Decoder(self.config, self.task, **self.config.decoder_options)
-        self.decoder.context_to_delta = self.make_context_to_delta()
-        self.losses, self.tested = {}, []
-        self.means: dict[str, MeanMetric] = nn.ModuleDict()  # type: ignore[assignment]
-        family = self.decoder.context_to_delta
-        self.layer_metrics: Sequence[dict[str, Metric]] = nn.ModuleList(  # type: ignore[assignment]
-            nn.ModuleDict(family.metrics() if family else {}) for _ in self.decoder.blocks
-        )
-
-    def make_context_to_delta(self) -> ContextToDelta | None:
-        """The family itself: None for a plain transformer."""
-        return None
+        self.decoder = Decoder(self.config, self.task)
+        self.decoder.context_to_delta = self.Family(self.config) if self.Family else None
+        self.losses: dict[str, Tensor] = {}
+        self.tested: list[Tensor] = []
+        self.summaries: dict[str, Metric] = nn.ModuleDict()  # type: ignore[assignment]
 
     def freeze_decoder(self) -> None:
         """Leaves the weights of the family alone to be trained; raises ValueError for one without any."""
@@ -143,8 +124,8 @@ class Model(L.LightningModule):
         return self.decoder(*args, **options)[0]
 
     def deltas(self, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> list[Patch]:
-        """The total weight update that stands for the removed tokens; see zoo.core.exact.exact."""
-        return exact(self.decoder, tokens, removed, n_context=n_context)
+        """The total weight update that stands for the removed tokens; see zoo.core.exact.replace_context."""
+        return replace_context(self.decoder, tokens, removed, n_context=n_context)
 
     def generate(self, tokens: Tensor, count: int, *args: Any, **options: Any) -> Iterator[Tensor]:
         """The `count` ids (B) that follow the prompts `tokens` (B,T), one at a time; arguments as of
@@ -169,16 +150,11 @@ class Model(L.LightningModule):
         output, patches = self.decoder(batch.tokens, batch.n_context)
         # picked, not weighted: MeanMetric ignores weights where it must not hide nan (torchmetrics 1.9)
         losses = self.task.token_losses(output, batch)[self.task.scored(batch)]
-        self._log_mean("validation_loss", losses, prog_bar=True, logger=False)
-        for block, patch, metrics in zip(self.decoder.blocks, patches, self.layer_metrics, strict=True):
-            for metric in metrics.values():
-                metric.update(patch, block.ffn)
-
-    def on_validation_epoch_end(self) -> None:
-        for layer, metrics in enumerate(self.layer_metrics):
-            for name, metric in metrics.items():
-                self.log(f"layer{layer}/{name}", metric.compute(), sync_dist=True, logger=False)
-                metric.reset()
+        self._log("validation_loss", losses, prog_bar=True, logger=False)
+        if family := self.decoder.context_to_delta:
+            for layer, (block, patch) in enumerate(zip(self.decoder.blocks, patches, strict=True)):
+                for name, values in family.metrics(patch, block.ffn).items():
+                    self._log(f"layer{layer}/{name}", values, family.summaries.get(name), logger=False)
 
     def on_test_start(self) -> None:
         self.tested = []  # those of an earlier test
@@ -186,17 +162,18 @@ class Model(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         found = self.task.evaluate(self, batch)
         for name, values in found.items():
-            self._log_mean(name, values)
+            self._log(name, values)
         row_N, main_N = self.task.rows(batch), found[self.task.main_metric].flatten()
         sums = main_N.new_zeros(2, len(batch.tokens), dtype=torch.float64)
         self.tested.append(sums.index_add(1, row_N, torch.stack([main_N, torch.ones_like(main_N)]).double()).cpu())
 
-    def _log_mean(self, name: str, values: Tensor, **options: Any) -> None:
-        """Logs, at the end of the epoch, the mean over the values of all its batches and of all processes."""
-        if name not in self.means:
-            self.means[name] = MeanMetric(nan_strategy="disable").to(self.device)
-        self.means[name].update(values)
-        self.log(name, self.means[name], metric_attribute=f"means.{name}", **options)
+    def _log(self, name: str, values: Tensor, summary: Callable[[], Metric] | None = None, **options: Any) -> None:
+        """Logs, at the end of the epoch, the mean of the values of all batches and processes, or their `summary`."""
+        if name not in self.summaries:
+            metric = summary() if summary else MeanMetric(nan_strategy="disable")
+            self.summaries[name] = metric.to(self.device)
+        self.summaries[name].update(values)
+        self.log(name, self.summaries[name], metric_attribute=f"summaries.{name}", **options)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -205,9 +182,8 @@ class Model(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.task.state_dict()
-        if self.decoder.context_to_delta:
-            state = self.decoder.context_to_delta.state
-            checkpoint["family"] = {name: values.tolist() for name, values in state.items()}
+        state = self.decoder.context_to_delta.state if self.decoder.context_to_delta else {}
+        checkpoint["family"] = {name: values.tolist() for name, values in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.task.load_state_dict(checkpoint.get("task", {}))

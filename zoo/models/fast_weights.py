@@ -11,13 +11,12 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from zoo.core.cache import LayerCache
-from zoo.core.context import ContextToDelta, RelativeNorm, Source
+from zoo.core.context import ContextToDelta, Source
 from zoo.core.delta import Delta, Full, LowRank
 from zoo.core.patch import Patch
-from zoo.models.base import ContextConfig, Model, ModelConfig, open_attend, open_chunk
+from zoo.models.base import Model, ModelConfig, open_attend, open_chunk
 from zoo.tasks import Task
 
 
@@ -29,13 +28,11 @@ class FastWeightsConfig(ModelConfig):
     name: str = "fast_weights"
     rule: Literal["delta", "sum"] = "delta"
     chunk: int | None = None
-    attend_context: bool | None = None
+    attend_context: bool | None = None  # type: ignore[assignment]
 
     def resolve(self, task: Task) -> Self:
         chunk = open_chunk(self.chunk, task, "running text" if task.n_context else None)
         return replace(super().resolve(task), chunk=chunk, attend_context=open_attend(self.attend_context, task))
-
-    decoder_options = ContextConfig.decoder_options
 
 
 class Memory(nn.Module):
@@ -116,14 +113,9 @@ class FastWeightsDelta(ContextToDelta):
             total += 2 * o * i * (tokens + writes * n * (1 + delta)) if chunk else 2 * tokens * n * (o + i)
         return self.layers * total / tokens
 
-    def metrics(self) -> dict[str, Metric]:
-        return {f"delta_norm_{name}": RelativeNorm(name) for name in self.shapes}
-
 
 class FastWeights(Model):
     """A decoder whose FFN weights are W + ΔW, written by the states of the context as into an associative memory."""
 
     Config = FastWeightsConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return FastWeightsDelta(self.config)
+    Family = FastWeightsDelta

@@ -9,17 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
-from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
+from zoo.core.context import ContextMean, ContextToDelta
 from zoo.core.delta import Delta
 from zoo.core.layers import split_chunks
 from zoo.core.patch import Patch
 from zoo.models.base import ContextConfig, Model
 from zoo.models.hypernet import Generator, HypernetConfig
-from zoo.models.moe import ExpertRouting, MoEConfig, routing_of
+from zoo.models.moe import ExpertRouting, MoEConfig
 from zoo.tasks import Task
 
 
@@ -87,7 +86,8 @@ class GeneratedExperts(ContextToDelta):
         self, z_BTD: Tensor, layer: int, n_context: int, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Patch:
         patch, choice = super().forward(z_BTD, layer, n_context, cache, real), self.routing(z_BTD, layer, 0, None, real)
-        scale_BTE = routing_of(choice).scales(self.config.experts).to(z_BTD.dtype)
+        assert choice.routing is not None
+        scale_BTE = choice.routing.scales(self.config.experts).to(z_BTD.dtype)
         gate = split_chunks(scale_BTE.repeat_interleave(self.config.rank, -1), patch.chunk)
         emitted: dict[str, Any] = dict(patch.weights)  # all of them LowRank
         weights = {name: replace(delta, gate=gate) for name, delta in emitted.items()}
@@ -104,14 +104,9 @@ class GeneratedExperts(ContextToDelta):
         applied = 3 * self.rank * (self.config.dim + self.config.hidden)
         return 2.0 * made, 2.0 * applied + self.routing.flops()[1]
 
-    def metrics(self) -> dict[str, Metric]:
-        return {f"delta_norm_{name}": RelativeNorm(name) for name in ("gate", "up", "down")}
-
 
 class HyperMoE(Model):
     """A decoder whose FFN weights are W + Σ_e s_e(token) ΔW_e(context): a router's choice of emitted updates."""
 
     Config = HyperMoEConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return GeneratedExperts(self.config)
+    Family = GeneratedExperts

@@ -10,10 +10,9 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import nn
-from torchmetrics import Metric
 
 from zoo.config import require_positive
-from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
+from zoo.core.context import ContextMean, ContextToDelta
 from zoo.core.delta import Delta, Full, LowRank, Scale
 from zoo.core.norm import RMSNorm
 from zoo.models.base import ContextConfig, Model
@@ -107,9 +106,6 @@ class HypernetDelta(ContextToDelta):
         heads: Any = [] if self.config.emission == "scale" else self.generator.heads.values()
         return 2 * made, 2 * sum(head.out_features for head in heads)
 
-    def metrics(self) -> dict[str, Metric]:
-        return {f"delta_norm_{name}": RelativeNorm(name) for name in self.config.matrices}
-
 
 class Hypernet(Model):
     """A decoder whose FFN weights are W + ΔW(context), ΔW emitted by one small network for all layers.
@@ -118,6 +114,4 @@ class Hypernet(Model):
     """
 
     Config = HypernetConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return HypernetDelta(self.config)
+    Family = HypernetDelta

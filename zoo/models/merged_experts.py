@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from torch import nn
-from torchmetrics import Metric
 
 from zoo.config import require_positive
-from zoo.core.context import ContextMean, ContextToDelta, RelativeNorm
+from zoo.core.context import ContextMean, ContextToDelta
 from zoo.core.delta import Delta, Full
 from zoo.core.norm import RMSNorm
 from zoo.models.base import ContextConfig, Model
@@ -68,15 +67,10 @@ class MergedUpdates(ContextToDelta):
         matrices = 3 * self.config.dim * self.config.hidden
         return 2.0 * self.config.experts * (self.config.dim + matrices), 2.0 * matrices
 
-    def metrics(self) -> dict[str, Metric]:
-        return {f"delta_norm_{name}": RelativeNorm(name) for name in self.shapes}
-
 
 class MergedExperts(Model):
     """A decoder whose FFN the context merges from experts: SMEAR (Muqeeth et al. 2023, arXiv 2306.03745), or on
     earlier chunks, Lory (Zhong et al. 2024, arXiv 2405.03133)."""
 
     Config = MergedExpertsConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return MergedUpdates(self.config)
+    Family = MergedUpdates

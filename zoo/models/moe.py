@@ -5,15 +5,15 @@ Axes: B batch, T tokens, D model, F hidden units of an expert, E experts, K chos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import CatMetric
 
 from zoo.config import require_positive
 from zoo.core.cache import LayerCache
@@ -74,8 +74,8 @@ class MoEConfig(ModelConfig):
         return replace(super().resolve(task), renormalise=renormalise, chunk=chunk, **off)
 
     @property
-    def decoder_options(self) -> dict[str, Any]:
-        return {"blocks": self.experts + self.shared, "backend": self.backend}
+    def blocks(self) -> int:  # type: ignore[override]
+        return self.experts + self.shared
 
     @property
     def source(self) -> Source:
@@ -87,18 +87,12 @@ class Router(nn.Module):
     """Scores of E experts from a state, the best K of them; at least float32 throughout. D·E parameters; `bias` moves
     the choice but not the weights (Wang et al. 2024, arXiv 2408.15664)."""
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
         weight = torch.randn(config.experts, config.dim) * config.dim**-0.5
-        if config.router == "learned":
-            self.weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.zeros(config.experts))
+        self.weight = nn.Parameter(weight) if config.router == "learned" else nn.Buffer(weight)
+        self.bias = nn.Buffer(torch.zeros(config.experts))
 
     def forward(self, z_BTD: Tensor, first: int = 0) -> Routing:
         """The routing of states of which the first stands at place `first`."""
@@ -106,15 +100,13 @@ class Router(nn.Module):
         with torch.autocast(z_BTD.device.type, enabled=False):
             # experts first: a softmax over fewer than 16 numbers of each token takes a CPU ten times as long
             logits_EN = self.weight.to(dtype) @ z_BTD.flatten(0, 1).to(dtype).mT
-        logits_BTE, score_BTE = (
-            t.mT.unflatten(0, z_BTD.shape[:2]) for t in (logits_EN, SCORES[config.score](logits_EN))
-        )
+        score_EN = SCORES[config.score](logits_EN)
+        logits_BTE, score_BTE = (t.mT.unflatten(0, z_BTD.shape[:2]) for t in (logits_EN, score_EN))
         index_BTK = (score_BTE.detach() + self.bias).topk(config.top_k, -1).indices
         weight_BTK = score_BTE.gather(-1, index_BTK)
         if config.router == "uniform":
-            place_TK = first * config.top_k + torch.arange(index_BTK[0].numel(), device=z_BTD.device).view_as(
-                index_BTK[0]
-            )
+            T, K = index_BTK.shape[1:]
+            place_TK = torch.arange(first * K, (first + T) * K, device=z_BTD.device).view(T, K)
             index_BTK, weight_BTK = (place_TK % config.experts).expand_as(index_BTK), torch.ones_like(weight_BTK)
         if config.renormalise:
             weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
@@ -129,13 +121,16 @@ class ExpertRouting(ContextToDelta):
     """One router per layer. counts: choices in this step, which is no buffer: DDP would overwrite it; state: the share
     of each expert in the step before, even ones in the first."""
 
+    summaries: ClassVar = {
+        "load_max_over_mean": lambda: ExpertLoad(lambda count_E: count_E.max() / count_E.mean()),
+        "dead_fraction": lambda: ExpertLoad(lambda count_E: (count_E == 0).float().mean()),
+    }
+
     def __init__(self, config: MoEConfig):
         super().__init__(config.source, config.layers)
         self.config = config
         self.active_share = (config.top_k + config.shared) / (config.experts + config.shared)
-        self.routers: Sequence[Router] = nn.ModuleList(  # type: ignore[assignment]
-            Router(config) for _ in range(config.layers)
-        )
+        self.routers: Any = nn.ModuleList(Router(config) for _ in range(config.layers))
         if config.route_on == "context":
             self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.layers))
             # what routes where there is no context yet: zero logits would send everyone to the same experts
@@ -161,17 +156,18 @@ class ExpertRouting(ContextToDelta):
             state_BTD = torch.where(nonempty > 0, self.norms[layer](mean), self.empty[layer])
         return Patch(routing=self.routers[layer](state_BTD, cache.tokens if cache else 0), counted=real)
 
-    def aux_loss(self, patches: list[Patch], part: int) -> Tensor | float:
+    def aux_loss(self, patches: list[Any], part: int) -> Tensor | float:
         """The losses on balance and size of logits; counts the choices, as forward may run twice a batch."""
         config = self.config
-        counts_LE = torch.stack([expert_counts(patch, config.experts) for patch in patches])
+        counts_LE = torch.stack([expert_counts(patch.routing, patch.counted) for patch in patches])
         self.counts = self.counts + counts_LE if part else counts_LE
         loss: Tensor | float = 0.0
         for patch, share_E in zip(patches, self.state["shares"], strict=True):
             if config.balance_weight:
-                loss = loss + config.balance_weight * balance_loss(patch, share_E, config) / config.layers
+                balance = balance_loss(patch.routing, patch.counted, share_E, config.score)
+                loss = loss + config.balance_weight * balance / config.layers
             if config.z_weight:
-                square = routing_of(patch).logits.logsumexp(-1).square()
+                square = patch.routing.logits.logsumexp(-1).square()
                 loss = loss + config.z_weight * mean_of(square, patch.counted) / config.layers
         return loss
 
@@ -189,27 +185,22 @@ class ExpertRouting(ContextToDelta):
     def flops(self) -> tuple[float, float]:
         return 0.0, 2.0 * self.config.dim * self.config.experts
 
-    def metrics(self) -> dict[str, Metric]:
-        return {
-            "load_max_over_mean": ExpertLoad(self.config.experts, lambda count_E: count_E.max() / count_E.mean()),
-            "dead_fraction": ExpertLoad(self.config.experts, lambda count_E: (count_E == 0).float().mean()),
-            "entropy": RouterEntropy(),
-        }
+    def metrics(self, patch: Patch, ffn: FeedForward) -> dict[str, Tensor]:
+        """Choices by expert, (1,E), and the entropy in nats of the softmax of the router's logits, ln E at most."""
+        assert patch.routing is not None
+        logp = patch.routing.logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        counts = dict.fromkeys(self.summaries, expert_counts(patch.routing, patch.counted)[None])
+        return {**counts, "entropy": entropy if patch.counted is None else entropy[patch.counted]}
 
 
-def routing_of(patch: Patch) -> Routing:
-    """The routing of a patch that has one."""
-    assert patch.routing is not None
-    return patch.routing
-
-
-def expert_counts(patch: Patch, experts: int) -> Tensor:
-    """How many real tokens chose each routed expert, (E) in at least float32."""
-    # shared experts have the ids from `experts` on; a size known beforehand keeps the count free of a device sync
-    index, logits = routing_of(patch).index.clamp(max=experts), routing_of(patch).logits
-    counted = index.new_ones(()) if patch.counted is None else patch.counted.unsqueeze(-1)
-    ones = counted.expand_as(index).to(torch.promote_types(logits.dtype, torch.float32)).flatten()
-    return ones.new_zeros(experts + 1).scatter_add(0, index.flatten(), ones)[:-1]
+def expert_counts(routing: Routing, counted: Tensor | None) -> Tensor:
+    """How many of the tokens that are counted (B,T), None for all, chose each routed expert, (E) in float32."""
+    # shared experts have the ids from E on; a size known beforehand keeps the count free of a device sync
+    experts = routing.logits.shape[-1]
+    index = routing.index.clamp(max=experts)
+    ones = torch.ones_like(index, dtype=torch.float32) * (1 if counted is None else counted.unsqueeze(-1))
+    return ones.new_zeros(experts + 1).scatter_add(0, index.flatten(), ones.flatten())[:-1]
 
 
 def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
@@ -217,45 +208,29 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
     return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp(min=1)
 
 
-def balance_loss(patch: Patch, share_E: Tensor, config: MoEConfig) -> Tensor:
-    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of `patch`; f:
+def balance_loss(routing: Routing, counted: Tensor | None, share_E: Tensor, score: str) -> Tensor:
+    """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of experts; f:
     share of choices in the whole step before, of all parts and processes (Qiu et al. 2025, arXiv 2501.11873)."""
-    logits = routing_of(patch).logits
-    score_EN = SCORES["sigmoid" if config.score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
+    logits = routing.logits
+    score_EN = SCORES["sigmoid" if score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
     p_EN = score_EN / score_EN.sum(0)
-    counted = None if patch.counted is None else patch.counted.flatten()
-    return config.experts * mean_of(share_E.to(logits) @ p_EN, counted)
+    f_p_BT = (share_E.to(logits) @ p_EN).view(logits.shape[:-1])
+    return len(share_E) * mean_of(f_p_BT, counted)
 
 
-class ExpertLoad(Metric):
-    """The number `of` how many real tokens chose each expert, (E)."""
+class ExpertLoad(CatMetric):
+    """The number `of` the choices of each expert, (E), over all batches and processes; update(count_1E)."""
 
-    counts: Tensor
-
-    def __init__(self, experts: int, of: Callable[[Tensor], Tensor]):
+    def __init__(self, of: Callable[[Tensor], Tensor]):
         super().__init__()
         self.of = of
-        self.add_state("counts", torch.zeros(experts), dist_reduce_fx="sum")
-
-    def update(self, patch: Patch, ffn: FeedForward) -> None:
-        self.counts += expert_counts(patch, len(self.counts))
 
     def compute(self) -> Tensor:
-        return self.of(self.counts)
-
-
-class RouterEntropy(MeanMetric):
-    """Mean entropy in nats over real tokens of the softmax of the router's logits; ln E if it does not care."""
-
-    def update(self, patch: Patch, ffn: FeedForward) -> None:  # type: ignore[override]
-        logp = routing_of(patch).logits.log_softmax(-1)
-        super().update(-(logp.exp() * logp).sum(-1), 1.0 if patch.counted is None else patch.counted)
+        return self.of(torch.as_tensor(super().compute()).sum(0))
 
 
 class MoE(Model):
     """A decoder whose FFN is E blocks of a wide one, K of them used per token (Jiang et al. 2024, arXiv 2401.04088)."""
 
     Config = MoEConfig
-
-    def make_context_to_delta(self) -> ContextToDelta:
-        return ExpertRouting(self.config)
+    Family = ExpertRouting

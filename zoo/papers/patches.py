@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoo.core.decoder import Decoder, Sizes
-from zoo.core.delta import Full, LowRank, Scale
-from zoo.core.exact import LayerStates, bias, output, replace_context, shear_and_down
+from zoo.core.delta import Full, Scale
+from zoo.core.exact import LayerStates, replace_context, shear_and_down
 from zoo.core.patch import Patch
+from zoo.lens.exact import bias, output
 from zoo.lens.figure import Figure, Lines, Series
 from zoo.tasks.noise import Noise
 
@@ -116,9 +117,7 @@ def scale_and_down(states: LayerStates) -> Patch:
     columns = states.z_ctx / states.z
     rows = torch.ones(HIDDEN, dtype=columns.dtype)
     patch = replace(states.emitted, weights={name: Scale(rows, columns) for name in states.ffn.input_matrices})
-    column = states.along("hidden units of", states.ffn.hidden(states.z, patch))
-    rank_1 = LowRank((states.v_ctx - states.v).unsqueeze(-1), column.unsqueeze(-1))
-    return patch.merged_with(Patch(weights={"down": rank_1}))
+    return states.with_down(patch, states.v_ctx - states.v)
 
 
 def three_biases(states: LayerStates) -> Patch:

@@ -165,10 +165,9 @@ class Keeper(Checkpoint):
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """The losses of the last step, means over its parts and all processes, each of which must call this."""
-        losses = {}
-        share = 1 / trainer.accumulate_grad_batches
+        losses, parts = {}, trainer.accumulate_grad_batches
         for name, value in pl_module.losses.items():
-            losses[name] = float(trainer.strategy.reduce(value * share, reduce_op="mean"))
+            losses[name] = float(trainer.strategy.reduce(value / parts, reduce_op="mean"))
             self._refuse("the training loss" if name == "loss" else f"the {name}", losses[name], trainer.global_step)
         return losses
 

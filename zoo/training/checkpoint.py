@@ -31,12 +31,8 @@ def _score_of_the_best(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _adamw(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """AdamW updated all weights, and there was no choice."""
     options = checkpoint["hyper_parameters"]
-    optim = {"name": "adamw", **options.get("optim", {})}
-    return {
-        **checkpoint,
-        "hyper_parameters": {**options, "optim": optim},
-        "zoo": {**checkpoint["zoo"], "schema": 5},
-    }
+    options = {**options, "optim": {"name": "adamw", **options.get("optim", {})}}
+    return {**checkpoint, "hyper_parameters": options, "zoo": {**checkpoint["zoo"], "schema": 5}}
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _score_of_the_best, 4: _adamw}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from zoo.config import from_dict, one_line, plain, require_positive, show
+from zoo.config import flat, from_dict, one_line, plain, require_positive, show
 from zoo.files import home
 from zoo.models.optim import OptimConfig
 from zoo.tasks.text import sources
@@ -76,8 +76,8 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     saved = checkpoint.read(file, resume=True)
     options = asdict(from_dict(RunConfig, saved["zoo"]["config"], ""))
     options["task"] = sources.moved(options["task"], asked.task)  # see zoo.training.run
-    old = _dotted(options)
-    new = _dotted({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
+    old = flat(options)
+    new = flat({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
     changed = {  # null leaves an option open: it is what the run made of it
         key: f"{key} is {show(old[key]) if key in old else 'not'} in the checkpoint, {show(value)} asked"
         for key, value in sorted(new.items())
@@ -104,14 +104,6 @@ def _longer(file: Path, saved: dict[str, Any], steps: int) -> tuple[Path, dict[s
         advice = "wsd and constant go on, or begin a new run with init="
         raise ValueError(f"optim.steps={steps}: {file} cannot be trained longer, {then}; {advice}")
     return file, saved
-
-
-def _dotted(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Options of groups by their whole names, as model.dim."""
-    named: dict[str, Any] = {}
-    for key, value in options.items():
-        named |= _dotted(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return named
 
 
 STORED: dict[str, Any] = {

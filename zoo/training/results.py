@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,8 +24,11 @@ PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 """FLOP/s of dense products in 16 bits, by a part of the name of a GPU, from NVIDIA's data sheets."""
 
 
-def numbers(model: Model, steps: int, seconds: float, where: dict[str, Any], test: Stream) -> dict[str, Any]:
-    """Sizes and costs of a model trained for `steps` in `seconds`, placed as `where` says, and what it is tested on."""
+def numbers(
+    engine: L.Trainer, model: Model, test: Stream, steps: int, seconds: float, where: dict[str, Any], **said: Any
+) -> dict[str, Any]:
+    """Sizes and costs of a model trained for `steps` in `seconds`, placed as `where` says, what else is `said` of it,
+    and what came out of the test that `engine` has run."""
     count, cost = flops.parameters(model), flops.step_cost(model)
     tokens = steps * model.optim.batch_size * model.task.tokens
     name = torch.cuda.get_device_name() if where.get("accelerator") == "cuda" and torch.cuda.is_available() else ""
@@ -50,6 +54,8 @@ def numbers(model: Model, steps: int, seconds: float, where: dict[str, Any], tes
         "main_metric": model.task.main_metric,
         "versions": {name: version(name) for name in ("zoo", "torch", "lightning")}
         | {"python": platform.python_version(), "commit": commit()},
+        **said,
+        "test": {name: float(value) for name, value in engine.callback_metrics.items()},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import warnings
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
 from zoo.console import Untested, describe, say, warn
-from zoo.files import home, write
+from zoo.files import write
 from zoo.models import Model
 from zoo.training import checkpoint, results, validate
 from zoo.training import summary as report
@@ -137,13 +136,9 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         engine.test(model, test, verbose=False)
         where = {**placement(engine), "memory_bytes": results.peak_memory(engine.strategy.root_device)}
-        metrics = {
-            **results.numbers(model, engine.global_step, keeper.seconds, where, test),
-            "checkpoint": str(tested),
-            "command": keeper.command,
-            "config": {**keeper.config, **model.hparams, **keeper.begun_with},
-            "test": {name: float(value) for name, value in engine.callback_metrics.items()},
-        }
+        config = {**keeper.config, **model.hparams, **keeper.begun_with}
+        said = {"checkpoint": str(tested), "command": keeper.command, "config": config}
+        metrics = results.numbers(engine, model, test, engine.global_step, keeper.seconds, where, **said)
         sequences = results.by_sequence(model, test)
         if engine.is_global_zero:
             results.save(folder / "metrics.json", metrics, sequences, folder / "test.npz")
@@ -156,18 +151,6 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     except Exception as error:
         raise Untested(f"the test failed, {describe(error)}; {keeper.safe}") from error
     return metrics
-
-
-def finished(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the complete run with these options in the folder `out` came to, None where there is none; raises ValueError
-    for one with other options."""
-    file = home(options["out"]) / "metrics.json"
-    if not file.is_file():
-        return None
-    asked = {key: value for key, value in options.items() if key not in ("trainer", "logger")}
-    config, _ = of_run({**plain(asked), "resume": options["out"]})
-    metrics = json.loads(file.read_text(encoding="utf-8"))
-    return metrics if metrics["steps"] >= config.optim["steps"] else None
 
 
 def command() -> str:

@@ -28,8 +28,8 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
 
 def closing(metrics: dict[str, Any]) -> str:
     """The table at the end of a run."""
-    explain = TASKS[metrics["task"]].explain
-    rows = [(explain(name), _number(value)) for name, value in metrics["test"].items()]
+    explain, test = TASKS[metrics["task"]].explain, metrics["test"]
+    rows = [(explain(name), f"{x:.1e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}") for name, x in test.items()]
     rows += [
         ("parameters", f"{metrics['params_total']:,} ({metrics['params_active']:,} active)"),
         ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),
@@ -44,10 +44,6 @@ def closing(metrics: dict[str, Any]) -> str:
 def title(metrics: dict[str, Any]) -> str:
     """One line that names a run."""
     return f"{metrics['model']} on {metrics['task']}, seed {metrics['seed']}, {metrics['steps']} steps"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
 def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> None:

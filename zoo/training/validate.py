@@ -56,26 +56,23 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments, of no memory either
     ours = optimizer.state_dict()
+    groups = [{"params": group["params"]} for group in ours["param_groups"]]
     zoo = {"best": None, **checkpoint["zoo"]}
     begun_with = {name: zoo.get(name) or {} for name in ("trainer", "logger", "placement")}
     best = None if zoo["best"] is None else 0.0
     described = {
         "global_step": 0,
         "zoo": {"config": {}, "command": "", "seconds": 0.0, "best": best, **{name: {} for name in begun_with}},
-        "optimizer_states": [
-            {"state": None, "param_groups": [{"params": group["params"]} for group in ours["param_groups"]]}
-        ],
+        "optimizer_states": [{"state": ours["state"], "param_groups": groups}],
     }
     if "MixedPrecision" in checkpoint:  # of 16-mixed
         described["MixedPrecision"] = torch.amp.GradScaler("cpu").state_dict()
     found = like({**checkpoint, "zoo": {**zoo, **begun_with}}, described, "")
-    step, (saved,) = found["global_step"], found["optimizer_states"]
+    step, moments = found["global_step"], found["optimizer_states"][0]["state"]
+    if found["optimizer_states"][0]["param_groups"] != groups:
+        raise ValueError("optimizer_states.0.param_groups names other parameters, or in another order")
     if step > meta.optim.steps:
         raise ValueError(f"global_step is {step}, beyond optim.steps={meta.optim.steps}")
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    if numbers != list(range(len(ours["state"]))):
-        raise ValueError(f"optimizer_states.0.param_groups names other parameters than 0 to {len(numbers) - 1}")
-    moments = like(saved["state"], ours["state"], "optimizer_states.0.state")
     for number, moment in moments.items():
         if not 0 <= moment.get("step", 0) <= step:  # 16-mixed passes over steps whose gradients are not finite
             raise ValueError(f"optimizer_states.0.state.{number}.step is {moment['step']}, the run stands at {step}")
@@ -84,16 +81,14 @@ def state(checkpoint: dict[str, Any], meta: Model) -> dict[str, Any]:
         moments[number] = {name: t.clone(memory_format=torch.contiguous_format) for name, t in moment.items()}
     schedule.last_epoch = step - 1
     schedule.step()  # computes the learning rates of this step
-    pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
     return {
         **found,
         **{name: checkpoint[name] for name in ("hyper_parameters", "state_dict", "task", "family")},
         "zoo": {**zoo, **begun_with, "config": {**zoo["config"], **checkpoint["hyper_parameters"]}},
-        "optimizer_states": [{"state": moments, "param_groups": [{**group, **numbers} for group, numbers in pairs]}],
+        "optimizer_states": [{"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}],
         "lr_schedulers": [schedule.state_dict()],
         "loops": place(step, meta.optim),
         "callbacks": {},
-        "epoch": 0,
         "pytorch-lightning_version": L.__version__,
     }
 
