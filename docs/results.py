@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 import zoo
-from zoo.compare.figures import pareto
+from zoo.compare.figures import SHOWN, pareto
 from zoo.compare.report import Report
 from zoo.compare.runs import find, read, require_one_test
 from zoo.compare.systems import System, compare, group
@@ -225,7 +225,9 @@ def draw(text: str) -> None:
     """Error against FLOPs, for each experiment of which the page shows that."""
     for name in re.findall(r"\(figures/results-(\w+)\.png\)", text):
         settings = {"command": f"python docs/results.py run {name}"}
-        figure = pareto(compared(name).systems, "")
+        systems = compared(name).systems
+        more = len(systems) - SHOWN
+        figure = pareto(systems, f" {more} further systems are in the table." if more > 0 else "")
         figure = replace(figure, name=f"results-{name}", title=f"{name}: error and cost", settings=settings)
         say(str(save(figure, HERE / "figures")))
 
