@@ -37,10 +37,10 @@ def test_closing_holds_every_number(run: tuple[Path, dict[str, Any], str]) -> No
     folder, metrics, printed = run
     table = report.closing(metrics)
     assert table in printed
-    assert "moe on regression, seed 0, 6 steps" in table
     for value in metrics["test"].values():
         assert f"  {value:.4f}\n" in table or f"  {value:.1e}\n" in table
     for text in (
+        "moe on regression, seed 0, 6 steps",
         f"{metrics['params_total']:,} ({metrics['params_active']:,} active)",
         f"{metrics['flops_per_token']:,.0f}",
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
@@ -53,9 +53,7 @@ def test_closing_holds_every_number(run: tuple[Path, dict[str, Any], str]) -> No
     assert all(row[start - 2 : start] == "  " and row[start] != " " for row in rows)  # values stand in one column
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0.0000"), (0.12345, "0.1235"), (2e-15, "2.0e-15"), (-0.5, "-0.5000"), (12.0, "12.0000")]
-)
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0.0000"), (0.12345, "0.1235"), (2e-15, "2.0e-15"), (-9, "-9.0000")])
 def test_numbers(value: float, text: str, run: tuple[Path, dict[str, Any], str]) -> None:
     assert f"  {text}\n" in report.closing({**run[1], "test": {"nmse": value}})
 
