@@ -1,7 +1,7 @@
 """What weights can hold of a context: patches of many users in one batch, contexts longer than trained, patches added.
 
     python docs/results.py run prompts haystack incontext     # trains the models, into runs/results
-    python docs/memory.py      # about ten minutes on one core; draws docs/figures/longer.png, prints the tables
+    python docs/memory.py [users] [added] [longer]      # five minutes each; prints tables, draws docs/figures/longer.png
 
 Axes: B users, n tokens of a context, T tokens, Q queries.
 """
@@ -9,6 +9,7 @@ Axes: B users, n tokens of a context, T tokens, Q queries.
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -138,25 +139,28 @@ def by_seed(values: Iterable[float], digits: str = ".3f") -> str:
     return " ".join(f"{value:{digits}}" for value in values)
 
 
-@torch.no_grad()
-def main() -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
+def users() -> None:
+    """The table of patches of many users."""
     found = [personalisation(seed) for seed in SEEDS]
     print(row(["bits per byte of", *(f"seed {seed}" for seed in SEEDS)]), row(["---"] * 4), sep="\n")
     ways = ("the user's patch, from its file", "another user's patch", "no patch", "attention", "attention, no context")
     for way, values in zip(ways, zip(*(bits for bits, _ in found), strict=True), strict=True):
         print(row([way, *(f"{value:.3f}" for value in values)]))
-    print(f"\n{found[0][1]} bytes a user, {USERS} users\n")
+    print(f"\n{found[0][1]} bytes a user, {USERS} users")
 
-    print(
-        row(["added", "A and B read together", "A + B", "half of A + B", "A alone", "none"]), row(["---"] * 6), sep="\n"
-    )
+
+def added() -> None:
+    """The table of patches added."""
+    heads = ["A and B read together", "A + B", "half of A + B", "A alone", "none"]
+    print(row(["added", *heads]), row(["---"] * 6), sep="\n")
     for system in ("hypernet", "fast_weights"):
         columns = zip(*(stacking(system, seed) for seed in SEEDS), strict=True)
         print(row([system, *(by_seed(values, ".4f") for values in columns)]))
 
-    print("\n" + row(["tokens", *LENGTHS]), row(["---"] * (1 + len(LENGTHS))), sep="\n")
+
+def longer() -> None:
+    """The table and the figure of contexts longer than trained."""
+    print(row(["tokens", *LENGTHS]), row(["---"] * (1 + len(LENGTHS))), sep="\n")
     series = []
     for system in ("transformer", "fast_weights", "hypernet"):
         errors = [[misses(trained("haystack", system, seed), length) for seed in SEEDS] for length in LENGTHS]
@@ -178,10 +182,18 @@ def main() -> None:
         (panel,),
         "Trained on 32 to 256 tokens. The mean of three seeds, and their range.",
         "that this holds for other tasks, sizes or positions: models of 3 layers, trained for 1000 steps.",
-        {"command": "python docs/memory.py"},
+        {"command": "python docs/memory.py longer"},
     )
     print(save(figure, HERE / "figures"))
 
 
+PARTS = {part.__name__: part for part in (users, added, longer)}
+
 if __name__ == "__main__":
-    main()
+    if strange := {*sys.argv[1:]} - {*PARTS}:
+        sys.exit(f"{', '.join(strange)}: the parts are {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for part in sys.argv[1:] or PARTS:
+        with torch.no_grad():
+            PARTS[part]()
