@@ -1,7 +1,7 @@
 """What weights can hold of a context: patches of many users in one batch, contexts longer than trained, patches added.
 
     python docs/results.py run prompts haystack incontext     # trains the models, into runs/results
-    python docs/memory.py [users] [added] [longer]      # five minutes each; prints tables, draws docs/figures/longer.png
+    python docs/memory.py [users] [added] [longer]      # five minutes each; tables, and docs/figures/longer.png
 
 Axes: B users, n tokens of a context, T tokens, Q queries.
 """
@@ -155,7 +155,7 @@ def added() -> None:
     print(row(["added", *heads]), row(["---"] * 6), sep="\n")
     for system in ("hypernet", "fast_weights"):
         columns = zip(*(stacking(system, seed) for seed in SEEDS), strict=True)
-        print(row([system, *(by_seed(values, ".4f") for values in columns)]))
+        print(row([system, *(by_seed(values, ".2g") for values in columns)]))
 
 
 def longer() -> None:
