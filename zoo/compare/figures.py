@@ -93,7 +93,9 @@ def pareto(systems: list[System], rest: str) -> Figure:
     """The error against FLOPs, with the front of all systems and the references."""
     errors = [system.error() for system in systems]
     means = [one.mean for one in errors]
-    levels = {explain(systems, name): one.mean for name, one in references(systems).items()}
+    known = references(systems)  # those of a part of the data, NAME_PART, are no levels of the whole
+    whole = [name for name in known if not any(name.startswith(f"{other}_") for other in known)]
+    levels = {explain(systems, name): known[name].mean for name in whole}
     near = {name: y for name, y in levels.items() if min(means) / NEAR <= y <= max(means) * NEAR}
     far = "; ".join(f"{name} {y:.3g}" for name, y in levels.items() if name not in near)
     panels = []
