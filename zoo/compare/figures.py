@@ -136,9 +136,7 @@ def layers(systems: list[System], rest: str) -> list[Figure]:
 
 def all_figures(systems: list[System]) -> list[Figure]:
     """What is drawn of these systems, the lowest error first."""
-    labels = [
-        system.label if len(system.label) < 45 else f"{k}: {system.label[:40]}…" for k, system in enumerate(systems, 1)
-    ]
+    labels = [x.label if len(x.label) < 45 else f"{k}: {x.label[:40]}…" for k, x in enumerate(systems, 1)]
     # a dollar sign would begin a formula
     systems = [System(label.replace("$", r"\$"), one.runs) for label, one in zip(labels, systems, strict=True)]
     chosen, more = systems[:SHOWN], len(systems) - SHOWN
