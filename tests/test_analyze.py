@@ -16,7 +16,7 @@ import zoo
 from cases import Case, build, shared
 from runs import SIZES, small
 from zoo import analyze
-from zoo.lens import draw, figures, report
+from zoo.lens import draw, figures, report, static
 from zoo.lens.figure import Heat, Lines
 from zoo.models import MODELS
 from zoo.papers import patches
@@ -308,4 +308,4 @@ def test_the_numbers_of_a_report_know_further_families(family: str) -> None:
     numbers = report.summary(model)
     (share,) = (value for name, value in numbers.items() if name.startswith("variance"))
     assert all(math.isfinite(value) for value in numbers.values())
-    assert (share == pytest.approx(1, abs=1e-6)) == (family != "hyper_moe")  # whose router reads the query
+    assert (share == pytest.approx(1, abs=1e-6)) != static.reads_query(model.decoder)

@@ -261,6 +261,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("moe", "recall", {"task.vocabulary": 9}, ["task.vocabulary=9", "even"]),
     ("moe", "recall", {"task.overwritten": 1.5}, ["task.overwritten=1.5", "0 to 1"]),
     ("moe", "recall", {"task.haystack": [11, 40]}, ["task.haystack=[11, 40]", "12"]),
+    ("moe", "recall", {"task.haystack": [40]}, ["task.haystack=[40]", "2 numbers"]),
     ("moe", "markov", {"task.letters": 63}, ["task.letters=63", "62"]),
     ("moe", "text", {"task.domains": []}, ["task.domains=[]", "medicine"]),
     ("moe", "text", {"task.domains": ["law", "law"]}, ["task.domains=['law', 'law']"]),

@@ -111,6 +111,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ValueError(f"{where}={show(value)} must be a list")
+        if args[-1] is not ... and len(items) != len(args):
+            raise ValueError(f"{where}={show(value)} must be {len(args)} numbers")
         return tuple(_coerce(item, args[0], where) for item in items)
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3
         value = int(value)

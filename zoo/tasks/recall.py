@@ -21,8 +21,8 @@ from torch import Tensor
 from zoo.config import require_positive
 from zoo.tasks.base import Batch, Predict, Task, TaskConfig
 
-HAY = 240
-"""Ids that say nothing: with 8 keys and 8 values as many as bytes."""
+HAY, MOST = 240, 1 << 20
+"""Ids that say nothing, with 8 keys and 8 values as many as bytes, and the most tokens of a context."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class RecallConfig(TaskConfig):
                 f"task.pairs={self.pairs} exceeds the {self.vocabulary // 2} keys of task.vocabulary={self.vocabulary}"
             )
         require_positive("task", pairs=self.pairs, queries=self.queries)
-        if self.haystack and not 2 * self.writes <= self.haystack[0] <= self.haystack[1]:
+        if self.haystack and not 2 * self.writes <= self.haystack[0] <= self.haystack[1] <= MOST:
             named = f"task.haystack={list(self.haystack)} must be the least and the most tokens of a context"
-            raise ValueError(f"{named}, no fewer than the {2 * self.writes} that are written")
+            raise ValueError(f"{named}, from the {2 * self.writes} that are written to {MOST}")
         return self
 
     @property
