@@ -20,7 +20,7 @@ from runs import QUIET, small
 from zoo import console, files, generate
 from zoo.console import Interrupted, Untested
 from zoo.models import Model
-from zoo.training import results
+from zoo.records import results
 from zoo.training import summary as report
 
 

@@ -13,8 +13,8 @@ from cases import FAMILIES
 from runs import one_line, small
 from test_cli import SHORT, TINY, command  # noqa: F401
 from zoo.models import flops
+from zoo.records.budget import MEASURES, fitted
 from zoo.training import validate
-from zoo.training.budget import MEASURES, fitted
 
 OPTIONS: dict[str, Any] = {"task": {"name": "regression"}, "optim": {}, "seed": 0}
 

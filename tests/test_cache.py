@@ -19,12 +19,12 @@ import cases
 from cases import AUTOREGRESSIVE, Case, build, taking_turns
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
-from zoo.core.decoding import FORM_AFTER, JOIN_FOR, Joined
 from zoo.core.delta import Full, InputShift, LowRank
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
 from zoo.core.sampling import choose
 from zoo.models import Model
+from zoo.models.decoding import FORM_AFTER, JOIN_FOR, Joined
 from zoo.models.hypernet import Generator
 from zoo.tasks import TASKS, Batch, Task
 from zoo.tasks.base import TaskConfig

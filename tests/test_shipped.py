@@ -10,7 +10,9 @@ import torch
 
 import zoo
 from runs import one_line, saved, small
-from zoo.training import checkpoint, shipped
+from zoo import ship
+from zoo.records import shipped
+from zoo.training import checkpoint
 
 
 @pytest.mark.parametrize("name", shipped.names())
@@ -22,14 +24,14 @@ def test_each_has_its_card_and_predicts(name: str) -> None:
     assert path.stat().st_size < 1.5e6
     card = path.with_suffix(".md").read_text()
     assert all(f"**{part}.**" in card for part in ("Data", "Command", "Limits"))
-    batch = zoo.TASKS["regression"]({"name": "regression"}, 0).batch("test", 0, 64) if task == "regression" else None
     with torch.no_grad():
-        if batch is None:
-            text = model.task.encode("The people of the United States, in order to form a more perfect union")
-            tokens = torch.tensor([text])
+        if task == "text":
+            text = "The people of the United States, in order to form a more perfect union"
+            tokens = torch.tensor([model.task.encode(text)])
             loss = model.task.token_losses(model(tokens[:, :-1]), batch_of(tokens)).mean()
             assert float(loss) < 0.5 * torch.log(torch.tensor(257.0))
         else:
+            batch = model.task.batch("test", 0, 64)
             error = model.task.token_losses(model(batch.tokens, batch.n_context), batch).mean() / 3
             assert float(error) < 0.01
 
@@ -45,9 +47,7 @@ def batch_of(tokens: torch.Tensor) -> zoo.tasks.Batch:
 
 
 def test_all_that_ship_are_there() -> None:
-    from zoo.ship import NAMES
-
-    assert set(NAMES) == set(zoo.shipped())
+    assert {*ship.NAMES} == {*zoo.shipped()}
 
 
 def test_a_folder_of_the_user_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

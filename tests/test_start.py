@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 import zoo
 from runs import QUIET, one_line, rows, same_weights, saved, small, weights
 from zoo.console import Interrupted
+from zoo.records.start import take_weights
 from zoo.training import validate
-from zoo.training.start import take_weights
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from zoo.config import VERSION
 
 if TYPE_CHECKING:
     from zoo.models import MODELS
+    from zoo.records.shipped import names as shipped
     from zoo.tasks import TASKS
     from zoo.training.checkpoint import load
     from zoo.training.run import train
-    from zoo.training.shipped import names as shipped
 
 __version__ = VERSION
 __all__ = ["MODELS", "TASKS", "__version__", "load", "shipped", "train"]
@@ -21,7 +21,7 @@ PLACES = {
     "TASKS": "zoo.tasks",
     "load": "zoo.training.checkpoint",
     "train": "zoo.training.run",
-    "shipped": "zoo.training.shipped",
+    "shipped": "zoo.records.shipped",
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,11 @@ class Interrupted(BaseException):
 
 class Untested(RuntimeError):
     """Training is complete and saved, what comes after it failed."""
+
+
+def command_line() -> str:
+    """The command line of this process, shell-quoted."""
+    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
 def tolerant() -> None:

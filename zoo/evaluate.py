@@ -44,9 +44,9 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     what the former holds. Raises ValueError for options that are none of a test, or that the weights do not fit."""
     import lightning as L
 
-    from zoo.training import checkpoint, results, shipped, validate
+    from zoo.records import results, shipped
+    from zoo.training import checkpoint, validate
     from zoo.training.data import Stream
-    from zoo.training.run import command
     from zoo.training.trainer import quiet
 
     task, optim = (asked.get(group, {}) for group in ("task", "optim"))
@@ -83,7 +83,7 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     engine.test(model, test, verbose=False)
     seconds, where = (saved["zoo"].get(name) for name in ("seconds", "placement"))
     config = {**run_options, **options, "task": model.hparams["task"]}
-    said = {"checkpoint": str(file), "command": command(), "config": config}
+    said = {"checkpoint": str(file), "command": console.command_line(), "config": config}
     metrics = results.numbers(engine, model, test, saved.get("global_step", 0), seconds or 0.0, where or {}, **said)
     folder = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "evaluations"
     if shipped.WEIGHTS in file.parents:  # a package is not written to

@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := {*arguments.names} - {*NAMES}:
         parser.error(f"{sorted(unknown)[0]} is none of {', '.join(NAMES)}")
     from zoo.memory import keep_freed_memory
-    from zoo.training import checkpoint, shipped
-    from zoo.training.card import card
+    from zoo.records import shipped
+    from zoo.records.card import card
+    from zoo.training import checkpoint
 
     keep_freed_memory()
     for name in arguments.names:

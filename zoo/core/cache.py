@@ -20,7 +20,7 @@ class LayerCache:
     """Empty before the first pass. room: for how many further tokens space is taken at once. tokens: how many there
     were. attended (2,B,G,≥seen,d): keys, rotated, and values; the first `seen` are those that the next token attends
     to. total (B,1,D), context: what a Source keeps of the states. patch: the update in force. pending, memory: what
-    else a family keeps. joined: the block's matrices for a token alone, see zoo.core.decoding, where they pay."""
+    else a family keeps. joined: the block's matrices for a token alone, see zoo.models.decoding, where they pay."""
 
     room: int = 16
     tokens: int = 0

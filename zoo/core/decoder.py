@@ -5,7 +5,7 @@ Axes: B batch, T tokens, V vocabulary, D model, F hidden, E blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
-from zoo.core.decoding import joined
 from zoo.core.layers import FILLING, Block, FeedForward, Layout
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch
@@ -40,10 +39,12 @@ class Decoder(nn.Module):
     """Pre-norm decoder: embed, L blocks of attention and FFN, norm, unembed; a ContextToDelta may patch the FFNs.
 
     tokens: a task, or what has its vocabulary, token_dim, output_dim, n_context, independent_queries and filled;
-    activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174).
+    activation_checkpointing: in training, layers run anew for their gradient (Chen et al. 2016, arXiv 1604.06174);
+    token_alone: from a block and the room of a cache, what runs the block for one token there, where that is faster.
     """
 
     activation_checkpointing: bool = False
+    token_alone: Callable[[Block, int], Any] | None = None
 
     def __init__(self, sizes: Sizes, tokens: Any):
         super().__init__()
@@ -111,7 +112,8 @@ class Decoder(nn.Module):
     def new_cache(self, room: int = 16) -> list[LayerCache]:
         """Empty caches, one per layer, for forward to fill with the first tokens and extend with each further one; they
         take space for `room` of these at once, and more when it is used up."""
-        return [LayerCache(max(room, 1), joined=joined(block, room)) for block in self.blocks]
+        alone = self.token_alone or (lambda *_: None)
+        return [LayerCache(max(room, 1), joined=alone(block, room)) for block in self.blocks]
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from zoo.core.decoder import Decoder, Sizes
 from zoo.core.exact import replace_context
 from zoo.core.layers import FILLING
 from zoo.core.patch import Patch
+from zoo.models.decoding import joined
 from zoo.models.optim import OptimConfig, optimizer_of
 from zoo.tasks import TASKS, Batch, Task
 
@@ -109,6 +110,7 @@ class Model(L.LightningModule):
         # the decoder draws its weights first: families start from the same decoder at the same seed
         self.decoder = Decoder(self.config, self.task)
         self.decoder.context_to_delta = self.Family(self.config) if self.Family else None
+        self.decoder.token_alone = joined
         self.losses: dict[str, Tensor] = {}
         self.tested: list[Tensor] = []
         self.summaries: dict[str, Metric] = nn.ModuleDict()  # type: ignore[assignment]

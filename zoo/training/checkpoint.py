@@ -16,7 +16,8 @@ from zoo.config import VERSION
 from zoo.console import describe
 from zoo.files import home, whole
 from zoo.models import Model
-from zoo.training import shipped, untrusted, validate
+from zoo.records import shipped
+from zoo.training import untrusted, validate
 
 SCHEMA = 5
 

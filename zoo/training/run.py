@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,18 +14,18 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
-from zoo.console import Untested, describe, say, warn
+from zoo.console import Untested, command_line, describe, say, warn
 from zoo.files import write
 from zoo.models import Model
-from zoo.training import checkpoint, results, validate
-from zoo.training import summary as report
-from zoo.training.budget import fitted
+from zoo.records import results
+from zoo.records.budget import fitted
+from zoo.records.card import card
+from zoo.records.start import take_weights
+from zoo.training import checkpoint, summary, validate
 from zoo.training.callbacks import Keeper
-from zoo.training.card import card
 from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import place, taken
-from zoo.training.start import take_weights
 from zoo.training.trainer import guarded, make, placement, quiet
 
 
@@ -69,7 +66,7 @@ def train(
     if config.init and not saved:
         news.append(take_weights(network, config.init))
     folder = place(config.out, f"{network.config.name}-{network.task.config.name}")
-    keeper = Keeper(folder, {**asdict(config), "resume": None, "out": None}, command())
+    keeper = Keeper(folder, {**asdict(config), "resume": None, "out": None}, command_line())
     engine = make(network, config, arguments, keeper)
     keeper.begun_with = {
         "trainer": {**stored(arguments), "precision": engine.precision},
@@ -80,7 +77,7 @@ def train(
         stack.enter_context(taken(folder, bool(saved)))
         engine.loggers = [*map(guarded, log.begun(folder, stack) if own is None else own)]
         if engine.is_global_zero:
-            say(report.opening(network, engine, folder))
+            say(summary.opening(network, engine, folder))
             for line in news:
                 say(line)
             if saved:
@@ -144,15 +141,10 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
             results.save(folder / "metrics.json", metrics, sequences, folder / "test.npz")
             write(folder / "card.md", card(metrics, model.task))
             try:
-                report.curve(folder, report.title(metrics), model.task.unit, model.task.baselines())
+                summary.curve(folder, summary.title(metrics), model.task.unit, model.task.baselines())
             except Exception as error:
                 warn(f"curve.png failed: {describe(error)}")
-            say(report.closing(metrics))
+            say(summary.closing(metrics))
     except Exception as error:
         raise Untested(f"the test failed, {describe(error)}; {keeper.safe}") from error
     return metrics
-
-
-def command() -> str:
-    """The command line of this process, shell-quoted."""
-    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
