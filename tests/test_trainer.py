@@ -82,12 +82,6 @@ def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
     assert of_trainer({}, {"devices": "1"}) == {"devices": "1"}
 
 
-def test_matrices_that_are_cut_are_not_orthogonalised(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.strategy=fsdp cuts matrices, .* take optim=adamw"):
-        small(tmp_path / "run", trainer={**QUIET, "strategy": "fsdp"})
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("devices", [2, "auto", -1, [0, 1], None])
 def test_what_runs_were_begun_with_is_taken_up_again(devices: Any) -> None:
     entry = {"devices": devices, "limit_val_batches": None, "limit_test_batches": 0.5}

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ import torch
 
 import zoo
 from runs import FAMILIES, QUIET, one_line, rows, same_weights, saved, signalled, small
-from zoo.console import Interrupted
+from zoo.console import Interrupted, command_line
 from zoo.core.layers import Attention
 from zoo.models.optim import Combined, OptimConfig
 from zoo.tasks.regression import Regression
-from zoo.training import run as training
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.sys, "orig_argv", ["/somewhere/python3", "train.py", "model=moe", "out=a b"])
-    monkeypatch.setattr(training.sys, "executable", "/elsewhere/python3")
-    assert training.command() == "python3 train.py model=moe 'out=a b'"
+    monkeypatch.setattr(sys, "orig_argv", ["/somewhere/python3", "train.py", "model=moe", "out=a b"])
+    monkeypatch.setattr(sys, "executable", "/elsewhere/python3")
+    assert command_line() == "python3 train.py model=moe 'out=a b'"
 
 
 @pytest.mark.parametrize("model", FAMILIES)
@@ -48,7 +48,7 @@ def test_metrics_json(runs: dict[str, Path], model: str) -> None:
     assert 0 < metrics["params_active"] <= metrics["params_total"]
     assert (metrics["params_active"] < metrics["params_total"]) == (model == "moe")
     assert metrics["flops_per_token"] > 2 * (metrics["params_active"] - metrics["params"]["context_to_delta"]) * 0.9
-    assert metrics["command"] == training.command()
+    assert metrics["command"] == command_line()
     assert {"python", "zoo", "torch", "lightning", "commit"} == set(metrics["versions"])
     baselines = ["nmse", "nmse_without_context", "nmse_wrong_context", "nmse_first_1", "nmse_first_2", "nmse_ridge"]
     baselines += ["nmse_ridge_first_1", "nmse_ridge_first_2", "nmse_nearest", "nmse_zero"]

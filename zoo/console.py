@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -126,3 +128,21 @@ def _discard(stream: Any) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+NOISE = (
+    "Tip:|💡|GPU available:|TPU available:|`Trainer.fit` stopped|Restor|`weights_only`|does not have many workers|"
+    "dataloader is not resumable|returned a view tensor|isinstance.treespec, LeafSpec|No .*logger.* configured"
+)
+"""What Lightning says about matters that this project has decided, or that the opening lines of a run say better."""
+
+
+def quiet() -> None:
+    """Silences NOISE."""
+    warnings.filterwarnings("ignore", f".*({NOISE})")
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not re.search(NOISE, record.getMessage())

@@ -44,10 +44,10 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     what the former holds. Raises ValueError for options that are none of a test, or that the weights do not fit."""
     import lightning as L
 
+    from zoo.console import quiet
     from zoo.records import results, shipped
     from zoo.training import checkpoint, validate
     from zoo.training.data import Stream
-    from zoo.training.trainer import quiet
 
     task, optim = (asked.get(group, {}) for group in ("task", "optim"))
     others = [*(asked.keys() - {*OPTIONS}), *(f"optim.{key}" for key in optim.keys() - {"batch_size"})]

@@ -1,7 +1,7 @@
 """Rows sorted by the block they chose, and interchangeable ways to multiply each with the matrix of its block.
 
-Axes: T tokens, K blocks chosen by each, N = T·K rows sorted by block, E blocks, D width of a row; i inputs and o
-outputs of one block.
+Axes: T tokens, K blocks chosen by each, N = T·K rows sorted by block, E blocks, D width of a row, F hidden units of a
+block; i inputs and o outputs of one of its matrices.
 """
 
 from __future__ import annotations
@@ -111,3 +111,11 @@ def backend_for(x: Tensor, sizes: tuple[int, ...], wanted: str = "auto") -> str:
     if wanted == "loop" or not (known and aligned and x.numel()):
         return "loop"
     return "grouped_op" if torch.compiler.is_compiling() or wanted == "grouped_op" else "grouped"
+
+
+def swiglu(x_ND: Tensor, counts_E: Tensor, backend: str, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down_e · (silu(gate_e x) ∘ up_e x) of rows x sorted by block, with matrices (E·F,D)."""
+    gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (len(counts_E), -1)) for w in (gate, up, down))
+    product = GROUPED_MATMULS[backend_for(x_ND, down_EFD.shape[1:], backend)]
+    h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
+    return product(h_NF, down_EFD, counts_E)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.core.cache import LayerCache
-from zoo.core.experts import GROUPED_MATMULS, Combine, Dispatch, backend_for, sort_by_block
+from zoo.core.experts import Combine, Dispatch, sort_by_block, swiglu
 from zoo.core.low_rank import transformed
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch, Routing
@@ -103,9 +103,17 @@ class FeedForward(nn.Module):
         self.up = nn.Parameter(torch.empty(blocks * hidden, dim))
         self.down = nn.Parameter(torch.empty(blocks * hidden, dim))
 
+    def stored(self, name: str) -> Tensor:
+        """The matrix `name` as it is stored, (E·F,D)."""
+        return getattr(self, name)
+
     def weight(self, name: str) -> Tensor:
-        """The stored matrix `name` as a map, (o,i)."""
-        return self.down.mT if name == "down" else getattr(self, name)
+        """The matrix `name` as a map, (o,i)."""
+        return self.stored(name).mT if name == "down" else self.stored(name)
+
+    def by_block(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """What each block gives for its rows, which are sorted by block."""
+        return swiglu(x_ND, counts_E, self.backend, *map(self.stored, ("gate", "up", "down")))
 
     def linear(self, name: str, x: Tensor, patch: Patch) -> Tensor:
         """The map `name` of x (*,T,i) under the patch of its weight and bias: (*,T,o)."""
@@ -142,11 +150,7 @@ class FeedForward(nn.Module):
         counts_E = torch.zeros(self.blocks, dtype=torch.int64, device=x.device)
         counts_E = counts_E.scatter_add(0, index_TK.flatten(), torch.ones_like(index_TK.flatten()))
         order = sort_by_block(index_TK)
-        x_ND = Dispatch.apply(x.reshape(-1, self.dim), *order)
-        gate_EFD, up_EFD, down_EFD = (w.unflatten(0, (self.blocks, -1)) for w in (self.gate, self.up, self.down))
-        product = GROUPED_MATMULS[backend_for(x, (self.dim, self.hidden_per_block), self.backend)]
-        h_NF = F.silu(product(x_ND, gate_EFD.mT, counts_E)) * product(x_ND, up_EFD.mT, counts_E)
-        y_ND = product(h_NF, down_EFD, counts_E)
+        y_ND = self.by_block(Dispatch.apply(x.reshape(-1, self.dim), *order), counts_E)
         return Combine.apply(y_ND, weight_TK.to(y_ND.dtype), *order).view(x.shape)
 
     def dense(self, patch: Patch) -> dict[str, Tensor]:

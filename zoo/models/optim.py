@@ -100,22 +100,42 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[Any]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for weights in shapes.values():
-                gradients: Any = [p.grad for p in weights]
-                for p in weights:
+            for params in shapes.values():
+                for p in params:
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                moments = [self.state[p]["momentum_buffer"] for p in weights]
+                gradients = [own(p.grad) for p in params]
+                moments = [own(self.state[p]["momentum_buffer"]) for p in params]
                 torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, moments, group["momentum"])  # Nesterov's
-                step_LEoi = orthogonal(torch.stack(ahead).unflatten(1, (group["blocks"], -1)))
-                size = 0.2 * math.sqrt(max(step_LEoi.shape[-2:]))
+                ahead_Lri = torch.stack(torch._foreach_lerp(gradients, moments, group["momentum"]))  # Nesterov's
+                size = 0.2 * math.sqrt(max(params[0].shape[0] // group["blocks"], params[0].shape[1]))
+                step_Lri = orthogonal_blocks(ahead_Lri, params[0], group["blocks"])
+                weights = [own(p) for p in params]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, step_LEoi.flatten(1, 2).to(weights[0]).unbind(), alpha=-group["lr"] * size)
+                torch._foreach_add_(weights, step_Lri.to(weights[0]).unbind(), alpha=-group["lr"] * size)
+
+
+def own(t: Any) -> Tensor:
+    """The part of a tensor that is stored here: all of it, but for a DTensor, see zoo.models.sharding."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def orthogonal_blocks(x_Lri: Tensor, like: Any, blocks: int) -> Tensor:
+    """orthogonal() of each of the `blocks` of rows of L matrices, of which x has the rows that `like` has here."""
+    rows = like.shape[0] // blocks
+    if not hasattr(like, "to_local") or not -(-like.shape[0] // like.device_mesh.size()) % rows:  # whole blocks
+        return orthogonal(x_Lri.unflatten(1, (-1, rows))).flatten(1, 2)
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh, shape, cut = like.device_mesh, (len(x_Lri), *like.shape), [Shard(1)]
+    stride = (like.numel(), *like.stride())
+    whole_Lri = DTensor.from_local(x_Lri, mesh, cut, shape=torch.Size(shape), stride=stride).full_tensor()
+    step_Lri = orthogonal(whole_Lri.unflatten(1, (-1, rows))).flatten(1, 2)
+    return distribute_tensor(step_Lri, mesh, cut, src_data_rank=None).to_local()
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -138,9 +138,10 @@ class Keeper(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that diverged stops before a checkpoint of it is written; not at every step: reading makes a GPU wait
         self._losses(trainer, pl_module)
-        for name, weight in checkpoint["state_dict"].items():
-            if not weight.isfinite().all():  # of a finite loss whose gradient was not
-                self._refuse(f"an entry of {name}", math.nan, trainer.global_step)
+        # of a finite loss whose gradient was not; cut weights are whole on the first process alone
+        bad = [name for name, weight in checkpoint["state_dict"].items() if not weight.isfinite().all()]
+        for name in trainer.strategy.broadcast(bad):
+            self._refuse(f"an entry of {name}", math.nan, trainer.global_step)
         checkpoint["zoo"] = {
             "schema": SCHEMA,
             "zoo": VERSION,

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
-from zoo.console import Untested, command_line, describe, say, warn
+from zoo.console import Untested, command_line, describe, quiet, say, warn
 from zoo.files import write
 from zoo.models import Model
 from zoo.records import results
@@ -26,7 +26,7 @@ from zoo.training.callbacks import Keeper
 from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
 from zoo.training.run_folder import place, taken
-from zoo.training.trainer import guarded, make, placement, quiet
+from zoo.training.trainer import guarded, make, placement
 
 
 def train(

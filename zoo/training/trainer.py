@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.config import one_line, show
 from zoo.console import describe, warn
@@ -63,8 +62,13 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         given["precision"] = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if given["precision"] == "16-true":  # the squares of gradients that AdamW keeps are zero in float16
         raise ValueError("trainer.precision=16-true trains nothing: take 16-mixed or bf16-true")
-    if "fsdp" in str(given.get("strategy")).lower() and optim.muon_lr is not None:
-        raise ValueError("trainer.strategy=fsdp cuts matrices, which optim=muon orthogonalises: take optim=adamw")
+    wait = timedelta(minutes=given.pop("timeout", 10))
+    if given.get("strategy") == "ddp":
+        given["strategy"] = DDPStrategy(timeout=wait)
+    elif given.get("strategy") in ("fsdp", "experts"):
+        from zoo.models.sharding import Sharded  # takes a quarter of a second
+
+        given["strategy"] = Sharded(given["strategy"], wait, model, options.compile)
     given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
     # a batch script or a shell of Slurm sets the variables of srun but for the step; the numbers of its own are huge
     srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31
@@ -84,6 +88,8 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     started = engine._accelerator_connector.cluster_environment
     if started.creates_processes_externally and started.world_size() != asked:
         raise ValueError(f"{started.world_size()} processes were started, trainer.devices × num_nodes is {asked}")
+    if (blocks := getattr(engine.strategy, "apart", asked)) % asked:
+        raise ValueError(f"model.experts + model.shared={blocks} must be a multiple of the {asked} processes")
     if optim.batch_size % (optim.accumulate * asked):
         parts = f"optim.accumulate={optim.accumulate} × {asked} processes"
         raise ValueError(f"optim.batch_size={optim.batch_size} must be a multiple of {parts}")
@@ -116,21 +122,3 @@ def guarded(logger: Logger) -> Logger:
     for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
         setattr(logger, name, partial(call, name, getattr(logger, name)))
     return logger
-
-
-NOISE = (
-    "Tip:|💡|GPU available:|TPU available:|`Trainer.fit` stopped|Restor|`weights_only`|does not have many workers|"
-    "dataloader is not resumable|isinstance.treespec, LeafSpec|No .*logger.* configured"
-)
-"""What Lightning says about matters that this project has decided, or that the opening lines of a run say better."""
-
-
-def quiet() -> None:
-    """Silences NOISE."""
-    warnings.filterwarnings("ignore", f".*({NOISE})")
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not re.search(NOISE, record.getMessage())

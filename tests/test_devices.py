@@ -1,0 +1,100 @@
+"""Several processes give what one gives: gradients and the law of every case in float64, and whole runs.
+
+docs/devices.py makes the whole tables; here is a choice of their rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cases import CASES
+from runs import small
+
+pytestmark = pytest.mark.processes
+ROOT = Path(__file__).parents[1]
+TABLES: dict[str, Any] = runpy.run_path(str(ROOT / "docs/devices.py"), run_name="devices")
+Job = TABLES["Job"]
+EXACT = 1e-12
+EVERY = [f"{case.name}:fsdp" for case in CASES]
+EVERY += [f"{case.name}:ddp" for case in CASES[::5]]
+EVERY += [f"{case.name}:experts" for case in CASES if case.family == "moe" and case.options.get("shared", 0) % 2 == 0]
+EVERY = [job for job in EVERY if job != "moe-uniform:experts"]  # three experts
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """What a pair of processes found of all cases."""
+    out = tmp_path_factory.mktemp("pair") / "errors.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [*torchrun, str(ROOT / "tests/processes.py"), str(out), *EVERY, "moe-token:wrong"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("job", EVERY)
+def test_gradients_a_step_and_the_law_are_those_of_one_process(job: str, errors: dict[str, dict[str, float]]) -> None:
+    found = errors[job]
+    assert max(found[name] for name in ("gradients", "weights", "law")) <= EXACT
+    assert found["context"] <= 1e-10
+    assert found["share"] == (1 if job.endswith("ddp") else 0.5)
+
+
+def test_a_sum_in_place_of_the_mean_is_seen(errors: dict[str, dict[str, float]]) -> None:
+    assert errors["moe-token:wrong"]["gradients"] > 0.5
+    assert errors["moe-token:wrong"]["weights"] < 0.1  # Adam hides it
+
+
+CHOICE = [
+    *(Job("transformer", "prompts", "fsdp"), Job("hypernet", "regression", "fsdp"), Job("hyper_moe", "text", "ddp")),
+    *(Job("moe", "text", "experts"), Job("moe", "prompts", "experts"), Job("moe", "regression", "fsdp")),
+    *(Job("fast_weights", "text", "fsdp"), Job("merged_experts", "prompts", "ddp")),
+    *(Job("moe", "text", "experts", more) for more in ("accumulate", "shared", "checkpointing", "bf16")),
+    *(Job("moe", "text", "fsdp", more) for more in ("checkpointing", "adamw", "compile")),
+    *(Job("moe", "text", "one", "", "experts"), Job("moe", "text", "experts", "", "fsdp")),
+    *(Job("moe", "text", "fsdp", "", "ddp"), Job("hypernet", "regression", "fsdp", "adamw", "one")),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    TABLES["everything"](folder, CHOICE)
+    return folder
+
+
+@pytest.mark.parametrize("job", CHOICE, ids=lambda job: job.name)
+def test_a_run_of_two_processes_is_that_of_one(job: Any, runs: Path) -> None:
+    found = TABLES["compared"](runs, job)
+    if job.more == "compile":
+        assert "does not fit" in found["refused"]
+    elif job.more == "bf16":  # where DDP is as far from one process: products round by how many rows they have
+        assert found["test"] <= 0.02
+    else:
+        assert max(found.values()) <= (1e-4 if job.family == "hypernet" else TABLES["LIMITS"][job.task]), found
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    for options, words in REFUSED:
+        with pytest.raises(ValueError, match=words):
+            small(tmp_path / "run", **options)
+        assert not (tmp_path / "run").exists()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"trainer": {"strategy": "fsdp"}, "compile": True}, r"compile=true does not fit trainer\.strategy=fsdp"),
+    ({"trainer": {"strategy": "experts"}}, r"needs experts, model=transformer has none: take fsdp"),
+    (
+        {"model": "moe", "model_options": {"shared": 1}, "trainer": {"strategy": "experts", "devices": 2}},
+        r"model\.experts \+ model\.shared=5 .* 2 processes",
+    ),
+]
