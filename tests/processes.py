@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import BY_NAME, batch_of, build, length_of_context
-from zoo.models import Model, sharding
+from zoo.devices import sharding
+from zoo.models import Model
 from zoo.training.data import Stream
 
 

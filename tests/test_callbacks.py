@@ -61,7 +61,7 @@ def test_between_rows_of_metrics_a_loss_is_read_before_a_checkpoint_is_written(
         accumulate_grad_batches=1,
         default_root_dir=tmp_path,
         global_step=3,
-        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value, broadcast=lambda value: value),
     )
     model: Any = SimpleNamespace(losses={"loss": torch.tensor(1.0)}, hparams={})
     Keeper(tmp_path, {}, "").on_save_checkpoint(trainer, model, {"state_dict": {"norm.weight": torch.ones(3)}})

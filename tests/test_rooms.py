@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = (("config", "files", "console"), ("core",), ("models", "tasks"), ("training", "records"), ("lens",))
+FLOORS = (
+    ("config", "files", "console"),
+    ("core",),
+    ("models", "tasks"),
+    ("devices",),
+    ("training", "records"),
+    ("lens",),
+)
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 """What stands nowhere here, the commands and what they alone import, may import everything."""
 
@@ -78,13 +85,12 @@ READ_FIRST += ["zoo/core", "zoo/training", "zoo/config.py", "zoo/files.py"]
 FAMILY = 130
 OPTIM, DECODING, RESULTS = "zoo/models/optim.py", "zoo/models/decoding.py", "zoo/records/results.py"
 """Of these, 171 lines of optim.py and 97 of results.py stood in the house before."""
-SHARDING = "zoo/models/sharding.py"
-KNOWN = {*READ_FIRST, OPTIM, DECODING, SHARDING, "zoo/models/__init__.py"}
+KNOWN = {*READ_FIRST, OPTIM, DECODING, "zoo/models/__init__.py"}
 HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/models/{path.name}" not in KNOWN]
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 191),
-    "several devices": ([SHARDING], 190),
+    "several devices": (["zoo/devices"], 330),
     "tests of several devices": (["tests/processes.py", "tests/test_devices.py"], 230),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),

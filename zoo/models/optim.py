@@ -120,7 +120,7 @@ class Muon(Optimizer):
 
 
 def own(t: Any) -> Tensor:
-    """The part of a tensor that is stored here: all of it, but for a DTensor, see zoo.models.sharding."""
+    """The part of a tensor that is stored here: all of it, but for a DTensor, see zoo.devices.sharding."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 

@@ -46,6 +46,12 @@ class Keeper(Checkpoint):
         again = f"test again with: python train.py resume={self.folder}"
         return f"training is complete and saved in {self.folder}/checkpoints; {again}"
 
+    def left(self) -> str:
+        """What to do with a run that ended within its training."""
+        if not (self.folder / "checkpoints/last.ckpt").exists():
+            return "no checkpoint was written yet"
+        return f"continue with: python train.py resume={self.folder}"
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # others have read the clock later
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.config import one_line, plain, show
 from zoo.console import Untested, command_line, describe, quiet, say, warn
+from zoo.devices.faults import explained
 from zoo.files import write
 from zoo.models import Model
 from zoo.records import results
@@ -96,12 +97,14 @@ def train(
         # before Lightning restores weights, which is before it does the same: those of 64-true would be rounded
         engine.precision_plugin.convert_module(network)
         try:
-            engine.fit(network, training, validation, ckpt_path=config.resume, weights_only=True)
+            with explained(engine.strategy, keeper.left):
+                engine.fit(network, training, validation, ckpt_path=config.resume, weights_only=True)
         except MisconfigurationException as error:  # which some arguments of the trainer meet here alone
             raise ValueError(f"trainer: {one_line(error, 300)}") from error
         if not engine.global_step:
             raise ValueError(f"trainer.max_time={show(arguments.get('max_time'))} was over before the first step")
-        return _test(network, test, engine, keeper)
+        with explained(engine.strategy, lambda: keeper.safe):
+            return _test(network, test, engine, keeper)
 
 
 def _model(options: RunConfig, saved: dict[str, Any]) -> Model:

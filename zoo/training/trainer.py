@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,10 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
-from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.config import one_line, show
 from zoo.console import describe, warn
+from zoo.devices.strategies import strategy_of
 from zoo.models import Model
 from zoo.training.callbacks import Keeper
 from zoo.training.checkpoint import AtomicCheckpointIO
@@ -62,13 +61,7 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         given["precision"] = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if given["precision"] == "16-true":  # the squares of gradients that AdamW keeps are zero in float16
         raise ValueError("trainer.precision=16-true trains nothing: take 16-mixed or bf16-true")
-    wait = timedelta(minutes=given.pop("timeout", 10))
-    if given.get("strategy") == "ddp":
-        given["strategy"] = DDPStrategy(timeout=wait)
-    elif given.get("strategy") in ("fsdp", "experts"):
-        from zoo.models.sharding import Sharded  # takes a quarter of a second
-
-        given["strategy"] = Sharded(given["strategy"], wait, model, options.compile)
+    given["strategy"] = strategy_of(given, model, options.compile)
     given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
     # a batch script or a shell of Slurm sets the variables of srun but for the step; the numbers of its own are huge
     srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31

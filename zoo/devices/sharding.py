@@ -7,20 +7,16 @@ Axes: N rows sorted by block, M those that arrive here, E blocks, e those of thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import timedelta
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from zoo.core.exact import replace_context
 from zoo.core.experts import swiglu
@@ -127,56 +123,3 @@ def _cut_whole_weights(model: Model, state: dict[str, Any], *_: Any) -> None:
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in state and isinstance(p, DTensor):
             state[name] = scattered(state[name].to(p.device), p.device_mesh, p.placements)
-
-
-class Sharded(DDPStrategy):
-    """Lightning's way to the processes of DDP, for a model that `shard` cuts: name is fsdp or experts, apart: blocks
-    that stay where they are. Raises ValueError for a model, or a compiled one, that the strategy does not fit."""
-
-    setup = Strategy.setup
-
-    def __init__(self, name: str, timeout: timedelta, model: Model, compiled: bool):
-        super().__init__(timeout=timeout)
-        blocks = model.decoder.blocks[0].ffn.blocks
-        self.strategy_name, self.apart = name, blocks if name == "experts" else 0
-        if compiled:  # the gathering of weights is no part of a graph
-            raise ValueError(f"compile=true does not fit trainer.strategy={name}: leave one of them away")
-        if self.apart == 1:
-            raise ValueError(f"trainer.strategy=experts needs experts, model={model.config.name} has none: take fsdp")
-
-    def _setup_model(self, model: Any) -> Any:
-        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        shard(model, mesh, self.strategy_name == "experts")
-        return model
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return self._whole(self.lightning_module.state_dict())
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return self._whole(super().optimizer_state(optimizer))
-
-    def _whole(self, state: Any) -> Any:
-        """`state` with whole tensors, on the first process alone; all must call this."""
-
-        def whole(value: Any) -> Any:
-            if isinstance(value, DTensor):
-                value = value.full_tensor()
-            return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
-
-        state = tree_map(whole, state)
-        return state
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            cut = {
-                i: {
-                    name: scattered(x, weights[i].device_mesh, weights[i].placements)
-                    if isinstance(x, Tensor) and x.shape == weights[i].shape
-                    else x
-                    for name, x in moments.items()
-                }
-                for i, moments in state["state"].items()
-            }
-            optimizer.load_state_dict({**state, "state": cut})

@@ -1,0 +1,95 @@
+"""Lightning's strategies for several processes, by name: ddp, fsdp, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_map
+
+from zoo.config import show
+from zoo.devices.faults import Launcher
+from zoo.models.base import Model
+
+
+def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
+    """The strategy that arguments of the trainer name, of which `timeout` is taken: for how many minutes a process
+    waits for another one. Raises ValueError for one that does not fit."""
+    name, devices, minutes = given.get("strategy"), given["devices"], given.pop("timeout", 10)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < 1e5:
+        raise ValueError(f"trainer.timeout={show(minutes)} must be minutes, above 0")
+    wait = timedelta(minutes=minutes)
+    several = len(devices) > 1 if isinstance(devices, list) else str(devices) not in ("1", "auto", "-1", "None")
+    if name == "ddp" or (several and name in (None, "auto")):
+        return Processes(timeout=wait)
+    return Sharded(name, wait, model, compiled) if name in ("fsdp", "experts") else name or "auto"
+
+
+class Processes(DDPStrategy):
+    """Lightning's DDP, which says why a run ends, see zoo.devices.faults."""
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+class Sharded(Processes):
+    """Lightning's way to the processes of DDP, for a model that `shard` cuts: name is fsdp or experts, apart: blocks
+    that stay where they are. Raises ValueError for a model, or a compiled one, that the strategy does not fit."""
+
+    setup = Strategy.setup
+
+    def __init__(self, name: str, timeout: timedelta, model: Model, compiled: bool):
+        super().__init__(timeout=timeout)
+        blocks = model.decoder.blocks[0].ffn.blocks
+        self.strategy_name, self.apart = name, blocks if name == "experts" else 0
+        if compiled:  # the gathering of weights is no part of a graph
+            raise ValueError(f"compile=true does not fit trainer.strategy={name}: leave one of them away")
+        if self.apart == 1:
+            raise ValueError(f"trainer.strategy=experts needs experts, model={model.config.name} has none: take fsdp")
+
+    def _setup_model(self, model: Any) -> Any:
+        from zoo.devices.sharding import shard  # takes a quarter of a second
+
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        shard(model, mesh, self.strategy_name == "experts")
+        return model
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._whole(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return self._whole(super().optimizer_state(optimizer))
+
+    def _whole(self, state: Any) -> Any:
+        """`state` with whole tensors, on the first process alone; all must call this."""
+
+        def whole(value: Any) -> Any:
+            if hasattr(value, "full_tensor"):
+                value = value.full_tensor()
+            return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
+
+        state = tree_map(whole, state)
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        from zoo.devices.sharding import scattered
+
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            cut = {
+                i: {
+                    name: scattered(x, weights[i].device_mesh, weights[i].placements)
+                    if isinstance(x, Tensor) and x.shape == weights[i].shape
+                    else x
+                    for name, x in moments.items()
+                }
+                for i, moments in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": cut})
