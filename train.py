@@ -152,7 +152,8 @@ def arguments_of(line: list[str]) -> list[str]:
     line = sorted(line, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them before the options
     arguments = [added(argument) for argument in line]
     if any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments):
-        arguments.append("--config-name=resume")
+        # first: Lightning puts words of its own behind the line of its other processes, and argparse wants them together
+        arguments = ["--config-name=resume", *arguments]
     if {"-m", "--multirun"} & {*line}:
         arguments += sweep_of(arguments)
     return arguments

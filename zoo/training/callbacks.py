@@ -165,9 +165,12 @@ class Keeper(Checkpoint):
         self.seconds, self.command = run["seconds"], run["command"] + (f"; {self.command}" if longer else "")
         ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
         with suppress(ValueError):
-            options = read(self.folder / "checkpoints" / "best.ckpt")["hyper_parameters"]
-            # but for the task's: its text may lie at another place now
-            ours = all(options[name] == pl_module.hparams[name] for name in ("model", "optim", "seed"))
+            best = read(self.folder / "checkpoints" / "best.ckpt")
+            # the text of the task may lie at another place now, and it may be trained longer
+            wanted = {**pl_module.hparams, "task": 0, "optim": {**pl_module.hparams["optim"], "steps": 0}}
+            found = best["hyper_parameters"]
+            ours = {**found, "task": 0, "optim": {**found["optim"], "steps": 0}} == wanted
+            ours &= best["global_step"] <= checkpoint["global_step"]
         self.best = run["best"] if trainer.strategy.broadcast(ours) else None
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:

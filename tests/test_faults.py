@@ -1,0 +1,162 @@
+"""Real processes of one run that are killed, stopped or cannot write: all end, one line says why, the run goes on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import test_cli
+from runs import same_weights, saved
+from test_cli import FEW, LONG, SHORT, TINY, TRAIN, Answer, finish, wait_for
+
+pytestmark = pytest.mark.processes
+HOW = {"ddp": "trainer=ddp", "fsdp": "trainer=fsdp", "experts": "trainer=experts"}
+SLOW = [*LONG, "validation_batches=20", "trainer.timeout=0.5"]
+
+
+def start(*words: str, cwd: Path, limit: Callable[[], None] | None = None, **more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit,
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(folder: Path, step: int, *words: str) -> tuple[subprocess.Popen, list[int]]:
+    """A run of two processes that has come to `step`, with the ids of both."""
+    process = start(*words, cwd=folder)
+    wait_for(process, folder / "run", step)
+    return process, [process.pid, *children(process.pid)]
+
+
+def ended(process: subprocess.Popen, pids: list[int]) -> Answer:
+    """What the run says in the end; no process is left after ten seconds, and nobody shows a traceback."""
+    out, err = process.communicate(timeout=120)
+    until = time.monotonic() + 10
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left, (out, err)
+    assert "Traceback" not in err
+    return Answer(process.returncode, out, err)
+
+
+GOES_ON = "; continue with: python train.py resume="
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_killed_stopped_and_hung_runs_go_on_as_if_nothing_had_been(how: str, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    finish(start(*SLOW, HOW[how], "out=run", cwd=tmp_path / "whole"))
+
+    process, pids = running(tmp_path, 12, *SLOW, HOW[how], "out=run")
+    os.kill(pids[1], signal.SIGKILL)
+    answer = ended(process, pids)
+    assert answer.code == 1
+    assert f"error: process 1 of 2 was killed by SIGKILL{GOES_ON}{tmp_path}/run" in answer.err
+
+    process, pids = running(tmp_path, 22, "resume=run")
+    os.kill(pids[0], signal.SIGKILL)
+    answer = ended(process, pids)
+    assert f"error: another process of this run ended{GOES_ON}{tmp_path}/run" in answer.err
+
+    process, pids = running(tmp_path, 32, "resume=run")
+    hung = pids[how != "fsdp"]
+    os.kill(hung, signal.SIGSTOP)
+    answer = ended(process, pids)
+    assert f"error: a process of this run does not answer{GOES_ON}{tmp_path}/run" in answer.err
+
+    process, pids = running(tmp_path, 42, "resume=run")
+    os.kill(pids[how != "fsdp"], signal.SIGTERM)
+    answer = ended(process, pids)
+    assert answer.code == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM at step {saved(tmp_path / 'run')['global_step']}{GOES_ON}" in answer.err
+
+    finish(start("resume=run", cwd=tmp_path))
+    same_weights(tmp_path / "whole/run", tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_killed_within_a_write(how: str, tmp_path: Path) -> None:
+    """All processes at once, while the first writes a checkpoint: the one before it is whole."""
+    process, pids = running(tmp_path, 12, *SLOW, HOW[how], "out=run")
+    until = time.monotonic() + 60
+    while not [*(tmp_path / "run/checkpoints").glob("*.tmp*"), *(tmp_path / "run/checkpoints").glob(".*")]:
+        assert time.monotonic() < until
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert saved(tmp_path / "run")["global_step"] in (10, 20, 30)
+
+
+def test_a_full_disk_a_damaged_checkpoint_and_a_second_start(tmp_path: Path) -> None:
+    words = ["model=moe", *TINY, *SHORT, *FEW, "optim.steps=4000", "trainer=ddp", "trainer.timeout=1"]
+
+    def full() -> None:  # what a file may hold, for want of a small disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = start(*words, "out=full", cwd=tmp_path, limit=full)
+    answer = ended(process, [process.pid])
+    assert answer.code == 2
+    assert "error: [Errno 27] File too large" in answer.err
+
+    process, pids = running(tmp_path, 4, *words, "out=run")
+    second = start(*words, "out=run", cwd=tmp_path)
+    assert "is in use by a run that has not ended" in ended(second, [second.pid]).err
+    process.send_signal(signal.SIGTERM)
+    ended(process, pids)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    process = start("resume=run", cwd=tmp_path)
+    answer = ended(process, [process.pid])
+    assert answer.code == 2
+    assert "what can still be loaded:" in answer.err
+
+
+def test_processes_that_torchrun_starts_as_two_nodes(tmp_path: Path) -> None:
+    words = [*TINY, *SHORT, *FEW, "model=moe", "optim.steps=6", "trainer=fsdp", "trainer.devices=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517", "--rdzv-id", "zoo"]
+    nodes = [
+        subprocess.Popen(
+            [*torchrun, str(TRAIN), *words, "trainer.num_nodes=2"],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ZOO_RUN_ID": "both"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for node in nodes:
+        finish(node)
+    assert [path.name for path in (tmp_path / "runs/moe-regression").iterdir()] == ["both"]
+    assert test_cli.metrics_of(tmp_path / "runs/moe-regression/both")["devices"] == 2
+
+
+def test_processes_that_slurm_starts(tmp_path: Path) -> None:
+    """Faked: the variables that srun sets for each of two tasks."""
+    words = [*TINY, *SHORT, *FEW, "model=moe", "optim.steps=6", "trainer=experts"]
+    slurm: dict[str, Any] = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": "29518", "ZOO_RUN_ID": "7"}
+    slurm |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "2"}
+    tasks = [start(*words, cwd=tmp_path, **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    for task in tasks:
+        finish(task)
+    assert test_cli.metrics_of(tmp_path / "runs/moe-regression/7")["strategy"] == "experts"
