@@ -152,7 +152,7 @@ def arguments_of(line: list[str]) -> list[str]:
     line = sorted(line, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them before the options
     arguments = [added(argument) for argument in line]
     if any(argument.startswith("++resume=") and argument != "++resume=null" for argument in arguments):
-        # first: Lightning puts words of its own behind the line of its other processes, and argparse wants them together
+        # first: Lightning puts words behind the line for its other processes, and argparse wants them together
         arguments = ["--config-name=resume", *arguments]
     if {"-m", "--multirun"} & {*line}:
         arguments += sweep_of(arguments)

@@ -152,11 +152,19 @@ def test_processes_that_torchrun_starts_as_two_nodes(tmp_path: Path) -> None:
 
 def test_processes_that_slurm_starts(tmp_path: Path) -> None:
     """Faked: the variables that srun sets for each of two tasks."""
-    words = [*TINY, *SHORT, *FEW, "model=moe", "optim.steps=6", "trainer=experts"]
     slurm: dict[str, Any] = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
     slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": "29518", "ZOO_RUN_ID": "7"}
     slurm |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "2"}
-    tasks = [start(*words, cwd=tmp_path, **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
-    for task in tasks:
+
+    def srun(*words: str) -> list[subprocess.Popen]:
+        ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+        return [start(*words, cwd=tmp_path, **slurm, **rank) for rank in ranks]
+
+    tasks = srun(*SLOW, "trainer=experts", "out=run")
+    wait_for(tasks[0], tmp_path / "run", 2)
+    tasks[1].send_signal(signal.SIGUSR1)
+    assert "stopped by SIGUSR1 at step" in finish(tasks[1], 128 + signal.SIGUSR1).err
+    finish(tasks[0], 128 + signal.SIGTERM)  # which has been told that some signal came
+    for task in srun("resume=run"):
         finish(task)
-    assert test_cli.metrics_of(tmp_path / "runs/moe-regression/7")["strategy"] == "experts"
+    assert test_cli.metrics_of(tmp_path / "run")["strategy"] == "experts"

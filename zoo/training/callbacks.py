@@ -24,8 +24,8 @@ from zoo.training.checkpoint import SCHEMA, read
 
 
 class Keeper(Checkpoint):
-    """Keeps what a run is, its checkpoints and its rows in metrics.jsonl, and stops it after the step in which Ctrl-C
-    or SIGTERM came; a second Ctrl-C stops it at once. It is a Checkpoint because Lightning calls those last.
+    """Keeps what a run is, its checkpoints and its rows in metrics.jsonl, and stops it after the step in which Ctrl-C,
+    SIGTERM or SIGUSR1 came; a second Ctrl-C stops it at once. It is a Checkpoint because Lightning calls those last.
 
     config, command, begun_with: what checkpoints say of their run besides the seconds of training, over all its parts,
     and the score of the best; says: a line on stdout after each validation.
@@ -116,10 +116,10 @@ class Keeper(Checkpoint):
     def _append(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)  # where it was removed, the rest of the run is not lost
+            used = {name: trainer.global_step * cost for name, cost in self.step_cost.items()}
+            line = to_json({"step": trainer.global_step, "seconds": round(self.seconds, 3), **used, **row})
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                used = {name: trainer.global_step * cost for name, cost in self.step_cost.items()}
-                seconds = round(self.seconds, 3)
-                file.write(to_json({"step": trainer.global_step, "seconds": seconds, **used, **row}) + "\n")
+                file.write(line + "\n")
             for logger in trainer.loggers:  # not by Lightning, which counts steps from 0
                 logger.log_metrics(row, trainer.global_step)
                 logger.save()
@@ -138,13 +138,12 @@ class Keeper(Checkpoint):
         trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         if self._signalled(trainer):
             stop = signal.Signals(self.signal or signal.SIGTERM)
-            again = f"continue with: python train.py resume={self.folder}"
-            raise Interrupted(f"stopped by {stop.name} at step {trainer.global_step}; {again}", stop)
+            raise Interrupted(f"stopped by {stop.name} at step {trainer.global_step}; {self.left()}", stop)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that diverged stops before a checkpoint of it is written; not at every step: reading makes a GPU wait
         self._losses(trainer, pl_module)
-        # of a finite loss whose gradient was not; cut weights are whole on the first process alone
+        # of a finite loss whose gradient was not; the first process alone has what is cut
         bad = [name for name, weight in checkpoint["state_dict"].items() if not weight.isfinite().all()]
         for name in trainer.strategy.broadcast(bad):
             self._refuse(f"an entry of {name}", math.nan, trainer.global_step)
@@ -160,17 +159,15 @@ class Keeper(Checkpoint):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        run = checkpoint["zoo"]
+        run, hparams = checkpoint["zoo"], pl_module.hparams
         longer = run["config"].get("optim", {}).get("steps") != pl_module.optim.steps
         self.seconds, self.command = run["seconds"], run["command"] + (f"; {self.command}" if longer else "")
         ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
         with suppress(ValueError):
             best = read(self.folder / "checkpoints" / "best.ckpt")
-            # the text of the task may lie at another place now, and it may be trained longer
-            wanted = {**pl_module.hparams, "task": 0, "optim": {**pl_module.hparams["optim"], "steps": 0}}
-            found = best["hyper_parameters"]
-            ours = {**found, "task": 0, "optim": {**found["optim"], "steps": 0}} == wanted
-            ours &= best["global_step"] <= checkpoint["global_step"]
+            # text may lie at another place now, and training go on for longer
+            a, b = ({**x, "task": 0, "optim": {**x["optim"], "steps": 0}} for x in (best["hyper_parameters"], hparams))
+            ours = a == b and best["global_step"] <= checkpoint["global_step"]
         self.best = run["best"] if trainer.strategy.broadcast(ours) else None
 
     def _losses(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
@@ -201,7 +198,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def handle(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Has `handler` called for Ctrl-C and SIGTERM until Lightning, when it ends, puts the handlers so far back."""
+    """Has `handler` called for these signals until Lightning, when it ends, puts the handlers so far back."""
     with suppress(ValueError):  # no other thread than the main one may do this
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+        for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & {*dir(signal)}:  # the last is no signal everywhere
+            signal.signal(signal.Signals[name], handler)

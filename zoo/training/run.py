@@ -130,7 +130,7 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
     """Tests the best checkpoint and writes what came out."""
     folder = keeper.folder
     if engine.is_global_zero and engine.global_step < model.optim.steps:
-        say(f"stopped at step {engine.global_step}; continue with: python train.py resume={folder}")
+        say(f"stopped at step {engine.global_step}; {keeper.left()}")
     try:
         tested = checkpoint.find(folder, "last" if keeper.best is None else "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])

@@ -65,8 +65,9 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
     # a batch script or a shell of Slurm sets the variables of srun but for the step; the numbers of its own are huge
     srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31
-    if SLURMEnvironment.detect() and not srun and not TorchElasticEnvironment.detect():
-        given["plugins"].append(LightningEnvironment())  # else Lightning takes the other processes for started
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # else Lightning takes the other processes for started, or writes a checkpoint of its own where SIGUSR1 comes
+        given["plugins"].append(SLURMEnvironment(auto_requeue=False) if srun else LightningEnvironment())
     try:
         engine = L.Trainer(**given, **{name: value for name, (value, _) in decided.items()})
     except Exception as error:  # each argument fails in its own way
