@@ -91,7 +91,7 @@ OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 191),
     "several devices": (["zoo/devices"], 330),
-    "tests of several devices": (["tests/processes.py", "tests/test_devices.py"], 230),
+    "tests of several devices": ([f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults")], 430),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),
