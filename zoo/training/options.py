@@ -109,7 +109,7 @@ def _longer(file: Path, saved: dict[str, Any], steps: int) -> tuple[Path, dict[s
 STORED: dict[str, Any] = {
     **dict.fromkeys(("accelerator", "precision", "strategy"), str | None),
     **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), bool | None),
-    **dict.fromkeys(("limit_val_batches", "limit_test_batches"), int | float | None),
+    **dict.fromkeys(("limit_val_batches", "limit_test_batches", "timeout"), int | float | None),
     "deterministic": bool | str | None,
     "devices": int | list | str | None,
 }
