@@ -2,7 +2,7 @@
 
     python docs/results.py run [EXPERIMENT…]   # trains what is missing, resumes what was stopped, then writes the page
     python docs/results.py                     # writes the page from docs/results/, in seconds
-    python docs/results.py rates SWEEP…        # keeps what sweeps of rates (multirun/tune_text) found, then writes the page
+    python docs/results.py rates SWEEP…        # keeps what sweeps of rates found (multirun/tune_text), writes the page
 
 A run is `python train.py experiment=NAME WORDS seed=SEED`; of it docs/results/ keeps test.npz and metrics.json, without
 the paths of the machine. `python -m zoo.compare docs/results/NAME --out DIR` shows more of an experiment.

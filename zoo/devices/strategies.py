@@ -9,11 +9,14 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._pytree import tree_map
 
 from zoo.config import show
 from zoo.devices.faults import Launcher
 from zoo.models.base import Model
+
+START = timedelta(minutes=10)
 
 
 def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
@@ -30,7 +33,12 @@ def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
 
 
 class Processes(DDPStrategy):
-    """Lightning's DDP, which says why a run ends, see zoo.devices.faults."""
+    """Lightning's DDP, which says why a run ends, see zoo.devices.faults; `timeout` holds once all have come."""
+
+    def setup_distributed(self) -> None:
+        timeout, self._timeout = self._timeout, max(self._timeout or START, START)
+        super().setup_distributed()
+        _set_pg_timeout(timeout)
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
