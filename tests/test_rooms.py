@@ -90,7 +90,7 @@ HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/mod
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 191),
-    "several devices": (["zoo/devices"], 330),
+    "several devices": (["zoo/devices"], 345),
     "tests of several devices": ([f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults")], 430),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),

@@ -8,8 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Thread
+from contextlib import contextmanager, suppress
+from subprocess import TimeoutExpired
+from threading import Event, Thread
 from typing import Any
 
 import torch.distributed as dist
@@ -18,9 +19,14 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from zoo.console import Untested, say
 
-PARENT = os.getppid()
 GRACE = 3.0
-"""Seconds in which the first process finds out by itself that another is gone, and says so."""
+"""Seconds in which a process ends by itself, or finds out that another is gone, and says so."""
+
+STARTER = "ZOO_STARTED_BY"
+"""Tells the processes that a Launcher starts its id: under Slurm a parent is no process of the run."""
+
+
+OTHER = "another process of this run ended"
 
 
 class Lost(Untested):
@@ -30,74 +36,86 @@ class Lost(Untested):
 class Launcher(_SubprocessScriptLauncher):
     """Starts the other processes of this node; where one fails, Lightning's own would kill all without a word."""
 
-    left: Callable[[], str] = staticmethod(lambda: "")
-
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **options: Any) -> Any:
         if not self.procs:
             self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+            os.environ[STARTER] = str(os.getpid())
             self._call_children_scripts()
-            Thread(target=self._watch, daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **options)
 
-    def _watch(self) -> None:
-        """Ends this process too where it waits for one that has failed, in a collective that does not notice."""
-        while not any(process.poll() for process in self.procs):
-            time.sleep(0.5)
-        time.sleep(GRACE)
-        say(f"error: {self.gone()}; {self.left()}", sys.stderr)
-        self.end()
-        os._exit(1)
-
     def gone(self) -> str:
-        """Which process failed, as far as can be seen."""
-        for _ in range(10):  # it may be a moment until it is known
-            for rank, process in enumerate(self.procs, 1):
-                if code := process.poll():
-                    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-                    return f"process {rank} of {self.num_processes} {how}"
-            time.sleep(0.1)
-        return "a process of this run does not answer"
+        """Which process failed, empty if none has."""
+        for rank, process in enumerate(self.procs, 1):
+            if code := process.poll():
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                return f"process {rank} of {self.num_processes} {how}"
+        return ""
 
-    def end(self) -> None:
-        """Leaves no other process behind, not even one that is stopped."""
+    def end(self, patience: float = 0.0) -> None:
+        """Leaves no other process behind, not even one that is stopped; patience: seconds in which they may end."""
+        until = time.monotonic() + patience
+        for process in self.procs:
+            with suppress(TimeoutExpired):
+                process.wait(max(until - time.monotonic(), 0))
         for process in self.procs:
             process.kill()
-        for process in self.procs:
-            process.wait(10)
+            with suppress(TimeoutExpired):  # a driver may hold it
+                process.wait(10)
 
 
 @contextmanager
 def explained(strategy: Any, left: Callable[[], str]) -> Iterator[None]:
     """Raises Lost, with what is left of the run, in place of errors of collectives; silent in a process whose parent
-    says it."""
-    launcher = strategy.launcher
-    if isinstance(launcher, Launcher):
-        launcher.left = left
+    says it. Ends a process that waits for one that is gone in a collective that does not notice, and, in the process
+    that has started the others, these, however the run fails."""
+    launcher = strategy.launcher if isinstance(strategy.launcher, Launcher) else None
+    parent = int(os.environ.get(STARTER, 0)) if strategy.local_rank and not launcher else 0
+    over = Event()
+
+    def gone() -> str:
+        if launcher:
+            return launcher.gone()
+        return OTHER if parent not in (0, os.getppid()) else ""
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if gone() and not over.wait(GRACE):
+                say(f"error: {gone()}; {left()}", sys.stderr)
+                if launcher:
+                    launcher.end()
+                os._exit(1)
+
+    if launcher or parent:
+        Thread(target=watch, daemon=True).start()
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        over.set()
         text = _of_collective(error)
         if text is None:
+            if launcher:
+                launcher.end(GRACE)
             raise
         late = bool(re.search("[Tt]imed? ?out", text))
-        if isinstance(launcher, Launcher):
-            gone = launcher.gone()
-            launcher.end()
-        else:
-            ours = os.getppid() == PARENT and strategy.local_rank and not dist.is_torchelastic_launched()
-            if ours and not late:
+        time.sleep(1 + 2 * GRACE * bool(late and parent))  # it may be a moment until it is known, and said by others
+        if parent and parent == os.getppid():
+            if not late:
                 raise SystemExit(1) from None
-            if ours:  # it hangs, and would stay
-                os.kill(PARENT, signal.SIGKILL)
-            gone = "a process of this run does not answer" if late else "another process of this run ended"
-        raise Lost(f"{gone}; {left()}") from None
+            os.kill(parent, signal.SIGKILL)  # it hangs, and would stay
+        what = gone() or ("a process of this run does not answer" if late or launcher else OTHER)
+        if launcher:
+            launcher.end()
+        raise Lost(f"{what}; {left()}") from None
+    finally:
+        over.set()
 
 
 def _of_collective(error: BaseException | None) -> str | None:
     """The message of the failed collective that led to this error, None if none did."""
     while error is not None:
-        if isinstance(error, dist.DistError) or re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
+        ours = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and dist.is_initialized())
+        if ours and re.search("onnection (closed|reset)|Broken pipe|[Tt]imed? ?out|remote process|recv", str(error)):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -76,15 +76,15 @@ class Sharded(Processes):
         return self._whole(super().optimizer_state(optimizer))
 
     def _whole(self, state: Any) -> Any:
-        """`state` with whole tensors, on the first process alone; all must call this."""
+        """`state` with whole tensors, on the first process alone, others keep nothing of one; all must call this."""
 
         def whole(value: Any) -> Any:
             if hasattr(value, "full_tensor"):
                 value = value.full_tensor()
-            return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
+                value = value if self.is_global_zero else value.new_empty(0)
+            return value.cpu() if isinstance(value, Tensor) else value
 
-        state = tree_map(whole, state)
-        return state
+        return tree_map(whole, state)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         from zoo.devices.sharding import scattered

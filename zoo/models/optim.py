@@ -131,11 +131,12 @@ def orthogonal_blocks(x_Lri: Tensor, like: Any, blocks: int) -> Tensor:
         return orthogonal(x_Lri.unflatten(1, (-1, rows))).flatten(1, 2)
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    mesh, shape, cut = like.device_mesh, (len(x_Lri), *like.shape), [Shard(1)]
-    stride = (like.numel(), *like.stride())
-    whole_Lri = DTensor.from_local(x_Lri, mesh, cut, shape=torch.Size(shape), stride=stride).full_tensor()
-    step_Lri = orthogonal(whole_Lri.unflatten(1, (-1, rows))).flatten(1, 2)
-    return distribute_tensor(step_Lri, mesh, cut, src_data_rank=None).to_local()
+    mesh, cut, steps = like.device_mesh, [Shard(0)], []
+    for x_ri in x_Lri:  # one after the other: all together are as many whole weights
+        whole_ri = DTensor.from_local(x_ri, mesh, cut, shape=like.shape, stride=like.stride()).full_tensor()
+        step_ri = orthogonal(whole_ri.unflatten(0, (-1, rows))).flatten(0, 1)
+        steps.append(distribute_tensor(step_ri, mesh, cut, src_data_rank=None).to_local())
+    return torch.stack(steps)
 
 
 def orthogonal(x: Tensor) -> Tensor:
