@@ -90,8 +90,8 @@ HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/mod
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 191),
-    "several devices": (["zoo/devices"], 330),
-    "tests of several devices": (["tests/processes.py", "tests/test_devices.py"], 230),
+    "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 330 + 385),
+    "tests of several devices": (["tests/processes.py", "tests/test_devices.py", "tests/test_scale.py"], 230 + 150),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from zoo.models.optim import Muon
 from zoo.training.data import Stream
 
 ROOT = Path(__file__).parents[1]
+PAGE: dict[str, Any] = runpy.run_path(str(ROOT / "docs/scale.py"), run_name="scale")
 JOBS = [(family, way) for family, ways in WAYS.items() for way in ways[1:]]
 
 
@@ -108,3 +110,28 @@ def test_a_step_of_muon_takes_what_is_planned(family: str) -> None:
     with Living() as seen:
         muon.step()
     assert plan.held(model, "ddp", 2)["muon"] == pytest.approx(seen.most, rel=0.01)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_kept_grows_by_as_much_with_each_layer_and_sequence(again: bool) -> None:
+    model = PAGE["built"]("hypernet", "124M", layers=4, again=again)
+    always, each = PAGE["kept"]("hypernet", "124M", again, layers=4)
+    count = plan.activations(model, model.task.batch("train", 0, 3), narrow=True)
+    layer = [grown for _, grown in PAGE["growth"]("hypernet", "124M", False)] if again else [0, 0]  # one runs again
+    assert always - layer[0] + 3 * (each - layer[1]) == pytest.approx(count, rel=1e-4)
+    assert always + 2 * each != pytest.approx(count, rel=0.1)
+
+
+def test_a_way_that_fits_is_no_larger_than_a_gpu_and_one_that_does_not_is_told() -> None:
+    one, fits = PAGE["chosen"]("transformer", "124M", 8)
+    assert fits
+    assert one.total <= 64e9
+    assert one.name == "ddp"
+    assert not PAGE["chosen"]("merged_experts", "7B", 512)[1]
+
+
+@pytest.mark.slow
+def test_the_page_is_what_its_script_makes() -> None:
+    text = (ROOT / "docs/scale.md").read_text()
+    assert PAGE["page"](text) == text
+    assert PAGE["page"](text.replace("| 8 | ddp |", "| 8 | fsdp |")) == text

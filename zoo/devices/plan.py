@@ -9,6 +9,7 @@ Axes: W processes, D model.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -89,27 +90,27 @@ def held(model: Model, strategy: str, processes: int) -> dict[str, int]:
         "moments": sum(moments[id(p)] * own(p, W) for p in trained),
         "buckets": gradients if strategy == "ddp" else 0,
         "gathered": 0 if strategy == "ddp" else 2 * whole[0] + 4 * max(whole[1:]),
-        # five matrices of the size of a step live in a product of Newton and Schulz, or two and five of their squares
-        "muon": max([max(5 * n + g, 2 * n + 5 * g) for n, g, _ in _orthogonal(model, strategy, processes)], default=0),
+        "muon": _orthogonal(model, strategy, processes)[0],
     }
     return {name: WIDE * n for name, n in numbers.items()}
 
 
-def _orthogonal(model: Model, strategy: str, W: int) -> list[tuple[int, int, int]]:
-    """Of each shape that Muon steps at once: numbers, those of their squares, and those that it gathers from here."""
+def _orthogonal(model: Model, strategy: str, W: int) -> tuple[int, int]:
+    """Numbers that live at once in a step of Muon, which takes all matrices of a shape together, besides its moments;
+    and those that this process gives to be gathered."""
     optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
-    found = []
+    most, given, before = 0, 0, 0
     for group in (group for group in optimizer.param_groups if "blocks" in group):
-        shapes: dict[torch.Size, list[Tensor]] = {}
-        for p in group["params"]:
-            shapes.setdefault(p.shape, []).append(p)
-        for (o, i), params in shapes.items():
-            rows = o // group["blocks"]
-            whole = strategy == "ddp" or not -(-o // W) % rows  # see zoo.models.optim.orthogonal_blocks
-            here = o if strategy == "ddp" or not whole else -(-o // W)
-            count, sent = len(params), 0 if whole else -(-o // W) * i
-            found.append((count * here * i, count * (here // rows) * min(rows, i) ** 2, count * sent))
-    return found
+        counts = Counter(p.shape for p in group["params"])
+        for (o, i), count in counts.items():
+            here, rows = o if strategy == "ddp" else -(-o // W), o // group["blocks"]
+            cut = bool(here % rows)  # see zoo.models.optim.orthogonal_blocks
+            left, n = count * here * i, count * (o if cut else here) * i
+            square = n // (rows * i) * min(rows, i) ** 2
+            # a product of Newton and Schulz has five of the size of its matrices, or two and five of their squares
+            most = max(most, max(5 * n + square, 2 * n + 5 * square) + cut * left + before)
+            given, before = given + cut * left, left
+    return most, given
 
 
 def sent(model: Model, strategy: str, processes: int, tokens: int = 0, narrow: bool = False) -> dict[str, float]:
@@ -128,6 +129,6 @@ def sent(model: Model, strategy: str, processes: int, tokens: int = 0, narrow: b
     return {
         "weights": float(WIDE * (W - 1) * (cut[0] + 2 * sum(cut[1:]))),
         "gradients": float(WIDE * (W - 1) * sum(cut)),
-        "muon": float(WIDE * (W - 1) * sum(n for *_, n in _orthogonal(model, strategy, W))),
+        "muon": float(WIDE * (W - 1) * _orthogonal(model, strategy, W)[1]),
         "rows": rows * (W - 1) / W,
     }
