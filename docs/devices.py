@@ -59,6 +59,7 @@ MORE: dict[str, dict[str, Any]] = {
     "checkpointing": {"activation_checkpointing": True},
     "bf16": {"trainer": {"precision": "bf16-mixed"}},
     "adamw": {"optim": {"name": "adamw"}},
+    "clipped": {"optim": {"clip": 0.01}},
     "compile": {"compile": True},
 }
 LIMITS = {"regression": 1e-5, "text": 1e-4, "prompts": 1e-4}
@@ -70,7 +71,7 @@ def strategies(family: str) -> tuple[str, ...]:
 
 
 SAME = [Job(family, task, how) for family in FAMILIES for task in TASKS for how in strategies(family)] + [
-    Job("moe", "text", how, more) for more in list(MORE)[1:] for how in strategies("moe") if (how, more) != ("x", "")
+    Job("moe", "text", how, more) for more in list(MORE)[1:] for how in strategies("moe")
 ]
 CHANGED = [
     Job("moe", "text", *way)

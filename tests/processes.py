@@ -36,7 +36,8 @@ class Loss(nn.Module):
 
 def gradients(model: Model, loss: nn.Module, rank: int, world: int) -> dict[str, Tensor]:
     """Whole gradients of a step in two parts on the slice of this process."""
-    for batch in Stream(model.task, "train", 8, 1, parts=2, rank=rank, world=world):
+    size = 8 * (1 + 2 * (dist.get_world_size() == 3))  # as many for each part
+    for batch in Stream(model.task, "train", size, 1, parts=2, rank=rank, world=world):
         if batch.tokens.is_floating_point():
             batch = batch._replace(tokens=batch.tokens.double(), targets=batch.targets.double())
         (loss(batch) / 2).backward()

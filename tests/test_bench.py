@@ -157,7 +157,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed, text = capsys.readouterr().out, page.read_text()
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     cases = {row[0] for row in table[1:]}
-    assert len(cases) == 13 + len(MODELS)  # an extraction of each family
+    assert len(cases) == 18 + len(MODELS)  # an extraction of each family
     assert cases > {growth.EXPERTS, "default run, 10 steps", "model.deltas of one query, moe"}
     assert all(float(row[2]) > 0 and float(row[-1]) >= 0 for row in table[1:])
     assert f"torch {torch.__version__}" in printed

@@ -58,7 +58,7 @@ def ended(process: subprocess.Popen, pids: list[int]) -> Answer:
 
 KILL, HANG, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
 FAULTS = {  # which process of two gets which signal, one run after the other
-    "ddp": [(1, KILL, "process 1 of 2 was killed by SIGKILL")],
+    "ddp": [(1, KILL, "rank 1 of 2 was killed by SIGKILL")],
     "fsdp": [(0, HANG, "a process of this run does not answer")],
     "experts": [
         (0, KILL, "another process of this run ended"),

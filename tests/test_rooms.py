@@ -90,8 +90,11 @@ HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/mod
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 191),
-    "several devices": (["zoo/devices"], 345),
-    "tests of several devices": ([f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults")], 430),
+    "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385),
+    "tests of several devices": (
+        [f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults", "test_scale")],
+        430 + 150,
+    ),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),

@@ -16,6 +16,7 @@ import torch
 from zoo.bench.generation import generation
 from zoo.bench.growth import figure, growth
 from zoo.bench.layers import layers
+from zoo.bench.processes import processes
 from zoo.bench.startup import startup
 from zoo.bench.steps import loops, steps
 from zoo.bench.timing import Rates, Row, Setting, rates
@@ -26,7 +27,7 @@ from zoo.lens.draw import save
 from zoo.memory import keep_freed_memory
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    section.__name__: section for section in (layers, growth, steps, loops, generation, startup)
+    section.__name__: section for section in (layers, growth, steps, loops, generation, startup, processes)
 }
 """A section yields rows; the line that --help has of it is its docstring."""
 PAGE = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)

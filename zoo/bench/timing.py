@@ -7,7 +7,6 @@ On a CPU the time is that of the one thread that works, so that waiting for othe
 from __future__ import annotations
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
+
+from zoo.devices.plan import saved_bytes
 
 
 @dataclass(frozen=True)
@@ -138,26 +139,6 @@ def kernels(work: Callable[[], Any]) -> Callable[[], None]:
                 func(*args, **kwargs)
 
     return replay
-
-
-def saved_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes that a computation keeps for backward passes at once, parameters left out, each storage once."""
-    sizes: dict[int, int] = {}  # of living storages
-    most = 0
-
-    def note(t: Tensor) -> Tensor:
-        nonlocal most
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key not in sizes and not isinstance(t, nn.Parameter) and not isinstance(t._base, nn.Parameter):
-            sizes[key] = storage.nbytes()
-            weakref.finalize(storage, sizes.pop, key)
-            most = max(most, sum(sizes.values()))
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        work()
-    return most
 
 
 def backward(module: nn.Module, z: Tensor, *rest: Any) -> Callable[[], Any]:

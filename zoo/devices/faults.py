@@ -47,9 +47,9 @@ class Launcher(_SubprocessScriptLauncher):
     def gone(self) -> str:
         """Which process failed, empty if none has."""
         for rank, process in enumerate(self.procs, 1):
-            if code := process.poll():
+            if (code := process.poll() or 0) and code < 128:  # else it stopped by a signal as it should
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-                return f"process {rank} of {self.num_processes} {how}"
+                return f"rank {rank} of {self.num_processes} {how}"
         return ""
 
     def end(self, patience: float = 0.0) -> None:

@@ -51,7 +51,7 @@ def shard(model: Model, mesh: DeviceMesh, experts: bool) -> None:
     # a weight outside of all groups would drift apart between processes, in silence
     assert all(isinstance(p, DTensor) for p in model.parameters())
     decoder.token_alone = None  # which would copy all weights
-    decoder.within = MethodType(lambda self, call: call(self), decoder)  # type: ignore[assignment]
+    decoder.within = MethodType(lambda self, call: call(), decoder)  # type: ignore[assignment]
     register_fsdp_forward_method(decoder, "within")
     model.deltas = partial(_deltas, decoder)  # type: ignore[method-assign]
     model.register_load_state_dict_pre_hook(_cut_whole_weights)
@@ -109,7 +109,7 @@ class Exchange(torch.autograd.Function):
 
 def _deltas(decoder: Any, tokens: Tensor, removed: Tensor | int, n_context: int | None = None) -> Any:
     """As Model.deltas: embeddings and generator are gathered meanwhile, layers one by one."""
-    return decoder.within(lambda _: replace_context(decoder, tokens, removed, n_context=n_context))
+    return decoder.within(lambda: replace_context(decoder, tokens, removed, n_context=n_context))
 
 
 def scattered(whole: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,9 @@ def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < 1e5:
         raise ValueError(f"trainer.timeout={show(minutes)} must be minutes, above 0")
     wait = timedelta(minutes=minutes)
-    several = len(devices) > 1 if isinstance(devices, list) else str(devices) not in ("1", "auto", "-1", "None")
+    gpus = torch.cuda.device_count() if given["accelerator"] in ("auto", "gpu", "cuda") else 1
+    count = len(devices) if isinstance(devices, list) else gpus if str(devices) in ("auto", "-1") else devices
+    several = str(count) not in ("0", "1", "None") or given.get("num_nodes", 1) != 1
     if name == "ddp" or (several and name in (None, "auto")):
         return Processes(timeout=wait)
     return Sharded(name, wait, model, compiled) if name in ("fsdp", "experts") else name or "auto"
@@ -38,7 +41,7 @@ class Processes(DDPStrategy):
     def setup_distributed(self) -> None:
         timeout, self._timeout = self._timeout, max(self._timeout or START, START)
         super().setup_distributed()
-        _set_pg_timeout(timeout)
+        _set_pg_timeout(timeout or START)
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
@@ -61,12 +64,15 @@ class Sharded(Processes):
         if self.apart == 1:
             raise ValueError(f"trainer.strategy=experts needs experts, model={model.config.name} has none: take fsdp")
 
+    def model_to_device(self) -> None:
+        """Not before it is cut: it may not fit."""
+
     def _setup_model(self, model: Any) -> Any:
         from zoo.devices.sharding import shard  # takes a quarter of a second
 
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         shard(model, mesh, self.strategy_name == "experts")
-        return model
+        return model.to(self.root_device)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
