@@ -96,8 +96,8 @@ def held(model: Model, strategy: str, processes: int) -> dict[str, int]:
 
 
 def _orthogonal(model: Model, strategy: str, W: int) -> tuple[int, int]:
-    """Numbers that live at once in a step of Muon, besides its moments, as it takes all matrices of a shape together, or
-    one by one where they are cut; and those that this process gives to be gathered."""
+    """Numbers that live at once in a step of Muon, besides its moments: of all matrices of a shape together, or of one
+    by one where they are cut; and those that this process gives to be gathered."""
     optimizer: Any = model.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
     most, given, before = 0, 0, 0
     for group in (group for group in optimizer.param_groups if "blocks" in group):
