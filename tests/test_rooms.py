@@ -89,7 +89,7 @@ KNOWN = {*READ_FIRST, OPTIM, DECODING, "zoo/models/__init__.py"}
 HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/models/{path.name}" not in KNOWN]
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 WINGS = {
-    "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 191),
+    "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 192),
     "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385),
     "tests of several devices": (
         [f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults", "test_scale")],
