@@ -88,6 +88,7 @@ OPTIM, DECODING, RESULTS = "zoo/models/optim.py", "zoo/models/decoding.py", "zoo
 KNOWN = {*READ_FIRST, OPTIM, DECODING, "zoo/models/__init__.py"}
 HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/models/{path.name}" not in KNOWN]
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
+TASKS = {path.stem for path in (ROOT / "zoo/tasks").glob("*.py")} - {*OWN_TASKS, "__init__"}
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 192),
     "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385),
@@ -99,6 +100,7 @@ WINGS = {
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),
     "tasks": (["zoo/tasks/text", *(f"zoo/tasks/{name}.py" for name in OWN_TASKS)], 1_650 + 620),
+    "further tasks": ([f"zoo/tasks/{name}.py" for name in TASKS], len(TASKS) * FAMILY),
     "hybrids": ([f"zoo/models/{name}.py" for name in HYBRIDS], len(HYBRIDS) * FAMILY),
     "tests of hybrids": ([f"tests/test_{name}.py" for name in HYBRIDS], len(HYBRIDS) * 90),
     "tables that families and tasks enter": (["tests/cases.py", "tests/test_options.py"], 549 + 50),
