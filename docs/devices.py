@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +87,7 @@ def train(folder: Path, job: Job, second: bool) -> None:
     """The run, or its half: the first of two, or the second."""
     more, how = MORE[job.more], job.then if second else job.how
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, **more.get("trainer", {})}
-    if how != "one":
-        trainer |= {"strategy": how, "devices": 2}
-    else:
-        trainer |= {"strategy": "auto", "devices": 1}
+    trainer |= {"strategy": "auto", "devices": 1} if how == "one" else {"strategy": how, "devices": 2}
     steps = OPTIM["steps"] // 2 if job.then and not second else OPTIM["steps"]
     if second:
         zoo.train(resume=str(folder / job.name), optim={"steps": OPTIM["steps"]}, trainer=trainer)
@@ -101,7 +98,7 @@ def train(folder: Path, job: Job, second: bool) -> None:
     zoo.train(model, TASKS[job.task], optim, trainer, **OFTEN, **options, seed=1, out=str(folder / job.name))
 
 
-def work(folder: Path, jobs: Iterable[Job], said: Callable[[str], None] = lambda line: None) -> None:
+def work(folder: Path, jobs: Iterable[Job]) -> None:
     """Trains what of the jobs is that of this process, or of this pair; writes why one is refused."""
     pair = torch.distributed.is_torchelastic_launched()
     for job in jobs:

@@ -2,7 +2,6 @@
 
     python docs/results.py run [EXPERIMENT…]   # trains what is missing, resumes what was stopped, then writes the page
     python docs/results.py                     # writes the page from docs/results/, in seconds
-    python docs/results.py rates SWEEP…        # keeps what sweeps of rates found (multirun/tune_text), writes the page
 
 A run is `python train.py experiment=NAME WORDS seed=SEED`; of it docs/results/ keeps test.npz and metrics.json, without
 the paths of the machine. `python -m zoo.compare docs/results/NAME --out DIR` shows more of an experiment.
@@ -15,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +29,6 @@ from zoo.console import say
 from zoo.files import to_json, write
 from zoo.lens.draw import save
 from zoo.lens.routing import information
-from zoo.training.callbacks import read_rows
 
 HERE = Path(__file__).parent
 PAGE, KEPT, RUNS = HERE / "results.md", HERE / "results", Path("runs/results")
@@ -235,46 +232,18 @@ def draw(text: str) -> None:
         say(str(save(figure, HERE / "figures")))
 
 
-def keep_rates(sweep: Path) -> None:
-    """Keeps the lowest validation loss of each run of a sweep of rates, by family and rates."""
-    found: dict[str, dict[str, float]] = {}
-    for file in sorted(sweep.glob("*/metrics.json")):
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        optim, rows = metrics["config"]["optim"], read_rows(file.with_name("metrics.jsonl"))
-        lowest = min(row["validation_loss"] for row in rows if "validation_loss" in row)
-        found.setdefault(metrics["model"], {})[f"{optim['muon_lr']:g} {optim['lr']:g}"] = round(lowest, 5)
-    write(KEPT / f"{sweep.name}.json", to_json(found, 1) + "\n")
-
-
-def rates(name: str) -> str:
-    """The validation loss of each family by the rates of Muon and AdamW, as Markdown; the lowest in bold."""
-    found = json.loads((KEPT / f"{name}.json").read_text(encoding="utf-8"))
-    columns = list(found["transformer"])
-    rows = [["Muon, AdamW", *(column.replace(" ", ", ") for column in columns)], ["---"] * (len(columns) + 1)]
-    for family in FAMILIES:
-        losses = found[family]
-        best = min(losses.values())
-        rows.append([family, *(f"{'**' * (x == best)}{x:.4g}{'**' * (x == best)}" for x in map(losses.get, columns))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def page(text: str) -> str:
-    """The page with the tables of every experiment, and of every sweep of rates, between their marks."""
-    for mark, make in (("results", tables), ("rates", rates)):
+    """The page with the tables of every experiment between its marks."""
 
-        def made(match: re.Match[str], mark: str = mark, make: Callable[[str], str] = make) -> str:
-            return f"<!-- {mark}: {match[1]} -->\n{make(match[1])}\n<!-- /{mark} -->"
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- results: {match[1]} -->\n{tables(match[1])}\n<!-- /results -->"
 
-        text = re.sub(rf"<!-- {mark}: (\w+) -->\n.*?<!-- /{mark} -->", made, text, flags=re.DOTALL)
-    return text
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- /results -->", made, text, flags=re.DOTALL)
 
 
 def main(words: list[str]) -> None:
     if words[:1] == ["run"]:
         run(words[1:] or [*EXPERIMENTS])
-    if words[:1] == ["rates"]:
-        for sweep in words[1:]:
-            keep_rates(Path(sweep))
     text = page(PAGE.read_text(encoding="utf-8"))
     write(PAGE, text)
     draw(text)

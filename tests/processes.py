@@ -18,20 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import BY_NAME, batch_of, build, length_of_context
+from zoo.bench.pair import Loss
 from zoo.devices import sharding
 from zoo.models import Model
 from zoo.training.data import Stream
-
-
-class Loss(nn.Module):
-    """The training loss of a model as its output, which DDP wants."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.model.training_step(batch, 0)
 
 
 def gradients(model: Model, loss: nn.Module, rank: int, world: int) -> dict[str, Tensor]:
@@ -40,7 +30,7 @@ def gradients(model: Model, loss: nn.Module, rank: int, world: int) -> dict[str,
     for batch in Stream(model.task, "train", size, 1, parts=2, rank=rank, world=world):
         if batch.tokens.is_floating_point():
             batch = batch._replace(tokens=batch.tokens.double(), targets=batch.targets.double())
-        (loss(batch) / 2).backward()
+        (loss(batch, 0) / 2).backward()
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 

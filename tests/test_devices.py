@@ -85,6 +85,7 @@ def test_a_run_of_two_processes_is_that_of_one(job: Any, runs: Path) -> None:
         assert found["test"] <= 0.02
     else:
         assert max(found.values()) <= (1e-4 if job.family == "hypernet" else TABLES["LIMITS"][job.task]), found
+        assert found["moments"] <= 1e-6 or job.more != "clipped"  # weights hide another norm
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

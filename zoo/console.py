@@ -134,7 +134,7 @@ NOISE = (
     "Tip:|💡|GPU available:|TPU available:|`Trainer.fit` stopped|Restor|`weights_only`|does not have many workers|"
     "dataloader is not resumable|returned a view tensor|isinstance.treespec, LeafSpec|No .*logger.* configured"
 )
-"""What Lightning says about matters that this project has decided, or that the opening lines of a run say better."""
+"""What others say of matters that this project has decided, or that the opening lines of a run say better."""
 
 
 def quiet() -> None:
