@@ -99,11 +99,11 @@ def explained(strategy: Any, left: Callable[[], str]) -> Iterator[None]:
             raise
         late = bool(re.search("[Tt]imed? ?out", text))
         time.sleep(1 + 2 * GRACE * bool(late and parent))  # it may be a moment until it is known, and said by others
+        what = gone() or ("a process of this run does not answer" if late or launcher else OTHER)
         if parent and parent == os.getppid():
             if not late:
                 raise SystemExit(1) from None
             os.kill(parent, signal.SIGKILL)  # it hangs, and would stay
-        what = gone() or ("a process of this run does not answer" if late or launcher else OTHER)
         if launcher:
             launcher.end()
         raise Lost(f"{what}; {left()}") from None
