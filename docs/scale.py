@@ -108,9 +108,7 @@ def way(family: str, size: str, W: int, strategy: str, optim: str, again: bool) 
     room = MEMORY * (1 - FREE) - own - held["gathered"] - always
     at_once = 2 ** max(0, min(int(room // each), share).bit_length() - 1) if room > each else 1
     memory = {"own": own, "gathered": held["gathered"], "kept": always + at_once * each, "muon": held["muon"]}
-    sent = plan.sent(model, strategy, W, share * TASK["tokens"], narrow=True)  # type: ignore[operator]
-    parts = 1 if strategy == "ddp" else share // at_once
-    total = parts * (sent["weights"] + sent["gradients"]) + sent["muon"] + sent["rows"]
+    total = plan.in_a_step(model, strategy, W, share * TASK["tokens"], share // at_once, narrow=True)  # type: ignore[operator]
     work = 3 * (4 / 3 if again else 1) * flops.flops_per_token(model) * share * TASK["tokens"]  # type: ignore[operator]
     seconds = {
         "computing": work / (MFU * PRODUCTS),

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cases import BY_NAME, batch_of, build, length_of_context
 from zoo.bench.pair import Loss
 from zoo.devices import sharding
+from zoo.devices.faults import settle
 from zoo.models import Model
 from zoo.training.data import Stream
 
@@ -89,6 +90,7 @@ def main(out: str, *jobs: str) -> None:
     told = {job: errors(*job.split(":")) for job in jobs}
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(told))
+    settle()
     dist.destroy_process_group()
 
 

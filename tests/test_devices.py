@@ -18,7 +18,7 @@ import pytest
 from cases import CASES
 from runs import small
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("devices")]  # which shares its processes
 ROOT = Path(__file__).parents[1]
 TABLES: dict[str, Any] = runpy.run_path(str(ROOT / "docs/devices.py"), run_name="devices")
 Job = TABLES["Job"]
@@ -58,14 +58,12 @@ def test_a_sum_in_place_of_the_mean_is_seen(errors: dict[str, dict[str, float]])
     assert errors["moe-token:wrong"]["weights"] < 0.1  # Adam hides it
 
 
-CHOICE = [
-    *(Job("transformer", "prompts", "fsdp"), Job("hypernet", "regression", "fsdp"), Job("hyper_moe", "text", "ddp")),
-    *(Job("moe", "text", "experts"), Job("moe", "prompts", "experts"), Job("moe", "regression", "fsdp")),
-    *(Job("fast_weights", "text", "fsdp"), Job("merged_experts", "prompts", "ddp")),
+CHOICE = [  # each strategy with each task, family and option, but not with each pair of them
+    *(Job("transformer", "prompts", "fsdp"), Job("hyper_moe", "text", "ddp"), Job("fast_weights", "text", "fsdp")),
+    *(Job("merged_experts", "prompts", "ddp"), Job("moe", "prompts", "experts"), Job("moe", "regression", "experts")),
     *(Job("moe", "text", "experts", more) for more in ("accumulate", "shared", "clipped", "checkpointing", "bf16")),
-    *(Job("moe", "text", "fsdp", more) for more in ("checkpointing", "adamw", "compile")),
-    *(Job("moe", "text", "one", "", "experts"), Job("moe", "text", "experts", "", "fsdp")),
-    *(Job("moe", "text", "fsdp", "", "ddp"), Job("hypernet", "regression", "fsdp", "adamw", "one")),
+    *(Job("moe", "regression", "ddp", "", "fsdp"), Job("moe", "text", "one", "", "experts")),
+    *(Job("moe", "text", "experts", "", "ddp"), Job("hypernet", "regression", "fsdp", "adamw", "one")),
 ]
 
 
@@ -79,9 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("job", CHOICE, ids=lambda job: job.name)
 def test_a_run_of_two_processes_is_that_of_one(job: Any, runs: Path) -> None:
     found = TABLES["compared"](runs, job)
-    if job.more == "compile":
-        assert "does not fit" in found["refused"]
-    elif job.more == "bf16":  # where DDP is as far from one process: products round by how many rows they have
+    if job.more == "bf16":  # where DDP is as far from one process: products round by how many rows they have
         assert found["test"] <= 0.02
     else:
         assert max(found.values()) <= (1e-4 if job.family == "hypernet" else TABLES["LIMITS"][job.task]), found

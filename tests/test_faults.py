@@ -10,21 +10,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import test_cli
 from runs import same_weights, saved
 from test_cli import FEW, LONG, SHORT, TINY, TRAIN, Answer, finish, wait_for
+from zoo.devices.faults import OTHER, STARTER, Lost, explained
 
 pytestmark = pytest.mark.processes
-SLOW = [*LONG, "optim.steps=30", "validate_every=5", "validation_batches=20", "trainer.timeout=0.25"]
+chain = pytest.mark.xdist_group("faults")  # who share the runs that nobody disturbed
+SLOW = [*LONG, "optim.steps=20", "validate_every=5", "validation_batches=20", "trainer.timeout=0.2"]
 
 
 def start(*words: str, cwd: Path, limit: Callable[[], None] | None = None, **more: str) -> subprocess.Popen:
+    """Python with train.py and these words, or with -m and a module."""
     return subprocess.Popen(
-        [sys.executable, str(TRAIN), *words],
+        [sys.executable, *([] if words[0] == "-m" else [str(TRAIN)]), *words],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more},
         stdout=subprocess.PIPE,
@@ -57,46 +62,65 @@ def ended(process: subprocess.Popen, pids: list[int]) -> Answer:
 
 
 KILL, HANG, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
-FAULTS = {  # which rank of two gets which signal, one run after the other
-    "ddp": [(1, KILL, "rank 1 of 2 was killed by SIGKILL")],
-    "fsdp": [(0, HANG, "a process of this run does not answer")],
-    "experts": [(0, KILL, "another process of this run ended"), (1, TERM, "stopped by SIGTERM at step")],
+FAULTS = {  # which rank of two gets which signal
+    "ddp": (1, KILL, "rank 1 of 2 was killed by SIGKILL"),
+    "fsdp": (0, HANG, "a process of this run does not answer"),
+    "experts": (0, KILL, "another process of this run ended"),
 }
 SLOW_WRITES = """import pathlib, time
 replace = pathlib.Path.replace
 def slow(self, target):
-    time.sleep(2 * str(target).endswith("last.ckpt"))
+    time.sleep(str(target).endswith("last.ckpt"))
     return replace(self, target)
 pathlib.Path.replace = slow
 """
+ALL = f"""import runpy, sys
+words = sys.argv[1:]
+for how in {[*FAULTS]}:
+    sys.argv = [{str(TRAIN)!r}, *words, f"trainer={{how}}", f"out={{how}}"]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code
+"""
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that nobody disturbed, by each strategy, one after the other by one pair of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "all.py").write_text(ALL)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "all.py", *SLOW]
+    finish(start("-m", *command, cwd=folder))
+    return folder
+
+
+@chain
 @pytest.mark.parametrize("how", FAULTS)
-def test_a_run_goes_on_after_faults_as_if_nothing_had_been(how: str, tmp_path: Path) -> None:
-    words = [*SLOW, f"trainer={how}"]
-    (tmp_path / "whole").mkdir()
-    finish(start(*words, "out=run", cwd=tmp_path / "whole"))
-
+def test_a_run_goes_on_after_faults_as_if_nothing_had_been(how: str, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_WRITES)  # all are killed while the second checkpoint is written
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    process, pids = running(tmp_path, 7, *words, "out=run", PYTHONPATH=path)
-    until = time.monotonic() + 60
-    while not [*(tmp_path / "run/checkpoints").glob(".last.*")]:
+    process, pids = running(tmp_path, 7, *SLOW, f"trainer={how}", "out=run", PYTHONPATH=path)
+    folder, until = tmp_path / "run/checkpoints", time.monotonic() + 60
+    while not (half := [*folder.glob(".last.*")]):
         assert time.monotonic() < until
+        time.sleep(0.01)
     for pid in pids:
         os.kill(pid, KILL)
     process.communicate()
+    assert half[0].exists()
     assert saved(tmp_path / "run")["global_step"] == 5
 
-    for step, (rank, number, said) in zip((12, 17), FAULTS[how], strict=False):
-        process, pids = running(tmp_path, step, "resume=run")
-        os.kill(pids[rank], number)
-        answer = ended(process, pids)
-        assert answer.code == (128 + TERM if number == TERM else -KILL if rank == 0 else 1)
-        assert said in answer.err
-        assert f"continue with: python train.py resume={tmp_path}/run" in answer.err
+    rank, number, said = FAULTS[how]
+    process, pids = running(tmp_path, 12, "resume=run")
+    os.kill(pids[rank], number)
+    answer = ended(process, pids)
+    assert answer.code == (-KILL if rank == 0 else 1)
+    assert f"error: {said}; continue with: python train.py resume={tmp_path}/run\n" in answer.err
+    assert answer.err.count("continue with") == 1
+    assert not half[0].exists()
     finish(start("resume=run", cwd=tmp_path))
-    same_weights(tmp_path / "whole/run", tmp_path / "run")
+    same_weights(whole / how, tmp_path / "run")
 
 
 def test_a_full_disk_a_damaged_checkpoint_and_a_second_start(tmp_path: Path) -> None:
@@ -111,10 +135,13 @@ def test_a_full_disk_a_damaged_checkpoint_and_a_second_start(tmp_path: Path) -> 
     assert "error: [Errno 27] File too large" in answer.err
 
     process, pids = running(tmp_path, 4, *words, "out=run")
+    half = tmp_path / "run/checkpoints/.last.1.ckpt"  # which the run might be writing
+    half.touch()
     second = start(*words, "out=run", cwd=tmp_path)
     assert "is in use by a run that has not ended" in ended(second, [second.pid]).err
-    process.send_signal(signal.SIGTERM)
-    ended(process, pids)
+    assert half.exists()
+    os.kill(pids[1], TERM)  # one that others do not see
+    assert "stopped by SIGTERM at step" in ended(process, pids).err
     last = tmp_path / "run/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:5000])
     process = start("resume=run", cwd=tmp_path)
@@ -125,26 +152,27 @@ def test_a_full_disk_a_damaged_checkpoint_and_a_second_start(tmp_path: Path) -> 
 
 def test_processes_that_torchrun_starts_as_two_nodes(tmp_path: Path) -> None:
     words = [*TINY, *SHORT, *FEW, "model=moe", "optim.steps=6", "trainer=fsdp", "trainer.devices=1"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517", "--rdzv-id", "zoo"]
-    nodes = [
-        subprocess.Popen(
-            [*torchrun, str(TRAIN), *words, "trainer.num_nodes=2"],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ZOO_RUN_ID": "both"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "zoo"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517", str(TRAIN), "trainer.num_nodes=2"]
+    nodes = [start(*torchrun, *words, cwd=tmp_path, ZOO_RUN_ID="both") for _ in range(2)]
     for node in nodes:
         finish(node)
     assert [path.name for path in (tmp_path / "runs/moe-regression").iterdir()] == ["both"]
     assert test_cli.metrics_of(tmp_path / "runs/moe-regression/both")["devices"] == 2
 
 
-def test_processes_that_slurm_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "raised"), [(1, Lost), (2, SystemExit)])
+def test_of_those_that_lost_their_parent_one_says_so(
+    rank: int, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STARTER, "1")  # no parent of this process
+    child: Any = SimpleNamespace(launcher=None, local_rank=rank)
+    with pytest.raises(raised, match=OTHER if raised is Lost else "1"), explained(child, lambda: "go on"):
+        raise dist.DistError("Connection closed by peer")
+
+
+@chain
+def test_processes_that_slurm_starts(whole: Path, tmp_path: Path) -> None:
     """Faked: the variables that srun sets for each of two tasks."""
     slurm: dict[str, Any] = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
     slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": "29518", "ZOO_RUN_ID": "7"}
@@ -162,3 +190,4 @@ def test_processes_that_slurm_starts(tmp_path: Path) -> None:
     for task in srun("resume=run"):
         finish(task)
     assert test_cli.metrics_of(tmp_path / "run")["strategy"] == "experts"
+    same_weights(whole / "experts", tmp_path / "run")

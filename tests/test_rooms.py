@@ -91,7 +91,7 @@ OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 TASKS = {path.stem for path in (ROOT / "zoo/tasks").glob("*.py")} - {*OWN_TASKS, "__init__"}
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 192),
-    "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385),
+    "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385 + 45),
     "tests of several devices": (
         [f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults", "test_scale")],
         430 + 150,

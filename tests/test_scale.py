@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import weakref
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.bench import processes, steps
 from zoo.bench.pair import SIZE, TASK, WAYS
-from zoo.devices import plan
+from zoo.devices import plan, strategies
 from zoo.models import MODELS, Model
 from zoo.models.optim import Muon
 from zoo.training.data import Stream
@@ -35,6 +38,7 @@ def planned(family: str) -> Model:
 
 
 @pytest.mark.processes
+@pytest.mark.xdist_group("scale")
 @pytest.mark.parametrize(("family", "way"), JOBS)
 def test_two_processes_hold_and_send_what_is_planned(family: str, way: str, found: dict[str, Any]) -> None:
     model, one = planned(family), found[family][way]
@@ -54,6 +58,7 @@ def test_two_processes_hold_and_send_what_is_planned(family: str, way: str, foun
 
 
 @pytest.mark.processes
+@pytest.mark.xdist_group("scale")
 @pytest.mark.parametrize(("family", "way"), JOBS)
 def test_two_processes_keep_what_is_planned(family: str, way: str, found: dict[str, Any]) -> None:
     model, kept = planned(family), found[family][way]["kept"]
@@ -64,6 +69,26 @@ def test_two_processes_keep_what_is_planned(family: str, way: str, found: dict[s
             assert 1 < count / plan.activations(model, batch, narrow) < 1.2
         else:
             assert count == plan.activations(model, batch, narrow)
+
+
+def test_a_run_says_what_each_of_its_processes_and_of_eight_would_hold_and_do() -> None:
+    model = MODELS["moe"]({"name": "moe"}, {"name": "regression"}, {"accumulate": 2})
+
+    def told(way: str, W: int, precision: str = "32-true") -> str:
+        strategy = strategies.Processes() if way == "ddp" else strategies.Sharded(way, timedelta(1), model, False)
+        return plan.told(model, SimpleNamespace(strategy=strategy, world_size=W, precision=precision))
+
+    held = plan.held(model, "ddp", 2)
+    whole = sum(held[name] for name in ("weights", "gradients", "moments")) / 1e6
+    said = re.findall(r"each holds 1/(\d+) of .*, (\S+) MB, reads (\d+) sequences and", told("fsdp", 2))
+    assert [(int(W), int(size)) for W, _, size in said] == [(2, 32), (8, 8)]
+    assert [float(part) for _, part, _ in said] == pytest.approx([whole / 2, whole / 8], rel=0.02)  # 8 divides not all
+    assert "all weights, gradients and moments" in told("ddp", 2)
+    assert told("ddp", 1) == ""
+    assert "each holds 2 of 4 experts and 1/2 of all else" in told("experts", 2)
+    assert told("experts", 2).endswith("experts, 8 processes: they cannot divide model.experts + model.shared=4\n")
+    assert told("experts", 2, "bf16-mixed") != told("experts", 2)
+    assert "24 processes: they cannot divide 64 sequences, in parts of 2" in told("ddp", 24)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

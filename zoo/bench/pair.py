@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.bench.steps import build
+from zoo.devices.faults import settle
 from zoo.devices.plan import saved_bytes
 from zoo.devices.sharding import shard
 from zoo.memory import keep_freed_memory
@@ -159,6 +160,7 @@ def main(out: str, rounds: str) -> None:
             told["families"].setdefault(family, {})[way] = {**found[way], "seconds": seconds, "worked": worked}
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(told))
+    settle()
     dist.destroy_process_group()
 
 

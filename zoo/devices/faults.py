@@ -67,11 +67,11 @@ class Launcher(_SubprocessScriptLauncher):
 @contextmanager
 def explained(strategy: Any, left: Callable[[], str]) -> Iterator[None]:
     """Raises Lost, with what is left of the run, in place of errors of collectives; silent in a process whose parent
-    says it. Ends a process that waits for one that is gone in a collective that does not notice, and, in the process
-    that has started the others, these, however the run fails."""
+    says it, and in all but the first of those that have lost theirs. Ends a process that waits for one that is gone in
+    a collective that does not notice, and, in the process that has started the others, these, however the run fails."""
     launcher = strategy.launcher if isinstance(strategy.launcher, Launcher) else None
     parent = int(os.environ.get(STARTER, 0)) if strategy.local_rank and not launcher else 0
-    over = Event()
+    silent, over = bool(parent) and strategy.local_rank > 1, Event()
 
     def gone() -> str:
         if launcher:
@@ -81,7 +81,8 @@ def explained(strategy: Any, left: Callable[[], str]) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(0.5):
             if gone() and not over.wait(GRACE):
-                say(f"error: {gone()}; {left()}", sys.stderr)
+                if not silent:
+                    say(f"error: {gone()}; {left()}", sys.stderr)
                 if launcher:
                     launcher.end()
                 os._exit(1)
@@ -98,7 +99,8 @@ def explained(strategy: Any, left: Callable[[], str]) -> Iterator[None]:
                 launcher.end(GRACE)
             raise
         late = bool(re.search("[Tt]imed? ?out", text))
-        time.sleep(1 + 2 * GRACE * bool(late and parent))  # it may be a moment until it is known, and said by others
+        # it may be a moment until it is known, and said by others; who says it is the first to end a parent that hangs
+        time.sleep(1 + 2 * GRACE * bool(late and parent) + silent)
         what = gone() or ("a process of this run does not answer" if late or launcher else OTHER)
         if parent and parent == os.getppid():
             if not late:
@@ -106,9 +108,15 @@ def explained(strategy: Any, left: Callable[[], str]) -> Iterator[None]:
             os.kill(parent, signal.SIGKILL)  # it hangs, and would stay
         if launcher:
             launcher.end()
-        raise Lost(f"{what}; {left()}") from None
+        raise SystemExit(1) if silent else Lost(f"{what}; {left()}") from None
     finally:
         over.set()
+        settle()
+
+
+def settle() -> None:
+    """Lets threads of gloo take their leave of the last collective: at Python's end that would abort the process."""
+    time.sleep(0.1 * dist.is_initialized())
 
 
 def _of_collective(error: BaseException | None) -> str | None:

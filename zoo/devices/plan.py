@@ -132,3 +132,36 @@ def sent(model: Model, strategy: str, processes: int, tokens: int = 0, narrow: b
         "muon": float(WIDE * (W - 1) * _orthogonal(model, strategy, W)[1]),
         "rows": rows * (W - 1) / W,
     }
+
+
+def in_a_step(model: Model, strategy: str, processes: int, tokens: int, parts: int = 1, narrow: bool = False) -> float:
+    """Bytes that one process sends in a step of `tokens` tokens of its own, in as many parts: see sent."""
+    each = sent(model, strategy, processes, tokens, narrow)
+    return (parts if strategy != "ddp" else 1) * (each["weights"] + each["gradients"]) + each["muon"] + each["rows"]
+
+
+HOLDS = {
+    "ddp": "all weights, gradients and moments",
+    "fsdp": "1/{W} of weights, gradients and moments",
+    "experts": "{e} of {E} experts and 1/{W} of all else",
+}
+
+
+def told(model: Model, trainer: Any) -> str:
+    """What each process of a run holds, reads and sends in a step, and what each of eight would: lines, none for a run
+    of one process."""
+    strategy, optim, E = trainer.strategy, model.optim, model.decoder.blocks[0].ffn.blocks
+    name, lines = getattr(strategy, "strategy_name", ""), []
+    for W in sorted({trainer.world_size, 8}) if trainer.world_size > 1 and name in HOLDS else ():
+        head, size = f"{name}, {W} processes: ", optim.batch_size // W
+        if optim.batch_size % (W * optim.accumulate):
+            lines.append(f"{head}they cannot divide {optim.batch_size} sequences, in parts of {optim.accumulate}")
+        elif name == "experts" and E % W:
+            lines.append(f"{head}they cannot divide model.experts + model.shared={E}")
+        else:
+            own = sum(x for part, x in held(model, name, W).items() if part not in ("gathered", "muon"))
+            sends = in_a_step(model, name, W, size * model.task.tokens, optim.accumulate, "mixed" in trainer.precision)
+            what = HOLDS[name].format(W=W, E=E, e=E // W)
+            does = f"reads {size} sequences and sends {sends / 1e6:,.3g} MB in a step"
+            lines.append(f"{head}each holds {what}, {own / 1e6:,.3g} MB, {does}")
+    return "".join(f"{line}\n" for line in lines)

@@ -38,6 +38,8 @@ def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
 class Processes(DDPStrategy):
     """Lightning's DDP, which says why a run ends, see zoo.devices.faults; `timeout` holds once all have come."""
 
+    strategy_name = "ddp"
+
     def setup_distributed(self) -> None:
         timeout, self._timeout = self._timeout, max(self._timeout or START, START)
         super().setup_distributed()

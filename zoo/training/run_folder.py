@@ -34,6 +34,8 @@ def taken(folder: Path, resumed: bool) -> Iterator[None]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(folder / LOCK, blocking=False))
+                for half in folder.glob("checkpoints/.*.[0-9]*.ckpt"):  # of a process that was killed as it wrote
+                    half.unlink()
             except Timeout:
                 advice = "wait for it, or choose another out="
                 raise ValueError(f"{folder} is in use by a run that has not ended: {advice}") from None

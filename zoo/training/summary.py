@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from zoo.devices.plan import told
 from zoo.files import whole
 from zoo.models import Model, flops
 from zoo.tasks import TASKS
@@ -14,14 +15,14 @@ from zoo.training.callbacks import read_rows
 
 
 def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
-    """Model, data, device and folder of a run that begins."""
+    """Model, data, device and folder of a run that begins, and what each of several processes holds and does."""
     config, task, optim = model.config, model.task, model.optim
-    device = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}"
+    devices = f"{trainer.world_size} × {trainer.strategy.root_device.type}, {trainer.precision}\n{told(model, trainer)}"
     files = getattr(task.config, "files", None)
     read = f"reads {', '.join(files)}\n" if files else ""  # a checkpoint may be somebody else's
     return (
         f"{config.name} on {task.config.name}: {flops.parameters(model)['total']:,} parameters\n"
-        f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {device}\n{read}"
+        f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {devices}{read}"
         f"run folder: {folder}"
     )
 
@@ -50,9 +51,8 @@ def curve(folder: Path, head: str, unit: str, references: dict[str, float]) -> N
     """curve.png: training and validation loss against steps, from metrics.jsonl, beside losses to read them by."""
     from matplotlib.figure import Figure  # without pyplot: no backend, no display
 
-    path = folder / "metrics.jsonl"
-    if not (rows := read_rows(path)):
-        raise ValueError(f"{path} is gone or damaged")
+    if not (rows := read_rows(folder / "metrics.jsonl")):
+        raise ValueError(f"{folder}/metrics.jsonl is gone or damaged")
     figure = Figure((6, 4))
     axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.12, "top": 0.92})
     styles = {"loss": ("training loss", "#0072B2", ""), "validation_loss": ("validation loss", "#D55E00", "o")}
