@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 from cases import CASES
 from runs import small
+from zoo import analyze
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("devices")]  # which shares its processes
 ROOT = Path(__file__).parents[1]
@@ -82,6 +84,15 @@ def test_a_run_of_two_processes_is_that_of_one(job: Any, runs: Path) -> None:
     else:
         assert max(found.values()) <= (1e-4 if job.family == "hypernet" else TABLES["LIMITS"][job.task]), found
         assert found["moments"] <= 1e-6 or job.more != "clipped"  # weights hide another norm
+
+
+def test_of_processes_that_look_into_a_model_the_first_does_it_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert (analyze.main(["figures"]), capsys.readouterr().out) == (0, "")
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    assert (analyze.main(["figures"]), capsys.readouterr().out != "") == (0, True)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_two_processes_hold_and_send_what_is_planned(family: str, way: str, foun
             assert one["sent"].get(name, 0) == pytest.approx(count, rel=0.1)
         else:
             assert one["sent"].get(name, 0) == count
+    assert one["rows"]["wide"] == one["sent"].get("rows", 0)
+    assert one["rows"]["narrow"] == pytest.approx(one["rows"]["wide"] / 2, rel=0.1)
     assert one["sent"]["few"] < 1e-3 * sum(sent.values())
     assert plan.sent(model, way, 3)["gradients"] > 1.2 * sent["gradients"]
     # what goes over the network besides: headers, and by gloo a sum of gradients twice before it is cut
@@ -72,9 +74,9 @@ def test_two_processes_keep_what_is_planned(family: str, way: str, found: dict[s
 
 
 def test_a_run_says_what_each_of_its_processes_and_of_eight_would_hold_and_do() -> None:
-    model = MODELS["moe"]({"name": "moe"}, {"name": "regression"}, {"accumulate": 2})
+    model, default = (MODELS["moe"]({"name": "moe"}, {"name": "regression"}, x) for x in ({"accumulate": 2}, {}))
 
-    def told(way: str, W: int, precision: str = "32-true") -> str:
+    def told(way: str, W: int, precision: str = "32-true", model: Model = model) -> str:
         strategy = strategies.Processes() if way == "ddp" else strategies.Sharded(way, timedelta(1), model, False)
         return plan.told(model, SimpleNamespace(strategy=strategy, world_size=W, precision=precision))
 
@@ -88,6 +90,8 @@ def test_a_run_says_what_each_of_its_processes_and_of_eight_would_hold_and_do() 
     assert "each holds 2 of 4 experts and 1/2 of all else" in told("experts", 2)
     assert told("experts", 2).endswith("experts, 8 processes: they cannot divide model.experts + model.shared=4\n")
     assert told("experts", 2, "bf16-mixed") != told("experts", 2)
+    page = (ROOT / "docs/devices.md").read_text()
+    assert all(told(way, 2, model=default) in page for way in ("fsdp", "experts"))
     assert "24 processes: they cannot divide 64 sequences, in parts of 2" in told("ddp", 24)
 
 

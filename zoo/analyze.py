@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 import zoo
@@ -63,7 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 2, with one line on stderr, for mistakes."""
+    """Runs one command and returns the exit code: 2, with one line on stderr, for mistakes. Of several processes that
+    torchrun or srun started, the first one does it all."""
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return 0
     options = parse(argv)
     {"report": report, "figures": figures, "patch": patch, "apply": apply}[options.command](options)
     return 0

@@ -115,10 +115,11 @@ class Trainee:
         tensors: dict[str, list[Any]] = {"weights": weights, "moments": moments}
         tensors["gradients"] = [p.grad for p in weights if p.grad is not None]
         held = {name: sum(own(x).nbytes for x in some) for name, some in tensors.items()}
-        kept = {}
-        for narrow in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                kept["narrow" if narrow else "wide"] = saved_bytes(lambda: self.loss(self.batch, 0).backward())
+        kept, rows = {}, {}
+        for name in ("wide", "narrow"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "narrow"), Sent() as seen:
+                kept[name] = saved_bytes(lambda: self.loss(self.batch, 0).backward())
+            rows[name] = seen.bytes["rows"]
         with Sent() as seen:
             self.step()
         network = []
@@ -128,7 +129,7 @@ class Trainee:
             self.step()
             dist.barrier()
             network.append((loopback() - before) / dist.get_world_size())
-        return {"held": held, "kept": kept, "sent": seen.bytes, "network": min(network)}
+        return {"held": held, "kept": kept, "rows": rows, "sent": seen.bytes, "network": min(network)}
 
 
 def loopback() -> int:

@@ -125,7 +125,7 @@ def sent(model: Model, strategy: str, processes: int, tokens: int = 0, narrow: b
     config, rows = model.config, 0.0
     if apart:
         chosen = (config.top_k + config.shared) * config.layers * tokens
-        rows = chosen * config.dim * 2 * (WIDE + (2 if narrow else WIDE))  # there in float32, back as it was computed
+        rows = chosen * config.dim * 2 * 2 * (2 if narrow else WIDE)
     return {
         "weights": float(WIDE * (W - 1) * (cut[0] + 2 * sum(cut[1:]))),
         "gradients": float(WIDE * (W - 1) * sum(cut)),

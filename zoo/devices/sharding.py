@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from zoo.core.exact import replace_context
-from zoo.core.experts import swiglu
+from zoo.core.experts import product_dtype, swiglu
 from zoo.core.layers import FeedForward
 from zoo.models.base import Model
 
@@ -80,7 +80,7 @@ def _by_block(ffn: FeedForward, mesh: DeviceMesh, x_ND: Tensor, counts_E: Tensor
     got_We = torch.empty_like(sent_We)
     dist.all_to_all_single(got_We, sent_We, group=group)
     sent, got = torch.stack([sent_We.sum(1), got_We.sum(1)]).tolist()  # the one wait for the device
-    x_MD = Exchange.apply(x_ND, sent, got, group)
+    x_MD = Exchange.apply(x_ND.to(product_dtype(x_ND)), sent, got, group)
     block_M = torch.arange(got_We.shape[1], device=x_MD.device).repeat(mesh.size())
     order_M = block_M.repeat_interleave(got_We.flatten(), output_size=sum(got)).argsort(stable=True)
     own = (_mean_gradient(getattr(ffn, name).to_local(), mesh) for name in ("gate", "up", "down"))
