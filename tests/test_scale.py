@@ -82,7 +82,7 @@ def test_a_run_says_what_each_of_its_processes_and_of_eight_would_hold_and_do() 
 
     held = plan.held(model, "ddp", 2)
     whole = sum(held[name] for name in ("weights", "gradients", "moments")) / 1e6
-    said = re.findall(r"each holds 1/(\d+) of .*, (\S+) MB, reads (\d+) sequences and", told("fsdp", 2))
+    said = re.findall(r"each holds 1/(\d+) of .*, (\S+) MB, reads (\d+) of 64 sequences and", told("fsdp", 2))
     assert [(int(W), int(size)) for W, _, size in said] == [(2, 32), (8, 8)]
     assert [float(part) for _, part, _ in said] == pytest.approx([whole / 2, whole / 8], rel=0.02)  # 8 divides not all
     assert "all weights, gradients and moments" in told("ddp", 2)

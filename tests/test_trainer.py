@@ -14,6 +14,7 @@ from zoo.training.options import LoggerConfig, of_logger, of_trainer
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 STEP = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
+RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 
 
 class Started(Exception):
@@ -89,11 +90,9 @@ def test_what_runs_were_begun_with_is_taken_up_again(devices: Any) -> None:
     assert of_trainer({"num_nodes": 2}, {"num_nodes": 1}) == {"num_nodes": 2}
 
 
-RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-
-
 def test_processes_are_those_asked_for(processes: Any) -> None:
-    assert processes(SLURM, devices=2) == 2  # a shell of Slurm has started none
+    assert processes({**SLURM, "SLURM_NTASKS": "3"}, devices=2) == 2  # a shell of Slurm has started none
+    assert processes({**SLURM, "SLURM_STEP_ID": "0"}, devices=2) == 2  # nor a step of one task, a job of submitit
     assert processes(STEP, devices=2) == 2
     with pytest.raises(ValueError, match=r"^2 processes were started, trainer\.devices × num_nodes is 1$"):
         processes(STEP, devices=1)

@@ -162,6 +162,6 @@ def told(model: Model, trainer: Any) -> str:
             own = sum(x for part, x in held(model, name, W).items() if part not in ("gathered", "muon"))
             sends = in_a_step(model, name, W, size * model.task.tokens, optim.accumulate, "mixed" in trainer.precision)
             what = HOLDS[name].format(W=W, E=E, e=E // W)
-            does = f"reads {size} sequences and sends {sends / 1e6:,.3g} MB in a step"
+            does = f"reads {size} of {optim.batch_size} sequences and sends {sends / 1e6:,.3g} MB in a step"
             lines.append(f"{head}each holds {what}, {own / 1e6:,.3g} MB, {does}")
     return "".join(f"{line}\n" for line in lines)

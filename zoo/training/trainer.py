@@ -63,8 +63,8 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         raise ValueError("trainer.precision=16-true trains nothing: take 16-mixed or bf16-true")
     given["strategy"] = strategy_of(given, model, options.compile)
     given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
-    # a batch script or a shell of Slurm sets the variables of srun but for the step; the numbers of its own are huge
-    srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31
+    # a shell of Slurm sets srun's variables but for the step, its own have huge numbers; a lone task starts the others
+    srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31 and os.environ.get("SLURM_NTASKS") != "1"
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # else Lightning takes the other processes for started, or writes a checkpoint of its own where SIGUSR1 comes
         given["plugins"].append(SLURMEnvironment(auto_requeue=False) if srun else LightningEnvironment())
