@@ -83,7 +83,7 @@ class Loss(nn.Module):
 class Trainee:
     """A model that is trained in one way, with all that a step takes."""
 
-    def __init__(self, family: str, way: str):
+    def __init__(self, family: str, way: str, size: int):
         self.model, rank, W = build(family, {}, TASK).train(), dist.get_rank(), dist.get_world_size()
         self.loss: Any = Loss(self.model)
         if way == "ddp":
@@ -92,7 +92,7 @@ class Trainee:
             shard(self.model, init_device_mesh("cpu", (W,)), way == "experts")
         configured: Any = self.model.configure_optimizers()
         self.optimizer, self.alone = configured["optimizer"], way == ALONE
-        self.batch = next(iter(Stream(self.model.task, "train", SIZE, 1, rank=rank, world=W)))
+        self.batch = next(iter(Stream(self.model.task, "train", size, 1, rank=rank, world=W)))
 
     def step(self) -> tuple[float, float]:
         """Takes a step and gives its seconds, from when all processes begin to when this one is done, and those that a
@@ -138,7 +138,7 @@ def loopback() -> int:
     return int(counts[1].split()[8]) if counts else 0
 
 
-def main(out: str, rounds: str) -> None:
+def main(out: str, rounds: str, size: str) -> None:
     """Writes seconds of each way, by round, and what it holds and sends; no rounds: when the processes met, alone."""
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -146,7 +146,7 @@ def main(out: str, rounds: str) -> None:
     dist.barrier()
     told: dict[str, Any] = {"met": time.time(), "families": {}}
     for family, ways in WAYS.items() if int(rounds) else ():
-        trainees = {way: Trainee(family, way) for way in ways}
+        trainees = {way: Trainee(family, way, int(size)) for way in ways}
         found = {way: one.found() for way, one in trainees.items()}
         taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         order = deque(ways)

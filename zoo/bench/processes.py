@@ -27,21 +27,21 @@ def processes(setting: Setting) -> Iterator[Row]:
     if setting.device.type != "cpu":
         say("processes: measured on a CPU alone", sys.stderr)
         return
-    found = pair(setting.rounds)
-    for family, ways in found["families"].items():
-        case, model = f"{family} on text, 2 processes", build(family, {}, TASK)
+    runs = {size: pair(setting.rounds, size=size) for size in (4 * SIZE, SIZE)}  # some of what it costs is per step
+    for size, (family, ways) in ((size, one) for size, run in runs.items() for one in run["families"].items()):
+        case, model = f"{family} on text, {size} sequences, 2 processes", build(family, {}, TASK)
         bars = {(way, ALONE): 1 / WANTED[way] for way in ways if way != ALONE}
         for kind, name, wanted in (("seconds", case, bars), ("worked", f"{case}, CPU time", {})):
             variants = {way: partial(next, iter(one[kind])) for way, one in ways.items()}
             yield from measure(Case(name, ALONE, variants, wanted), setting)
-        for way in list(ways)[1:]:
+        for way in list(ways)[1:] if size == SIZE else ():
             one, sent = ways[way], sum(plan.sent(model, way, 2, SIZE // 2 * model.task.tokens).values())
             held = sum(plan.held(model, way, 2)[name] for name in one["held"])
             yield share(case, f"{way}, weights, gradients, moments", sum(one["held"].values()), held, 1.0)
             yield share(case, f"{way}, sent in a step", sum(one["sent"].values()), sent)
             if one["network"]:
                 yield share(case, f"{way}, carried by the loopback device", one["network"], sent)
-    two, one = found["met"], pair(0, 1)["met"]
+    two, one = runs[SIZE]["met"], pair(0, 1)["met"]
     yield share("torchrun, until all processes have met", "2 processes", two, one)._replace(baseline="1", seconds=two)
 
 
@@ -51,12 +51,12 @@ def share(case: str, what: str, measured: float, planned: float, bar: float | No
     return Row(case, what, "plan", ratio, ratio, ratio, bar, 0.0, measured / 2**20)
 
 
-def pair(rounds: int, count: int = 2) -> dict[str, Any]:
+def pair(rounds: int, count: int = 2, size: int = SIZE) -> dict[str, Any]:
     """What zoo.bench.pair finds, and the seconds until its processes met; raises RuntimeError where one fails."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     with tempfile.TemporaryDirectory() as folder:
         out, began = Path(folder, "found.json"), time.time()
-        command = [*torchrun, "zoo.bench.pair", str(out), str(rounds)]
+        command = [*torchrun, "zoo.bench.pair", str(out), str(rounds), str(size)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
