@@ -150,13 +150,13 @@ HOLDS = {
 def told(model: Model, trainer: Any) -> str:
     """What each process of a run holds, reads and sends in a step, and what each of eight would: lines, none for a run
     of one process."""
-    strategy, optim, E = trainer.strategy, model.optim, model.decoder.blocks[0].ffn.blocks
-    name, lines = getattr(strategy, "strategy_name", ""), []
+    optim, E, lines = model.optim, getattr(trainer.strategy, "apart", 0), []
+    name = getattr(trainer.strategy, "strategy_name", "")
     for W in sorted({trainer.world_size, 8}) if trainer.world_size > 1 and name in HOLDS else ():
         head, size = f"{name}, {W} processes: ", optim.batch_size // W
         if optim.batch_size % (W * optim.accumulate):
             lines.append(f"{head}they cannot divide {optim.batch_size} sequences, in parts of {optim.accumulate}")
-        elif name == "experts" and E % W:
+        elif E % W:
             lines.append(f"{head}they cannot divide model.experts + model.shared={E}")
         else:
             own = sum(x for part, x in held(model, name, W).items() if part not in ("gathered", "muon"))
