@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -138,6 +139,7 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
             scores.append(metrics["test"].get(metrics["main_metric"]))
         return code
     keep_freed_memory()
+    gc.collect()  # trainers of a sweep's earlier jobs hold each other: one gigabyte after ten jobs, not two
     # objects are made from conf/ alone, which belongs to whoever runs this; nothing of a checkpoint gets here
     trainer = hydra.utils.instantiate(config.pop("trainer", {}), _convert_="all")
     metrics = train(trainer=trainer, **config)
