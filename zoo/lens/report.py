@@ -70,8 +70,9 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
     tokens, n = example(model, size)
     tokens = tokens[:, : n + 8]
     relative = structure.relative_norms(model, tokens, n).mean((2, 3))
-    name = structure.MATRICES[int(relative[-1].argmax())]
-    update, W = structure.grid(model, tokens[:4], n)[name], model.decoder.blocks[-1].ffn.weight(name)
+    ffn = model.decoder.blocks[-1].ffn
+    name = ffn.matrices[int(relative[-1].argmax())]
+    update, W = structure.grid(model, tokens[:4], n)[name], ffn.weight(name)
     ranks = structure.participation_ratio(torch.linalg.svdvals(update))
     numbers = {
         "parameters": float(flops.parameters(model)["total"]),

@@ -83,10 +83,11 @@ def fit(decoder: Decoder, tokens: Tensor, n_context: int, form: str = "affine", 
     def patch_of(states: LayerStates) -> Patch:
         ffn = states.ffn
         patch = states.emit_without_context() if reads_query(decoder) else patches[states.layer]
-        for matrices in (ffn.input_matrices, ("down",)) if what.input else (("down",),):
+        output = (ffn.output_matrix,)
+        for matrices in (ffn.input_matrices, output) if what.input else (output,):
             a, y = states.z, states.z_ctx - states.z
-            if matrices == ("down",):
-                a, y = ffn.hidden(states.z, patch), states.out_ctx - states.v - ffn(states.z, patch)
+            if matrices == output:
+                a, y = ffn.hidden(states.z, patch), states.for_down(patch, states.missing(patch))
             update = _update(ffn, matrices, what, *solve(a, y, what, ridge))
             patches[states.layer] = patches[states.layer].merged_with(update)
             patch = patch.merged_with(update)
@@ -136,7 +137,7 @@ def _update(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: Low
     weights, biases = {}, {}
     for name in matrices:
         W = ffn.weight(name)
-        u, b = (low_rank.u, bias) if name == "down" else (W.double() @ low_rank.u, bias @ W.double().mT)
+        u, b = (low_rank.u, bias) if name == ffn.output_matrix else (W.double() @ low_rank.u, bias @ W.double().mT)
         if form.matrix:
             weights[name] = LowRank(u.to(W.dtype).contiguous(), low_rank.v.to(W.dtype).contiguous())
         if form.bias:

@@ -17,7 +17,7 @@ from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
 from zoo.models import Model
 
-MATRICES = (*FeedForward.input_matrices, "down")
+MATRICES = FeedForward.matrices
 Matrices = dict[str, Tensor]
 """By name, those of one layer."""
 
@@ -35,7 +35,7 @@ def _differences(model: Model, query: Tensor, new: Sequence[Patch], old: Sequenc
     """Layer by layer, the matrices under the patches `new` of each query minus those under `old`."""
     for block, *patches in zip(model.decoder.blocks, new, old, strict=True):
         after, before = (block.ffn.dense(patch) for patch in patches)
-        yield {name: (after[name] - before[name]).expand(*query.shape[:2], -1, -1) for name in MATRICES}
+        yield {name: (after[name] - before[name]).expand(*query.shape[:2], -1, -1) for name in after}
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def _norms(matrices: Matrices) -> Tensor:
 
 def _stored_norms(model: Model) -> Tensor:
     """|W| of every FFN matrix, (L,M)."""
-    return torch.stack([_norms({name: block.ffn.weight(name) for name in MATRICES}) for block in model.decoder.blocks])
+    return torch.stack([_norms(block.ffn.dense(Patch())) for block in model.decoder.blocks])
 
 
 @torch.no_grad()

@@ -1,0 +1,5 @@
+"""The bridge: the law, the lens and reusable patches on causal language models of `transformers`."""
+
+from zoo.hf.wrapped import Wrapped, wrap
+
+__all__ = ["Wrapped", "wrap"]
