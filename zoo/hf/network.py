@@ -8,6 +8,7 @@ Axes: B batch, T tokens, K kept tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -82,6 +83,7 @@ class Network:
         self.layers = layers_of(model)
         self.accepts = inspect.signature(type(model).forward).parameters
         self.blocks: list[Place] = []
+        self.returns: list[int] = []  # the length of the tuple that a layer returns, 0 for a tensor
         embedding = self.model.get_input_embeddings().weight
         (self.vocabulary, self.width), self.device = embedding.shape, embedding.device
 
@@ -91,7 +93,9 @@ class Network:
         def visit(index: int, forward: Any, *args: Any, **named: Any) -> Any:
             z, layer = torch.randn(*tokens.shape, self.width).to(first(args)), self.layers[index]
             self.blocks.append(Place(layer, ffn_of(index, layer, z, lambda: forward(*args, **named))))
-            return forward(*args, **named)
+            raw = forward(*args, **named)
+            self.returns.append(0 if isinstance(raw, Tensor) else len(raw))
+            return raw
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -153,6 +157,28 @@ class Network:
         routings = [block.ffn.experts and block.ffn.routing(next(calls)) for block in self.blocks]
         return logits, [Patch(routing=routing) for routing in routings]
 
+    def step(
+        self, index: int, tokens: Tensor, x: Tensor | None, positions: Tensor, cache: Any
+    ) -> tuple[Tensor, Seen, Tensor, Tensor]:
+        """One layer alone, on its input x (B,T,D), or what the layers before it give if None: what `watch` returns of
+        it, and the states that it returns. cache: of the tokens before, left as it was."""
+
+        def visit(at: int, forward: Any, *args: Any, **named: Any) -> Any:
+            if at < index and x is not None:
+                return args[0] if not self.returns[at] else (args[0], *[None] * (self.returns[at] - 1))
+            if at < index:
+                return forward(*args, **named)
+            found.append(self.watch(at, forward, args[0] if x is None else x.to(args[0]), *args[1:], **named))
+            raise Done
+
+        found: list[tuple[Any, Seen, Tensor]] = []
+        own = {} if cache is None else {"past_key_values": _of_layer(cache, index, len(tokens)), "use_cache": True}
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = torch.ones(len(tokens), past + tokens.shape[1], dtype=torch.int64, device=tokens.device)
+        self.run(tokens, visit, mask, positions, **own)
+        raw, seen, out = found[0]
+        return raw, seen, out, first(raw)
+
     @contextmanager
     def patched(self, patches: Sequence[Patch], merged: bool = False) -> Iterator[None]:
         """The model under patches, one per layer, until the context ends; merged: with W + ΔW formed."""
@@ -169,6 +195,15 @@ class Network:
         with ffn.observed() as seen:
             raw = forward(*args, **named)
         return raw, seen, wide(first(raw)) / ffn.unit
+
+
+def _of_layer(cache: Any, index: int, rows: int) -> Any:
+    """A cache (1,…) for `rows` rows whose layer `index` may be written to, and no other is used."""
+    own = copy.copy(cache)
+    own.layers = list(cache.layers)
+    own.layers[index] = copy.deepcopy(cache.layers[index])
+    own.layers[index].batch_repeat_interleave(rows)
+    return own
 
 
 def states_of(index: int, ffn: ForeignFFN, recorded: Mapping[str, Any], seen: Seen, out: Tensor) -> ForeignStates:

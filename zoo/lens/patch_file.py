@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.config import VERSION, lookup, one_line, show
 from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
 from zoo.files import whole
-from zoo.models import Model
+from zoo.lens.protocol import Subject
 from zoo.training import untrusted
 from zoo.training.validate import like
 
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[type[Any], dict[str, str]]] = {
 """Kinds and their fields, in order, with axes; names are those of the first file that was written."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """SHA-256 over names, shapes, types and bytes of a model's parameters and persistent buffers, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -51,7 +51,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_patch(path: str | Path, patches: Sequence[Patch], model: Model, **about: Any) -> None:
+def save_patch(path: str | Path, patches: Sequence[Patch], model: Subject, **about: Any) -> None:
     """Writes the patches of all layers, made for `model`, and what is to be known `about` them: form, context, …
 
     about: anything that JSON can hold. The file appears whole or not at all. Raises ValueError for a wrong number of
@@ -83,7 +83,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     return _read(path)[0]
 
 
-def load_patch(path: str | Path, model: Model) -> list[Patch]:
+def load_patch(path: str | Path, model: Subject) -> list[Patch]:
     """The patches of a file, one per layer, on the device of `model`.
 
     Raises ValueError if the file is missing, damaged or foreign, or was made for another model.
