@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from hf_families import Kept64, build, family, ids, relative
+from zoo import analyze
 from zoo.core.patch import Patch
-from zoo.hf import wrap
+from zoo.hf import commands, wrap
+from zoo.hf.export import tokenizer_of
 from zoo.hf.lora import save_lora, truncated
 from zoo.hf.prompt import FORMS, Prompt, batches, choose, score
 from zoo.lens import static
+from zoo.lens.patch_file import describe, load_patch
+from zoo.tasks.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 10
@@ -161,3 +166,94 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="biases"):
         save_lora(tmp_path / "lora", model, [Patch(biases={"down_proj": torch.ones(1, 32)})] * 3, 1)
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of bytes with its tokenizer, a prompt, queries, and a text."""
+    place = tmp_path_factory.mktemp("model")
+    build("llama", {"vocab_size": 257}, torch.float32).save_pretrained(place)
+    tokenizer_of(Tokenizer()).save_pretrained(place)
+    (place / "context.txt").write_text("ab -> ba\ncd -> dc\n")
+    (place / "queries.txt").write_text("".join(f"{a}{b} ->\n" for a in "abcdefgh" for b in "ijklm"))
+    (place / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    return place
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = analyze.main([*map(str, words)])
+    return code, *capsys.readouterr()
+
+
+def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    context, queries, out = folder / "context.txt", folder / "queries.txt", tmp_path / "p.safetensors"
+    files = "--context", context, "--queries", queries, "--out", out
+    code, said, _ = command(capsys, "patch", folder, *files, "--lora", tmp_path / "lora", "--rank", 32)
+    assert code == 0
+    rows = {
+        line.rpartition("  ")[0].rstrip().rpartition("  ")[0].strip(): line.split()[-2] for line in said.splitlines()
+    }
+    kl = {name: float(value) for name, value in rows.items() if value.replace(".", "").isdigit()}
+    nulled = next(value for name, value in kl.items() if name.startswith("sink-null, ridge"))
+    lora = next(value for name, value in kl.items() if name.startswith("LoRA of rank 32"))
+    assert kl["the prompt"] == 0
+    assert nulled < 0.7 * kl["no prompt"]
+    assert nulled <= lora < kl["no prompt"]
+
+    model = commands.load(folder)
+    patches = load_patch(out, model)
+    about = describe(out)["about"]
+    assert (about["form"], about["kept"], about["tokens"]) == ("sink-null", [256], 19)
+    adapted = peft.PeftModel.from_pretrained(commands.load(folder).model, tmp_path / "lora")
+    tokens = torch.tensor([commands.ids(model, "xy ->", first=True)])
+    with model.patched(truncated(model, patches, 32)) as plain, torch.no_grad():
+        goal = plain(tokens).logits
+    assert relative(adapted(tokens).logits, goal) <= 1e-5
+    assert relative(model(tokens), goal) > 1e-2
+
+    (tmp_path / "query.txt").write_text("xy ->\nab\n")
+    code, said, _ = command(capsys, "apply", folder, "--patch", out, "--query", tmp_path / "query.txt")
+    assert code == 0
+    assert len(said.splitlines()) == 2
+    assert all(line.startswith("with the patch '") and "\twithout '" in line for line in said.splitlines())
+
+
+def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = command(capsys, "report", folder, "--text", folder / "text.txt", "--out", tmp_path / "report")
+    assert code == 0
+    assert "| effective rank of ΔW, last layer, down_proj | 1 |" in said
+    law = json.loads((tmp_path / "report" / "law-residuals.json").read_text())
+    values = {one["label"]: one["y"][0] for one in law["panels"][0]["series"]}
+    assert values["float64"] <= 1e-12
+    assert values["float32"] <= 5e-6
+    assert values["control: no patch"] > 0.05
+    strip = json.loads((tmp_path / "report" / "generation-strip.json").read_text())
+    assert "W + ΔW: 64 of 64" in strip["caption"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("patch MODEL --context C --out P", "--queries FILE is missing"),
+        ("patch MODEL --context C --queries C --out P", "context.txt holds 2 queries: 20 at least"),
+        ("patch MODEL --context C --queries Q --out P --rank 3", "--lora DIR and --rank R come together"),
+        ("patch MODEL --context C --queries Q --out P --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
+        ("report MODEL", "takes one MODEL_DIR and --text FILE"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {
+        "MODEL": folder,
+        "C": folder / "context.txt",
+        "Q": folder / "queries.txt",
+        "P": tmp_path / "p.safetensors",
+    }
+    code, _, error = command(capsys, *(places.get(word, word) for word in words.split()))
+    assert code == 2
+    assert message in error
+    assert not list(tmp_path.iterdir())

@@ -39,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     report = commands.add_parser("report", help="figures and numbers of one or several checkpoints")
     report.add_argument("runs", nargs="+", metavar="RUN_OR_CKPT", help="run folders (their best checkpoint) or files")
+    report.add_argument("--text", type=Path, metavar="FILE", help="of the folder of a transformers model, MODEL_DIR")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report of the first run)")
 
     figures = commands.add_parser("figures", help="single figures; those of theory need no checkpoint")
@@ -73,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     table: dict[str, Callable[[argparse.Namespace], None]]
     table = {"report": report, "figures": figures, "patch": patch, "apply": apply}
-    if foreign(getattr(options, "checkpoint", "")):
-        from zoo.hf import commands as table_of
+    if any(map(foreign, [getattr(options, "checkpoint", ""), *getattr(options, "runs", [])])):
+        from zoo.hf import commands
 
-        table |= {"patch": table_of.patch, "apply": table_of.apply}
+        table |= {"report": commands.report, "patch": commands.patch, "apply": commands.apply}
     table[options.command](options)
     return 0
 

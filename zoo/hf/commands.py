@@ -18,7 +18,8 @@ from zoo.console import read, say
 from zoo.core.patch import Patch
 from zoo.hf.lora import save_lora
 from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, score
-from zoo.hf.wrapped import Wrapped, wrap
+from zoo.hf.wrapped import Wrapped
+from zoo.lens import report as pages
 from zoo.lens.patch_file import describe, load_patch, save_patch
 
 SAY = 8
@@ -28,7 +29,7 @@ PLAIN = ["sink-null"]
 HOW = ("with the patch", "without")
 
 
-def load(folder: str | Path) -> Wrapped:
+def load(folder: str | Path, kind: type[Wrapped] = Wrapped) -> Any:
     """The model of a folder, wrapped, and its tokenizer: nothing is fetched, no code in it runs, no pickle is read."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +37,7 @@ def load(folder: str | Path) -> Wrapped:
         raise ValueError("models of transformers need it: pip install 'zoo[hf]'") from None
     own: Any = {"local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **own)
-    return wrap(model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, **own))
+    return kind(model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, **own))
 
 
 def ids(model: Wrapped, text: str, first: bool = False) -> list[int]:
@@ -98,6 +99,20 @@ def compare(prompt: Prompt, samples: Sequence[Tensor], queries: Sequence[Tensor]
     if all(block.ffn.experts is None for block in prompt.model.decoder.blocks):  # which have no place for biases
         rows["steering vector"] = judged(prompt, queries, prompt.fit(samples, "vector", 1.0))
     return rows
+
+
+def report(options: argparse.Namespace) -> None:
+    from zoo.hf.reading import FIGURES, Reading
+
+    if options.text is None or len(options.runs) > 1:
+        raise ValueError("a report on a model of transformers takes one MODEL_DIR and --text FILE")
+    source = Path(options.runs[0])
+    model = load(source, Reading)
+    model.about(ids(model, read(options.text)), options.text.name)
+    folder = options.out or source / "report"
+    content = pages.write({source.resolve().name: model}, folder, {source.resolve().name: source}, FIGURES)
+    say(pages.table(content["numbers"]))
+    say(f"\n{len(content['figures'])} figures, report.md and report.json in {folder}")
 
 
 def apply(options: argparse.Namespace) -> None:

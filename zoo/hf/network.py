@@ -102,6 +102,9 @@ class Network:
             tokens = torch.randint(self.vocabulary, (2, 5)).to(self.device)
             self.run(tokens, visit)
 
+    def parameters(self) -> Any:
+        return self.model.parameters()
+
     def real(self, tokens: Tensor) -> None:
         """Which places hold a token: all do."""
 

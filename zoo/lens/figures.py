@@ -127,7 +127,7 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     for name, model in models.items():
         tokens, n = example(model, size)
         reduced, sheared = switched(model, tokens, n)
-        layers = [str(layer) for layer in range(model.config.layers)]
+        layers = [str(layer) for layer in range(len(reduced))]
         series = (
             Series("router reads the query alone", layers, reduced.tolist()),
             Series("control: router patched too", layers, sheared.tolist(), control=True),
