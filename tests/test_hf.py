@@ -42,7 +42,7 @@ def check(name: str, queries: int) -> None:
     assert found.as_it_is <= (2e-6 if inner else 1e-12)
     assert found.float32 <= (2e-5 if name in POST_NORM else 5e-6)
     assert found.control > 0.05
-    assert found.top1 + found.flips >= 0.9 * queries
+    assert found.top1 + found.flips >= (0.95 if queries == 100 else 0.9) * queries
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -96,7 +96,7 @@ WINGS = {
         [f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults", "test_scale")],
         430 + 150,
     ),
-    "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_600),
+    "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_570),
     "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 900),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),

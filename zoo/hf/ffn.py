@@ -70,6 +70,10 @@ class ForeignFFN:
     def dtype(self) -> torch.dtype:
         return self.stored(self.output_matrix).dtype
 
+    def reads(self, name: str) -> bool:
+        """Whether a matrix reads the input."""
+        return name not in (self.output_matrix, POST)
+
     def slot(self, name: str) -> tuple[nn.Module, str]:
         """The module of a matrix, and the name of its parameter there."""
         if name == POST:
@@ -105,10 +109,10 @@ class ForeignFFN:
     def dense(self, patch: Patch, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The patched weights, {name: (*,o,i)}, in at least float32."""
         weights = {}
-        for name in names or self.matrices:
+        for name in self.matrices if names is None else names:
             W = wide(self.weight(name))
             total = W + patch.weights[name].dense(W) if name in patch.weights else W
-            if patch.input and name not in (self.output_matrix, POST):
+            if patch.input and self.reads(name):
                 total = total + patch.input.dense(total)
             weights[name] = total
         return weights
@@ -167,17 +171,18 @@ class ForeignFFN:
         def output(module: nn.Module, args: Any, out: Any) -> None:
             seen.y = seen.f = first(out).clone()  # layers may add to it in place
 
-        with ExitStack() as stack:
-            add = lambda handle: stack.callback(handle.remove)  # noqa: E731
-            add(self.module.register_forward_pre_hook(lambda module, args: setattr(seen, "z", args[0])))
-            add(self.module.register_forward_hook(output))
-            if self.post is not None:
-                add(self.post.register_forward_hook(lambda module, args, out: setattr(seen, "f", out.clone())))
-            if self.experts is not None:
-                add(self.experts.register_forward_pre_hook(chosen, with_kwargs=True))
-            else:
-                writer = self.modules[self.output_matrix]
-                add(writer.register_forward_pre_hook(lambda module, args: setattr(seen, "h", args[0])))
+        handles = [
+            self.module.register_forward_pre_hook(lambda module, args: setattr(seen, "z", args[0])),
+            self.module.register_forward_hook(output),
+        ]
+        if self.post is not None:
+            handles.append(self.post.register_forward_hook(lambda module, args, out: setattr(seen, "f", out.clone())))
+        if self.experts is not None:
+            handles.append(self.experts.register_forward_pre_hook(chosen, with_kwargs=True))
+        else:
+            read = self.modules[self.output_matrix].register_forward_pre_hook
+            handles.append(read(lambda module, args: setattr(seen, "h", args[0])))
+        with hooks(*handles):
             yield seen
 
     @contextmanager
@@ -229,25 +234,25 @@ class ForeignFFN:
         if unplaced := patch.biases.keys() - hooked:
             raise ValueError(f"{', '.join(unplaced)} has no bias in this model: take the form matrix or output")
         with ExitStack() as stack:
-            add = lambda handle: stack.callback(handle.remove)  # noqa: E731
             if others := names - hooked:
                 part = {name: delta for name, delta in patch.weights.items() if name in others}
-                stack.enter_context(self.merged(Patch(weights=part, chunk=patch.chunk), others))
-            add(self.module.register_forward_pre_hook(enter))
-            for name in hooked:
-                add(self.modules[name].register_forward_hook(gain(name), with_kwargs=True))
+                stack.enter_context(self.merged(Patch(weights=part, chunk=patch.chunk)))
+            handles = [self.module.register_forward_pre_hook(enter)]
+            handles += [self.modules[name].register_forward_hook(gain(name), with_kwargs=True) for name in hooked]
             if patch.routing:
-                add(self.experts.register_forward_pre_hook(choose, with_kwargs=True))
+                handles.append(self.experts.register_forward_pre_hook(choose, with_kwargs=True))
             if POST in patch.weights:
-                add(self.post.register_forward_hook(scale))
+                handles.append(self.post.register_forward_hook(scale))
+            stack.enter_context(hooks(*handles))
             yield
 
     @contextmanager
-    def merged(self, patch: Patch, only: Iterable[str] | None = None) -> Iterator[None]:
+    def merged(self, patch: Patch) -> Iterator[None]:
         """The network with W + ΔW and its biases in the place of its own; raises ValueError for a patch of several
         tokens, or a bias that the model has no place for."""
         new: list[tuple[nn.Module, str, Tensor]] = []
-        for name, W in self.dense(patch, only).items():
+        changed = [name for name in self.matrices if name in patch.weights or (patch.input and self.reads(name))]
+        for name, W in self.dense(patch, changed).items():
             if W.dim() > 2 and W.shape[:-2].numel() != 1:
                 raise ValueError(f"{name}: updates of {W.shape[:-2].numel()} tokens or sequences are no one matrix")
             new.append((*self.slot(name), self.as_stored(name, W.reshape(W.shape[-2:]))))
@@ -265,6 +270,16 @@ class ForeignFFN:
         finally:
             for module, own, parameter in old:
                 module._parameters[own] = parameter
+
+
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Hooks that are removed at its end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def wide(x: Tensor) -> Tensor:

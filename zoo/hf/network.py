@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from zoo.core.delta import Scale
 from zoo.core.exact import LayerStates, kept_places, replace_context, shear_and_down
-from zoo.core.patch import Patch
-from zoo.hf.ffn import POST, ForeignFFN, Seen, first, wide
+from zoo.core.patch import Patch, Routing
+from zoo.hf.ffn import POST, Seen, first, wide
 from zoo.hf.probe import Place, ffn_of, layers_of
 
 Visit = Callable[..., Any]
@@ -40,14 +40,16 @@ class ForeignStates(LayerStates):
     """The states of a layer in units of what it multiplies its network's output by; v: all of its output that does not
     come through the network."""
 
+    ffn: Any
+
     def for_down(self, patch: Patch, missing_BTD: Tensor) -> Tensor:
         """What the output matrix must give more, (B,T,D), so that the output gains what is missing. Behind a norm of
         scale m no sum does that: a direction is chosen from which a change of m, `scales`, gets there."""
-        ffn: Any = self.ffn
-        if ffn.post is None:
+        post = self.ffn.post
+        if post is None:
             return missing_BTD
-        y = wide(ffn.call(self.z, patch).y)
-        n, m = _unit(y), wide(ffn.post.weight) + int(ffn.one_plus)
+        y = wide(self.ffn.call(self.z, patch).y)
+        n, m = _unit(y), wide(post.weight) + int(self.ffn.one_plus)
         size = m.square().mean()
         t = n + missing_BTD * m / (m.square() + 0.05 * size)
         least = SMALLEST * missing_BTD.abs() / size.sqrt()  # else the scale that is needed has no bound
@@ -55,14 +57,13 @@ class ForeignStates(LayerStates):
         return y.square().mean(-1, keepdim=True).sqrt() * _unit(t) - y
 
     def with_down(self, patch: Patch, missing_BTD: Tensor) -> Patch:
-        goal = self.ffn(self.z, patch) + missing_BTD
-        return self.rescaled(super().with_down(patch, missing_BTD), goal)
+        down = super().with_down(patch, missing_BTD)
+        return down if self.ffn.post is None else self.rescaled(down, self.ffn(self.z, patch) + missing_BTD)
 
     def rescaled(self, patch: Patch, goal_BTD: Tensor) -> Patch:
-        ffn: Any = self.ffn
-        if ffn.post is None:
+        if self.ffn.post is None:
             return patch
-        f, goal = ffn(self.z, patch), goal_BTD
+        f, goal = self.ffn(self.z, patch), goal_BTD
         if ((f == 0) & (goal != 0)).any():
             raise ValueError(f"layer {self.layer}: the norm behind the FFN has a scale of zero, no patch exists")
         rows = torch.where(f == 0, 1.0, goal / f)
@@ -209,13 +210,6 @@ def _of_layer(cache: Any, index: int, rows: int) -> Any:
     return own
 
 
-def states_of(index: int, ffn: ForeignFFN, recorded: Mapping[str, Any], seen: Seen, out: Tensor) -> ForeignStates:
-    """The states of a layer from what was recorded with the context and what it shows without."""
-    alone = Patch(routing=ffn.routing(seen))
-    own: dict[str, Any] = {"ffn": ffn, "v": out - wide(seen.f), "z": wide(seen.z), **recorded}
-    return ForeignStates(layer=index, emit_without_context=lambda: alone, **own)
-
-
 @replace_context.register
 def _(
     decoder: Network,
@@ -232,29 +226,22 @@ def _(
     records: list[dict[str, Any]] = []
     patches: list[Patch] = []
 
-    def at(t: Tensor) -> Tensor:
-        return wide(t[row_B1, kept_BK])
-
     def record(index: int, forward: Any, *args: Any, **named: Any) -> Any:
         raw, seen, out = decoder.watch(index, forward, *args, **named)
-        ffn = decoder.blocks[index].ffn
-        routing = ffn.routing(seen)
+        states = {"v_ctx": out - wide(seen.f), "z_ctx": wide(seen.z), "out_ctx": out}
+        routing = decoder.blocks[index].ffn.routing(seen)
         if routing:
-            routing = replace(routing, **{name: t[row_B1, kept_BK].unsqueeze(2) for name, t in vars(routing).items()})
-        records.append(
-            {
-                "v_ctx": at(out - wide(seen.f)),
-                "z_ctx": at(seen.z),
-                "out_ctx": at(out),
-                "emitted": Patch(routing=routing, chunk=1),
-            }
-        )
+            routing = Routing(*(t[row_B1, kept_BK].unsqueeze(2) for t in vars(routing).values()))
+        emitted = Patch(routing=routing, chunk=1)
+        records.append({"emitted": emitted, **{name: t[row_B1, kept_BK] for name, t in states.items()}})
         return _go_on(decoder, index, raw)
 
     def reduced(index: int, forward: Any, *args: Any, **named: Any) -> Any:
         _, seen, out = decoder.watch(index, forward, *args, **named)
         ffn = decoder.blocks[index].ffn
-        patches.append(patch_of(states_of(index, ffn, records[index], seen, out)))
+        alone = Patch(routing=ffn.routing(seen))
+        own = {"v": out - wide(seen.f), "z": wide(seen.z), **records[index]}
+        patches.append(patch_of(ForeignStates(index, ffn, emit_without_context=lambda: alone, **own)))
         with ffn.patched(patches[-1]):
             return _go_on(decoder, index, forward(*args, **named))
 
