@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import hf_families as hf
 from hf_families import FAMILIES, POST_NORM, REFUSED, Kept64, build, family, ids, relative
+from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
 from zoo.hf import wrap
 from zoo.lens import static, structure
@@ -247,3 +248,20 @@ def test_low_precision_keeps_patches_in_float32() -> None:
     found = model(tokens[:, -1:], patches=patches, positions=torch.tensor([23]))
     assert found.dtype == torch.bfloat16
     assert relative(found, model(tokens)[:, -1:]) <= 0.02
+
+
+@torch.no_grad()
+def test_the_model_itself_generates_under_patches() -> None:
+    model, tokens = wrap(family("Llama", torch.float32)), ids(1, 6)
+    update = [Patch(weights={"down_proj": LowRank(torch.randn(1, 32, 2) / 4, torch.randn(1, 48, 2) / 4)})] * 3
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    alone = model.model.generate(tokens, **options)
+    for merged in (True, False):
+        expected = tokens
+        for _ in range(8):
+            expected = torch.cat([expected, model(expected, patches=update)[:, -1:].argmax(-1)], 1)
+        with model.patched(update, merged) as plain:
+            found = plain.generate(tokens, **options)
+        assert torch.equal(found, expected[:, : found.shape[1]])
+        assert not torch.equal(found, alone[:, : found.shape[1]])
+    assert torch.equal(model.model.generate(tokens, **options), alone)

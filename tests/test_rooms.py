@@ -97,7 +97,7 @@ WINGS = {
         430 + 150,
     ),
     "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_570),
-    "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 900),
+    "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 970),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),

@@ -120,9 +120,12 @@ class ForeignFFN:
     def hidden(self, z_BTD: Tensor, patch: Patch) -> Tensor:
         """What the output matrix reads under `patch`; of experts (B,T,E·F), times the weights of the chosen."""
         with self.patched(patch):
-            seen = self.call(z_BTD, Patch())
-            h = seen.h if self.experts is None else self.of_experts(seen.h, seen.index, seen.weight)
-        return wide(h).reshape(*z_BTD.shape[:2], -1)
+            return self.units(self.call(z_BTD, Patch()))
+
+    def units(self, seen: Seen) -> Tensor:
+        """The same of a call, while its weights stand."""
+        h = seen.h if self.experts is None else self.of_experts(seen.h, seen.index, seen.weight)
+        return wide(h).reshape(*seen.z.shape[:2], -1)
 
     def __call__(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
         """The output for z (B,T,D) with the weights patched, in at least float32."""

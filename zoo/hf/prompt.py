@@ -113,13 +113,15 @@ class Prompt:
                 states.append((out - wide(seen.f), z, out_ctx))
             if what.input:
                 patch = update_of(ffn, ffn.input_matrices, what, *into.solve(what, ridge, null[0]))
-            for v, z, out_ctx in states:
-                own: dict[str, Any] = {"emitted": Patch(), "emit_without_context": Patch, "v_ctx": v, "z_ctx": z}
-                here = ForeignStates(layer=index, ffn=ffn, out_ctx=out_ctx, v=v, z=z, **own)
-                out_of.add(ffn.hidden(z, patch), here.for_down(patch, here.missing(patch)))
+            with ffn.merged(patch):
+                for v, z, out_ctx in states:
+                    here = ForeignStates(index, ffn, Patch(), Patch, v_ctx=v, z_ctx=z, out_ctx=out_ctx, v=v, z=z)
+                    seen = ffn.call(z, Patch())
+                    out_of.add(ffn.units(seen), here.for_down(Patch(), out_ctx - v - wide(seen.f)))
             patch = patch.merged_with(update_of(ffn, (ffn.output_matrix,), what, *out_of.solve(what, ridge, null[1])))
-            for b, (v, z, _) in enumerate(states):
-                x[b] = ((v + ffn(z, patch)) * ffn.unit).to(x_ctx[b].dtype)
+            with ffn.merged(patch):
+                for b, (v, z, _) in enumerate(states):
+                    x[b] = ((v + ffn(z)) * ffn.unit).to(x_ctx[b].dtype)
             patches.append(patch)
         return patches
 
