@@ -14,7 +14,7 @@ import hf_families as hf
 from hf_families import FAMILIES, POST_NORM, REFUSED, Kept64, build, family, ids, relative
 from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
-from zoo.hf import wrap
+from zoo.hf import network, wrap
 from zoo.lens import static, structure
 from zoo.lens.exact import EXACT_FORMS, exact
 from zoo.lens.patch_file import load_patch, save_patch
@@ -265,3 +265,16 @@ def test_the_model_itself_generates_under_patches() -> None:
         assert torch.equal(found, expected[:, : found.shape[1]])
         assert not torch.equal(found, alone[:, : found.shape[1]])
     assert torch.equal(model.model.generate(tokens, **options), alone)
+
+
+@torch.no_grad()
+def test_the_scale_of_a_norm_changes_by_a_bounded_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(family("Gemma 3"))
+
+    def largest() -> float:
+        patches = [patch for seed in range(8) for patch in model.deltas(ids(seed=100 + seed), 23)]
+        return max(float(patch.weights["post"].rows.abs().max()) for patch in patches)  # type: ignore[attr-defined]
+
+    assert largest() < 15
+    monkeypatch.setattr(network, "SMALLEST", 0.0)
+    assert largest() > 30
