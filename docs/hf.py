@@ -207,7 +207,7 @@ def stacked(folder: str) -> None:
         scores.append(commands.score(goals, [a.logits(tokens) for tokens in held_out]))
         rows.append([", ".join(names), *map(cell, scores)])
         say(" | ".join(rows[-1]))
-    put("stacked", rows)
+        put("stacked", rows)
 
 
 def seconds(work: Callable[[], object], other: Callable[[], object], rounds: int = 7) -> tuple[float, float]:
