@@ -96,6 +96,8 @@ WINGS = {
         [f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults", "test_scale")],
         430 + 150,
     ),
+    "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_570),
+    "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 970),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),
@@ -112,8 +114,8 @@ WINGS = {
     ),
 }
 """What was built onto the house, by files and the most lines of them. Tasks had 1,672 lines before; of the 620 further
-ones 600 were allowed."""
-HOUSE = {"read first": (READ_FIRST, 3_299), "zoo": (["zoo"], 8_475 - 1_672 - 268), "tests": (["tests"], 11_500 - 549)}
+ones 600 were allowed. Of what is read first, 18 lines are what the lens asks of a foreign model."""
+HOUSE = {"read first": (READ_FIRST, 3_299 + 18), "zoo": (["zoo"], 8_475 - 1_672 - 268), "tests": (["tests"], 10_953)}
 
 
 @pytest.mark.parametrize("name", [*HOUSE, *WINGS])

@@ -40,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     report = commands.add_parser("report", help="figures and numbers of one or several checkpoints")
     report.add_argument("runs", nargs="+", metavar="RUN_OR_CKPT", help="run folders (their best checkpoint) or files")
+    report.add_argument("--text", type=Path, metavar="FILE", help="of the folder of a transformers model, MODEL_DIR")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report of the first run)")
 
     figures = commands.add_parser("figures", help="single figures; those of theory need no checkpoint")
@@ -48,15 +49,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     figures.add_argument("--out", type=Path, default=Path("figures"), help="folder (default: %(default)s)")
 
     patch = commands.add_parser("patch", help="turn a context into a patch file")
-    patch.add_argument("checkpoint", metavar="RUN_OR_CKPT")
+    patch.add_argument("checkpoint", metavar="RUN_OR_CKPT", help="or the folder of a transformers model, MODEL_DIR")
     patch.add_argument("--context", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd,y of pairs")
     patch.add_argument("--out", required=True, type=Path, metavar="P.safetensors")
-    patch.add_argument("--form", default="affine", help="vector, matrix, affine or output (default: %(default)s)")
+    patch.add_argument("--form", help="vector, matrix, affine or output (default: affine); MODEL_DIR: also sink-null "
+                       "(default: the best on queries that are neither fitted nor reported)")  # fmt: skip
     patch.add_argument("--samples", type=int, default=256, help="sample queries it is fitted on (default: %(default)s)")
-    patch.add_argument("--ridge", type=float, default=1e-3, help="penalty, relative (default: %(default)s)")
+    patch.add_argument("--ridge", type=float, help="penalty, relative (default: 1e-3; of a MODEL_DIR as --form)")
+    patch.add_argument("--queries", type=Path, metavar="FILE", help="of a MODEL_DIR: sample queries, one on each line")
+    patch.add_argument("--keep-first", type=int, default=1, help="of a MODEL_DIR: how many tokens stay in "
+                       "front of queries, as a sink of attention (default: %(default)s)")  # fmt: skip
+    patch.add_argument("--lora", type=Path, metavar="DIR", help="of a MODEL_DIR: an adapter, too, that peft loads")
+    patch.add_argument("--rank", type=int, help="of that adapter")
 
     apply = commands.add_parser("apply", help="answer queries under a patch file, without the context")
-    apply.add_argument("checkpoint", metavar="RUN_OR_CKPT")
+    apply.add_argument("checkpoint", metavar="RUN_OR_CKPT", help="or the folder of a transformers model, MODEL_DIR")
     apply.add_argument("--patch", required=True, type=Path, metavar="P.safetensors")
     apply.add_argument("--query", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd")
     return parser.parse_args(argv)
@@ -69,8 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return 0
     options = parse(argv)
-    {"report": report, "figures": figures, "patch": patch, "apply": apply}[options.command](options)
+    table: dict[str, Callable[[argparse.Namespace], None]]
+    table = {"report": report, "figures": figures, "patch": patch, "apply": apply}
+    if any(map(foreign, [getattr(options, "checkpoint", ""), *getattr(options, "runs", [])])):
+        from zoo.hf import commands
+
+        table |= {"report": commands.report, "patch": commands.patch, "apply": commands.apply}
+    table[options.command](options)
     return 0
+
+
+def foreign(path: str) -> bool:
+    """Whether this is the folder of a model of `transformers`."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / "checkpoints").exists()
 
 
 def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
@@ -138,14 +156,14 @@ def patch(options: argparse.Namespace) -> None:
         raise ValueError(f"--samples {options.samples} must be at least 1")
     (model,) = load_all([options.checkpoint])[0].values()
     context = read_context(model, options.context)
-    n = len(context)
+    form, ridge, n = options.form or "affine", 1e-3 if options.ridge is None else options.ridge, len(context)
     samples = model.task.sample_queries(context, options.samples, "train")
     held_out = model.task.sample_queries(context, 128, "validation")
-    patches = fit(model.decoder, samples, n, options.form, options.ridge)
+    patches = fit(model.decoder, samples, n, form, ridge)
     error = relative_error(model.decoder, held_out, n, patches)
-    about = {"form": options.form, "ridge": options.ridge, "samples": options.samples, "context": options.context.name}
+    about = {"form": form, "ridge": ridge, "samples": options.samples, "context": options.context.name}
     save_patch(options.out, patches, model, **about, held_out_error=error)
-    print(f"{options.out}: {options.form} patch for {n} context tokens; on other queries its answers are off by")
+    print(f"{options.out}: {form} patch for {n} context tokens; on other queries its answers are off by")
     print(f"{error:.2g} of the variance of the answers with the context (0: the same, 1: no better than their mean)")
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.core.decoder import Decoder, check_tokens
+from zoo.core.decoder import check_tokens
 from zoo.core.delta import InputShift, LowRank
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
@@ -46,11 +46,23 @@ class LayerStates:
             raise ValueError(f"layer {self.layer}: the {what} the FFN are zero for a token, no rank-1 patch exists")
         return state / square
 
+    def missing(self, patch: Patch) -> Tensor:
+        """What the block's output lacks of the contextual one under `patch`, (B,T,D)."""
+        return self.out_ctx - self.v - self.ffn(self.z, patch)
+
+    def for_down(self, patch: Patch, missing_BTD: Tensor) -> Tensor:
+        """What `down` must give more, so that the block's output gains what is missing from it."""
+        return missing_BTD
+
+    def rescaled(self, patch: Patch, goal_BTD: Tensor) -> Patch:
+        """`patch` with what it takes beyond the matrices for the FFN to give `goal`: nothing, if no norm follows it."""
+        return patch
+
     def with_down(self, patch: Patch, missing_BTD: Tensor) -> Patch:
         """`patch` and the rank-1 update of `down`, the smallest, that adds what is missing from the block's output."""
         column_BTF = self.along("hidden units of", self.ffn.hidden(self.z, patch))
-        rank_1 = LowRank(missing_BTD.unsqueeze(-1), column_BTF.unsqueeze(-1))
-        return patch.merged_with(Patch(weights={"down": rank_1}))
+        rank_1 = LowRank(self.for_down(patch, missing_BTD).unsqueeze(-1), column_BTF.unsqueeze(-1))
+        return patch.merged_with(Patch(weights={self.ffn.output_matrix: rank_1}))
 
 
 def shear_and_down(states: LayerStates) -> Patch:
@@ -60,8 +72,21 @@ def shear_and_down(states: LayerStates) -> Patch:
     return states.with_down(patch, states.v_ctx - states.v)
 
 
+def kept_places(tokens: Tensor, removed: Tensor | int) -> Tensor:
+    """The places (K) of the tokens (B,T,…) that are not marked in `removed`; raises ValueError if there are none."""
+    if isinstance(removed, int):
+        removed = torch.arange(tokens.shape[1], device=tokens.device) < removed
+    if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
+        raise ValueError(
+            f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
+            f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
+        )
+    return (~removed).nonzero().squeeze(1)
+
+
+@singledispatch  # foreign models have passes of their own
 def replace_context(
-    decoder: Decoder,
+    decoder: Any,
     tokens: Tensor,
     removed: Tensor | int,
     patch_of: Callable[[LayerStates], Patch] = shear_and_down,
@@ -74,16 +99,9 @@ def replace_context(
     had. n_context: as in forward, default the number of removed tokens. Raises ValueError where no patch exists.
     """
     check_tokens(tokens, n_context or 0)
-    if isinstance(removed, int):
-        removed = torch.arange(tokens.shape[1], device=tokens.device) < removed
-    if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
-        raise ValueError(
-            f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
-            f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
-        )
-    n_context = int(removed.sum()) if n_context is None else n_context
-    kept = (~removed).nonzero().squeeze(1)
-    n_kept = int((~removed[:n_context]).sum())
+    kept = kept_places(tokens, removed)
+    n_context = tokens.shape[1] - len(kept) if n_context is None else n_context
+    n_kept = int((kept < n_context).sum())
     real = decoder.real(tokens)
     kept_real = None if real is None else real[:, kept]
     full = decoder.layout(tokens.shape[1], n_context, tokens.device, real)

@@ -94,7 +94,7 @@ class FeedForward(nn.Module):
     blocks run where the patch updates weights or backend is "reference", else the chosen ones alone.
     """
 
-    input_matrices = ("gate", "up")
+    input_matrices, output_matrix, matrices = ("gate", "up"), "down", ("gate", "up", "down")
 
     def __init__(self, dim: int, hidden: int, blocks: int = 1, backend: str = "auto"):
         super().__init__()

@@ -59,13 +59,15 @@ class Replaced(Delta):
 def output(states: LayerStates) -> Patch:
     """`down` alone, rank 1: (out_ctx − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
     patch = _alone(states)
-    return states.with_down(patch, _missing(states, patch))
+    return states.with_down(patch, states.missing(patch))
 
 
 def bias(states: LayerStates) -> Patch:
     """A bias of `down` alone, out_ctx − v − FFN(z), a steering vector: what the context adds at this token."""
     patch = _alone(states)
-    return replace(patch, biases={"down": _missing(states, patch)})
+    missing = states.missing(patch)
+    steered = replace(patch, biases={states.ffn.output_matrix: states.for_down(patch, missing)})
+    return states.rescaled(steered, states.ffn(states.z, patch) + missing)
 
 
 def _alone(states: LayerStates) -> Patch:
@@ -73,12 +75,6 @@ def _alone(states: LayerStates) -> Patch:
     routing = states.emit_without_context().routing
     tokens = torch.arange(states.z.shape[1], device=states.z.device)
     return Patch(routing=routing and routing.per_token(tokens), chunk=1)
-
-
-def _missing(states: LayerStates, patch: Patch) -> Tensor:
-    """What the block's output lacks of the contextual one under `patch`, which leaves `down` alone, (B,T,D)."""
-    hidden = states.ffn.hidden(states.z, patch)
-    return states.out_ctx - states.v - states.ffn.linear("down", hidden, Patch())
 
 
 EXACT_FORMS: dict[str, Callable[[LayerStates], Patch]] = {"shear": shear_and_down, "output": output, "bias": bias}

@@ -127,7 +127,7 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     for name, model in models.items():
         tokens, n = example(model, size)
         reduced, sheared = switched(model, tokens, n)
-        layers = [str(layer) for layer in range(model.config.layers)]
+        layers = [str(layer) for layer in range(len(reduced))]
         series = (
             Series("router reads the query alone", layers, reduced.tolist()),
             Series("control: router patched too", layers, sheared.tolist(), control=True),
@@ -190,11 +190,10 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
         tokens, n = example(model, size)
         tokens = tokens[:, : n + queries]
         relative = structure.relative_norms(model, tokens, n).mean((2, 3))
-        layers = [f"layer {layer}" for layer in range(model.config.layers)]
-        panels.append(
-            Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), structure.MATRICES, layers)
-        )
-        down = structure.grid(model, tokens[:4], n)["down"]
+        layers = [f"layer {layer}" for layer in range(len(relative))]
+        names = model.decoder.blocks[-1].ffn.matrices
+        panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), names, layers))
+        down = structure.grid(model, tokens[:4], n)[model.decoder.blocks[-1].ffn.output_matrix]
         panels.append(
             Heat(
                 f"{name}: alignment, last layer, down",

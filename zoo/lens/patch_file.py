@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.config import VERSION, lookup, one_line, show
 from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
 from zoo.files import whole
-from zoo.lens.structure import MATRICES
-from zoo.models import Model
+from zoo.lens.protocol import Subject
 from zoo.training import untrusted
 from zoo.training.validate import like
 
@@ -43,7 +42,7 @@ KINDS: dict[str, tuple[type[Any], dict[str, str]]] = {
 """Kinds and their fields, in order, with axes; names are those of the first file that was written."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """SHA-256 over names, shapes, types and bytes of a model's parameters and persistent buffers, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -52,7 +51,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_patch(path: str | Path, patches: Sequence[Patch], model: Model, **about: Any) -> None:
+def save_patch(path: str | Path, patches: Sequence[Patch], model: Subject, **about: Any) -> None:
     """Writes the patches of all layers, made for `model`, and what is to be known `about` them: form, context, …
 
     about: anything that JSON can hold. The file appears whole or not at all. Raises ValueError for a wrong number of
@@ -84,7 +83,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     return _read(path)[0]
 
 
-def load_patch(path: str | Path, model: Model) -> list[Patch]:
+def load_patch(path: str | Path, model: Subject) -> list[Patch]:
     """The patches of a file, one per layer, on the device of `model`.
 
     Raises ValueError if the file is missing, damaged or foreign, or was made for another model.
@@ -106,8 +105,9 @@ def load_patch(path: str | Path, model: Model) -> list[Patch]:
             layer, _, rest = name.partition(".")
             place, _, field = rest.rpartition(".")
             lookup(layer, records, "layer").setdefault(place, {})[field] = tensor.to(model.device)
+        dtype = next(iter(blocks[0].ffn.dense(Patch()).values())).dtype
         layers = zip(records.items(), blocks, chunks, strict=True)
-        return [_Layer(layer, block.ffn, chunk, counts).patch(own) for (layer, own), block, chunk in layers]
+        return [_Layer(layer, block.ffn, dtype, chunk, counts).patch(own) for (layer, own), block, chunk in layers]
     except Exception as error:  # no file ends in a traceback, whatever the checks let through
         raise ValueError(f"{path} does not hold patches of this zoo: {one_line(error, 300)}") from None
 
@@ -158,10 +158,11 @@ def _tensors(patches: Sequence[Patch]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Makes the patch of one layer; counts: of sequences, and of chunks of each layer, so far."""
+    """Makes the patch of one layer, of type dtype; counts: of sequences, and of chunks of each layer, so far."""
 
     layer: str
     ffn: FeedForward
+    dtype: torch.dtype
     chunk: int | None
     counts: dict[str, int]
 
@@ -170,19 +171,20 @@ class _Layer:
         weights: dict[str, Delta] = {}
         biases: dict[str, Tensor] = {}
         shear = routing = None
+        W = self.ffn.weight(self.ffn.input_matrices[0])
         for place in sorted(records, key=lambda place: (len(place), place)):  # the terms of a sum in their order
             values = records[place]
             match place.split("."):
                 case ["input", "0", "Shear"]:
-                    shear = self.record(place, "Shear", values, self.ffn.gate)
+                    shear = self.record(place, "Shear", values, W)
                 case ["routing"]:
-                    routing = self.record(place, "Routing", values, self.ffn.gate)
-                case ["biases"] if values.keys() <= set(MATRICES):
+                    routing = self.record(place, "Routing", values, W)
+                case ["biases"] if values.keys() <= set(self.ffn.matrices):
                     for name, bias in values.items():
                         self.check(f"biases.{name}", bias, "o", {"o": len(self.ffn.weight(name))})
                     biases = values
                 case ["weights", name, k, kind] if (
-                    name in MATRICES and k in PLACES and kind in KINDS.keys() - {"Routing"}
+                    name in self.ffn.matrices and k in PLACES and kind in KINDS.keys() - {"Routing"}
                 ):
                     delta = self.record(place, kind, values, self.ffn.weight(name))
                     if name in weights and kind != "LowRank":
@@ -211,7 +213,7 @@ class _Layer:
     def check(self, name: str, tensor: Tensor, axes: str, sizes: dict[str, Any]) -> None:
         """Raises ValueError for other types than the model's, numbers that are not finite, sizes of axes other than
         those of `sizes`, which gains what is new, and leading dims (*) that are not as in zoo.core.delta, nor all 1."""
-        name, own = f"{self.layer}.{name}", self.ffn.gate.dtype
+        name, own = f"{self.layer}.{name}", self.dtype
         wide = [own, torch.promote_types(own, torch.float32)]
         dtypes = {"index": [torch.int64], "weight": wide, "logits": wide}
         if tensor.dtype not in dtypes.get(name.rpartition(".")[2], [own]):

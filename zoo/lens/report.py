@@ -14,7 +14,7 @@ from zoo.lens import draw, figures, structure
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
 from zoo.lens.routing import routes
-from zoo.models import Model, flops
+from zoo.models import Model
 
 TRAINED: dict[str, Callable[[Models], Figure]] = {
     "law-residuals": figures.law_residuals,
@@ -45,12 +45,17 @@ def make(name: str, models: Models) -> Figure:
     raise ValueError(f"{name} needs {NEEDS[name][0]} among the checkpoints")
 
 
-def write(models: Models, folder: Path, sources: Mapping[str, Path]) -> dict[str, Any]:
+def write(
+    models: Models,
+    folder: Path,
+    sources: Mapping[str, Path],
+    makers: Mapping[str, Callable[[Models], Figure]] = TRAINED,
+) -> dict[str, Any]:
     """Makes all fitting figures of the models in `folder`, report.md and report.json; returns what the JSON holds."""
     made: list[Figure] = []
-    for name in TRAINED:
-        if fitting(name, models):
-            made.append(make(name, models))
+    for name, maker in makers.items():
+        if shown := fitting(name, models):
+            made.append(maker(shown))
             say(str(draw.save(made[-1], folder)))
     numbers = {name: summary(model) for name, model in models.items()}
     content = {
@@ -70,11 +75,12 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
     tokens, n = example(model, size)
     tokens = tokens[:, : n + 8]
     relative = structure.relative_norms(model, tokens, n).mean((2, 3))
-    name = structure.MATRICES[int(relative[-1].argmax())]
-    update, W = structure.grid(model, tokens[:4], n)[name], model.decoder.blocks[-1].ffn.weight(name)
+    ffn = model.decoder.blocks[-1].ffn
+    name = ffn.matrices[int(relative[-1].argmax())]
+    update, W = structure.grid(model, tokens[:4], n)[name], ffn.weight(name)
     ranks = structure.participation_ratio(torch.linalg.svdvals(update))
     numbers = {
-        "parameters": float(flops.parameters(model)["total"]),
+        "parameters": float(sum(p.numel() for p in model.decoder.parameters())),
         "size of the update, |ΔW|/|W|": float(relative.mean()),
         f"effective rank of ΔW, last layer, {name}": float(ranks.nanmean()),
         f"variance of ΔW between contexts, last layer, {name}": float(structure.context_share(update, W)),

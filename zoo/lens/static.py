@@ -62,6 +62,36 @@ def solve(a: Tensor, y: Tensor, form: Form, ridge: float) -> tuple[LowRank, Tens
     return LowRank(u_or[None], v_ir[None]), bias_o[None]
 
 
+class Moments:
+    """The sums over a stream of samples a (...,i) and y (...,o) from which `solve` has all it needs, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.sums = 0, [torch.zeros(())] * 4
+
+    def add(self, a: Tensor, y: Tensor) -> None:
+        a_Ni, y_No = a.flatten(0, -2).double(), y.flatten(0, -2).double()
+        self.count += len(a_Ni)
+        new = a_Ni.sum(0), y_No.sum(0), a_Ni.mT @ a_Ni, y_No.mT @ a_Ni
+        self.sums = [total.to(part.device) + part for total, part in zip(self.sums, new, strict=True)]
+
+    def solve(self, form: Form, ridge: float, null: Tensor | None = None) -> tuple[LowRank, Tensor]:
+        """As the function `solve`, for ridge > 0; null (k,i): inputs that M must map to zero."""
+        mean_i, mean_o = (total / self.count * form.bias for total in self.sums[:2])
+        gram_ii = self.sums[2] - self.count * mean_i.outer(mean_i)
+        cross_oi = self.sums[3] - self.count * mean_o.outer(mean_i)
+        i = len(gram_ii)
+        penalty = ridge * gram_ii.trace() / max(min(self.count - form.bias, i), 1)
+        if null is not None:
+            basis_ki = torch.linalg.svd(null.double(), full_matrices=False).Vh
+            gram_ii = gram_ii - basis_ki.mT @ (basis_ki @ gram_ii)
+            gram_ii, cross_oi = (t - (t @ basis_ki.mT) @ basis_ki for t in (gram_ii, cross_oi))
+        factor_ii = torch.linalg.cholesky(gram_ii + penalty * torch.eye(i).to(gram_ii))
+        M_oi = torch.cholesky_solve(cross_oi.mT, factor_ii).mT * form.matrix
+        one = torch.eye(min(M_oi.shape)).to(M_oi)
+        u_or, v_ir = (M_oi, one) if len(M_oi) >= i else (one, M_oi.mT)
+        return LowRank(u_or[None], v_ir[None]), (mean_o - M_oi @ mean_i)[None]
+
+
 @torch.no_grad()
 def fit(decoder: Decoder, tokens: Tensor, n_context: int, form: str = "affine", ridge: float = 1e-3) -> list[Patch]:
     """One static patch per layer that stands for the first n_context tokens, which all rows of `tokens` share.
@@ -83,11 +113,12 @@ def fit(decoder: Decoder, tokens: Tensor, n_context: int, form: str = "affine", 
     def patch_of(states: LayerStates) -> Patch:
         ffn = states.ffn
         patch = states.emit_without_context() if reads_query(decoder) else patches[states.layer]
-        for matrices in (ffn.input_matrices, ("down",)) if what.input else (("down",),):
+        output = (ffn.output_matrix,)
+        for matrices in (ffn.input_matrices, output) if what.input else (output,):
             a, y = states.z, states.z_ctx - states.z
-            if matrices == ("down",):
-                a, y = ffn.hidden(states.z, patch), states.out_ctx - states.v - ffn(states.z, patch)
-            update = _update(ffn, matrices, what, *solve(a, y, what, ridge))
+            if matrices == output:
+                a, y = ffn.hidden(states.z, patch), states.for_down(patch, states.missing(patch))
+            update = update_of(ffn, matrices, what, *solve(a, y, what, ridge))
             patches[states.layer] = patches[states.layer].merged_with(update)
             patch = patch.merged_with(update)
         return patch
@@ -131,12 +162,12 @@ def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
     return patches
 
 
-def _update(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:
+def update_of(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:
     """The patch of `matrices` from the map of z to what `z_ctx − z` adds (gate, up), or to the output (down)."""
     weights, biases = {}, {}
     for name in matrices:
         W = ffn.weight(name)
-        u, b = (low_rank.u, bias) if name == "down" else (W.double() @ low_rank.u, bias @ W.double().mT)
+        u, b = (low_rank.u, bias) if name == ffn.output_matrix else (W.double() @ low_rank.u, bias @ W.double().mT)
         if form.matrix:
             weights[name] = LowRank(u.to(W.dtype).contiguous(), low_rank.v.to(W.dtype).contiguous())
         if form.bias:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
-from zoo.models import Model
+from zoo.lens.protocol import Subject
 
-MATRICES = (*FeedForward.input_matrices, "down")
+MATRICES = FeedForward.matrices
 Matrices = dict[str, Tensor]
 """By name, those of one layer."""
 
 
 @torch.no_grad()
-def updates(model: Model, tokens: Tensor, n_context: int) -> Iterator[Matrices]:
+def updates(model: Subject, tokens: Tensor, n_context: int) -> Iterator[Matrices]:
     """Layer by layer, ΔW(context, query) − ΔW(no context, query) of each matrix, (B,Q,o,i): what the first n_context
     tokens do for each of the others. Raises ValueError as zoo.core.exact.replace_context does."""
     query = tokens[:, n_context:]
@@ -31,15 +31,15 @@ def updates(model: Model, tokens: Tensor, n_context: int) -> Iterator[Matrices]:
 
 
 @torch.no_grad()
-def _differences(model: Model, query: Tensor, new: Sequence[Patch], old: Sequence[Patch]) -> Iterator[Matrices]:
+def _differences(model: Subject, query: Tensor, new: Sequence[Patch], old: Sequence[Patch]) -> Iterator[Matrices]:
     """Layer by layer, the matrices under the patches `new` of each query minus those under `old`."""
     for block, *patches in zip(model.decoder.blocks, new, old, strict=True):
         after, before = (block.ffn.dense(patch) for patch in patches)
-        yield {name: (after[name] - before[name]).expand(*query.shape[:2], -1, -1) for name in MATRICES}
+        yield {name: (after[name] - before[name]).expand(*query.shape[:2], -1, -1) for name in after}
 
 
 @torch.no_grad()
-def relative_norms(model: Model, tokens: Tensor, n_context: int) -> Tensor:
+def relative_norms(model: Subject, tokens: Tensor, n_context: int) -> Tensor:
     """|ΔW(context, query) − ΔW(no context, query)| / |W| by layer, matrix (gate, up, down) and query, (L,M,B,Q)."""
     rows = [torch.stack([_norms(layer) for layer in updates(model, row, n_context)]) for row in tokens.split(1)]
     return torch.cat(rows, 2) / _stored_norms(model)[..., None, None]
@@ -49,13 +49,13 @@ def _norms(matrices: Matrices) -> Tensor:
     return torch.stack([torch.linalg.matrix_norm(matrix) for matrix in matrices.values()])
 
 
-def _stored_norms(model: Model) -> Tensor:
+def _stored_norms(model: Subject) -> Tensor:
     """|W| of every FFN matrix, (L,M)."""
-    return torch.stack([_norms({name: block.ffn.weight(name) for name in MATRICES}) for block in model.decoder.blocks])
+    return torch.stack([_norms(block.ffn.dense(Patch())) for block in model.decoder.blocks])
 
 
 @torch.no_grad()
-def increments(model: Model, tokens: Tensor, n_context: int) -> Tensor:
+def increments(model: Subject, tokens: Tensor, n_context: int) -> Tensor:
     """|W_{i+1} − W_i| / |W| of all matrices of a layer as one long vector, for i = 0 … n−1: (n,L,B,Q).
 
     W_i stands for c_1 … c_i at query x, on the stream of its own patched layers: increments have rank 1 in layer 0,
@@ -77,7 +77,7 @@ def participation_ratio(singular: Tensor) -> Tensor:
     return square.sum(-1).square() / square.square().sum(-1)
 
 
-def grid(model: Model, tokens: Tensor, n_context: int) -> Matrices:
+def grid(model: Subject, tokens: Tensor, n_context: int) -> Matrices:
     """The updates of the last layer, (B,Q,o,i), by every context for the queries of the first sequence."""
     queries = tokens[:1, n_context:].expand_as(tokens[:, n_context:])
     shared = torch.cat([tokens[:, :n_context], queries], 1)

@@ -1,0 +1,135 @@
+"""python -m zoo.analyze on a folder of a `transformers` model: a prompt as a patch and a LoRA, and answers under it.
+
+Axes: B queries, T tokens, n tokens of the prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.console import read, say
+from zoo.core.patch import Patch
+from zoo.hf.lora import save_lora
+from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, score
+from zoo.hf.wrapped import Wrapped
+from zoo.lens import report as pages
+from zoo.lens.patch_file import describe, load_patch, save_patch
+
+SAY = 8
+"""Tokens of an answer."""
+PLAIN = ["sink-null"]
+"""Forms that a LoRA holds and that spare the tokens in front."""
+HOW = ("with the patch", "without")
+
+
+def load(folder: str | Path, kind: type[Wrapped] = Wrapped) -> Any:
+    """The model of a folder, wrapped, and its tokenizer: nothing is fetched, no code in it runs, no pickle is read."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise ValueError("models of transformers need it: pip install 'zoo[hf]'") from None
+    own: Any = {"local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **own)
+    return kind(model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, **own))
+
+
+def ids(model: Wrapped, text: str, first: bool = False) -> list[int]:
+    """The tokens of a text; first: with those that the tokenizer puts in front of all."""
+    return model.tokenizer(text, add_special_tokens=first)["input_ids"]
+
+
+def split(queries: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Three fifths to fit on, one to choose on, one to report on, in an order drawn from seed 0."""
+    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0)).tolist()
+    fifth = len(queries) // 5
+    drawn = [queries[k] for k in order]
+    return drawn[: -2 * fifth], drawn[-2 * fifth : -fifth], drawn[-fifth:]
+
+
+def patch(options: argparse.Namespace) -> None:
+    if options.queries is None:
+        raise ValueError("--queries FILE is missing: sample queries of the prompt, one on each line")
+    lines = read(options.queries).splitlines()
+    if len(lines) < 20:
+        raise ValueError(f"{options.queries} holds {len(lines)} queries: 20 at least are split into three parts")
+    if (options.lora is None) != (options.rank is None):
+        raise ValueError("--lora DIR and --rank R come together")
+    forms = [options.form] if options.form else PLAIN if options.lora else list(FORMS)
+    model = load(options.checkpoint)
+    prompt = Prompt(model, torch.tensor(ids(model, read(options.context), first=True)), options.keep_first)
+    samples, others, held_out = (batches(part) for part in split([ids(model, line) for line in lines]))
+    form, ridge, patches = choose(prompt, samples, others, forms, [options.ridge] if options.ridge else RIDGES)
+    rows = compare(prompt, samples, held_out) | {f"{form}, ridge {ridge:g}": judged(prompt, held_out, patches, form)}
+    about = {"form": form, "ridge": ridge, "context": options.context.name, "tokens": len(prompt.tokens)}
+    save_patch(options.out, patches, model, **about, kept=prompt.tokens[: prompt.keep].tolist())
+    if options.lora:
+        held = save_lora(options.lora, model, patches, options.rank)
+        rows[f"LoRA of rank {options.rank}, {options.lora}"] = judged(prompt, held_out, held, "sink-null")
+    say(f"{options.out}: stands for {len(prompt.tokens) - prompt.keep} tokens, {prompt.keep} stay in front of queries")
+    width = max(map(len, rows))
+    say(f"{f'on {sum(map(len, held_out))} held-out queries':{width}}  KL, nats  same first token")
+    for name, (kl, top1) in rows.items():
+        say(f"{name:{width}}  {kl:8.3f}  {top1:.2f}")
+
+
+def judged(prompt: Prompt, queries: Sequence[Tensor], patches: Sequence[Patch], form: str = "") -> Score:
+    """A patch against the prompt; as plain weights, which the kept tokens meet too, where the form spares these."""
+    goals = [prompt.logits(tokens) for tokens in queries]
+    return score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in queries])
+
+
+def compare(prompt: Prompt, samples: Sequence[Tensor], queries: Sequence[Tensor]) -> dict[str, Score]:
+    """What a patch is measured by: nothing, the same words in disorder, a vector, and the prompt."""
+    goals = [prompt.logits(tokens) for tokens in queries]
+    kept, rest = prompt.tokens[: prompt.keep], prompt.tokens[prompt.keep :]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).to(rest.device)
+    wrong = Prompt(prompt.model, torch.cat([kept, rest[order]]), prompt.keep)
+    rows = {
+        "the prompt": score(goals, goals),
+        "no prompt": judged(prompt, queries, [Patch()] * len(prompt.model.decoder.blocks)),
+        "wrong prompt, its tokens in another order": score(goals, [wrong.logits(tokens) for tokens in queries]),
+    }
+    if all(block.ffn.experts is None for block in prompt.model.decoder.blocks):  # which have no place for biases
+        rows["steering vector"] = judged(prompt, queries, prompt.fit(samples, "vector", 1.0))
+    return rows
+
+
+def report(options: argparse.Namespace) -> None:
+    from zoo.hf.reading import FIGURES, Reading
+
+    if options.text is None or len(options.runs) > 1:
+        raise ValueError("a report on a model of transformers takes one MODEL_DIR and --text FILE")
+    source = Path(options.runs[0])
+    model = load(source, Reading)
+    model.about(ids(model, read(options.text)), options.text.name)
+    folder = options.out or source / "report"
+    content = pages.write({source.resolve().name: model}, folder, {source.resolve().name: source}, FIGURES)
+    say(pages.table(content["numbers"]))
+    say(f"\n{len(content['figures'])} figures, report.md and report.json in {folder}")
+
+
+def apply(options: argparse.Namespace) -> None:
+    model = load(options.checkpoint)
+    about, patches = describe(options.patch)["about"], load_patch(options.patch, model)
+    kept, places = about.get("kept"), about.get("tokens")
+    if not isinstance(kept, list) or not isinstance(places, int):
+        raise ValueError(f"{options.patch} does not say which tokens stay in front: it is no patch of a prompt")
+    say(f"patch of {about.get('context', 'an unnamed prompt')}, after {model.tokenizer.decode(kept)!r}", sys.stderr)
+    prompt = Prompt(model, torch.tensor([*kept, *[kept[0] if kept else 0] * (places - len(kept))]), len(kept))
+    for line in read(options.query).splitlines():
+        answers = [_greedy(prompt, ids(model, line), under) for under in (patches, [Patch()] * len(patches))]
+        say("\t".join(f"{how} {model.tokenizer.decode(answer)!r}" for how, answer in zip(HOW, answers, strict=True)))
+
+
+def _greedy(prompt: Prompt, query: list[int], patches: Sequence[Patch]) -> list[int]:
+    tokens = list(query)
+    for _ in range(SAY):
+        tokens.append(int(prompt.logits(torch.tensor([tokens]), patches).argmax()))
+    return tokens[len(query) :]

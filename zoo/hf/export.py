@@ -1,0 +1,215 @@
+"""Checkpoints of the zoo as folders of `transformers`, weight for weight, and Llama folders as decoders of the zoo.
+
+transformer becomes Llama; mixtures of experts become Mixtral, Qwen2-MoE or GLM4-MoE, by how their router weighs.
+Axes: D model, F hidden units of an expert, E routed experts, S shared ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import zoo
+from zoo.config import show
+from zoo.core.decoder import Decoder, Sizes
+from zoo.core.layers import FeedForward
+from zoo.core.norm import RMSNorm
+from zoo.tasks.text.tokenizer import PATTERN, SIGNS, START, Tokenizer
+
+NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+NAMES = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in NAMES.items()}
+BLOCK = {"norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight"}
+BLOCK |= {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
+SHARED = "shared_expert", "shared_experts"
+BEGIN = "<|start|>"
+
+
+def export(path: Any, folder: str | Path) -> None:
+    """Writes the model of a checkpoint or run, as zoo.load takes it, and its tokenizer as a folder that
+    AutoModelForCausalLM and AutoTokenizer read; raises ValueError, naming the option, for what they cannot hold."""
+    model: Any = zoo.load(path)
+    theirs, tokenizer = converted(model), tokenizer_of(model.task.tokenizer)
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def converted(model: Any) -> Any:
+    """The model as one of `transformers`, on the CPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, task = model.config, model.task
+    if not task.has_text or task.n_context or task.independent_queries or model.decoder.filled:
+        raise ValueError(f"task.name={task.config.name} is not running text: there is no such model in transformers")
+    sizes: dict[str, Any] = {
+        "vocab_size": task.vocabulary,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "tie_word_embeddings": config.tied,
+        "max_position_embeddings": task.tokens,
+        "rms_norm_eps": model.decoder.norm.eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.decoder.blocks[0].attention.theta},
+        "bos_token_id": START,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    kind, options = _kind(config)
+    made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **options))
+    ours = dict(model.decoder.named_parameters(remove_duplicate=False))
+    state: dict[str, Tensor] = {theirs: ours[name] for name, theirs in NAMES.items()}
+    for layer, block in enumerate(model.decoder.blocks):
+        own = {theirs: ours[f"blocks.{layer}.{name}"] for name, theirs in BLOCK.items()}
+        router = model.decoder.context_to_delta.routers[layer] if kind != "llama" else None
+        own |= {f"mlp.{name}": tensor for name, tensor in _ffn(kind, config, block.ffn, router).items()}
+        state |= {f"model.layers.{layer}.{name}": tensor for name, tensor in own.items()}
+    made.to(model.decoder.norm.weight.dtype).load_state_dict(state)
+    return made.eval()
+
+
+def _kind(config: Any) -> tuple[str, dict[str, Any]]:
+    """Which architecture holds a family, and its further options."""
+    if config.name == "transformer":
+        return "llama", {"intermediate_size": config.hidden}
+    if config.name != "moe":
+        raise ValueError(f"model={config.name} makes its weights from a context: no architecture of transformers does")
+    wrong = {"score": config.score == "linear", "route_on": config.route_on == "context"}
+    wrong |= {"router": config.router == "uniform", "bias_rate": config.score == "softmax" and config.bias_rate > 0}
+    if found := [f"model.{name}={show(getattr(config, name))}" for name, refused in wrong.items() if refused]:
+        raise ValueError(f"{', '.join(found)} has no place in Mixtral, Qwen2-MoE or GLM4-MoE")
+    routed = {"num_experts_per_tok": config.top_k, "norm_topk_prob": config.renormalise}
+    inner = {"moe_intermediate_size": config.hidden, "intermediate_size": config.hidden}
+    if config.score == "sigmoid":
+        groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0}
+        own = {"use_qk_norm": False, "partial_rotary_factor": 1.0, "attention_bias": False}
+        shared = {"n_routed_experts": config.experts, "n_shared_experts": max(config.shared, 1)}
+        return "glm4_moe", {**routed, **inner, **groups, **own, **shared, "head_dim": config.dim // config.heads}
+    if config.shared or not config.renormalise:
+        shared = {
+            "num_experts": config.experts,
+            "shared_expert_intermediate_size": config.hidden * max(config.shared, 1),
+        }
+        return "qwen2_moe", {**routed, **inner, **shared, "qkv_bias": False, "decoder_sparse_step": 1}
+    sizes = {"intermediate_size": config.hidden, "num_local_experts": config.experts}
+    return "mixtral", {**sizes, "num_experts_per_tok": config.top_k}
+
+
+def _ffn(kind: str, config: Any, ffn: FeedForward, router: Any) -> dict[str, Tensor]:
+    """The weights of one network by their names there."""
+    if kind == "llama":
+        return {"gate_proj.weight": ffn.gate, "up_proj.weight": ffn.up, "down_proj.weight": ffn.down.mT}
+    E, F = config.experts, config.hidden
+    gate, up, down = (W.unflatten(0, (ffn.blocks, -1))[:E] for W in (ffn.gate, ffn.up, ffn.down))
+    weights = {
+        "gate.weight": router.weight,
+        "experts.gate_up_proj": torch.cat([gate, up], 1),
+        "experts.down_proj": down.mT,
+    }
+    if kind != "glm4_moe" and router.bias.any():
+        raise ValueError("model.score=softmax with a selection bias has no place in Mixtral or Qwen2-MoE")
+    if kind == "mixtral":
+        return weights
+    # those that a model without shared experts must have give nothing
+    gate, up, down = (W[E * F :] if config.shared else torch.zeros_like(W[:F]) for W in (ffn.gate, ffn.up, ffn.down))
+    name, twice = (SHARED[1], 1) if kind == "glm4_moe" else (SHARED[0], 2)  # its gate of zero gives one half
+    own = {"gate_proj": gate, "up_proj": up, "down_proj": twice * down.mT}
+    weights |= {f"{name}.{matrix}.weight": W for matrix, W in own.items()}
+    if kind == "glm4_moe":
+        return {**weights, "gate.e_score_correction_bias": router.bias}
+    return {**weights, "shared_expert_gate.weight": torch.zeros(1, config.dim)}
+
+
+def tokenizer_of(ours: Tokenizer) -> Any:
+    """The tokenizer as a fast one of `transformers`, with the start of a document before each text."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    spelled = ["".join(chr(SIGNS.get(byte, byte)) for byte in token) for token in ours.spelled]
+    vocabulary = {text: index for index, text in enumerate(spelled) if text}
+    merges = [[spelled[a], spelled[b]] for a, b in ours.merges]
+    # what bytes of more than one letter are to us, letters from 128 on are here
+    pattern = {"Regex": PATTERN.replace(r"\x80-\xff", r"\x{80}-\x{10ffff}")}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": pattern}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    own = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    first = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    file = {
+        "added_tokens": [{"id": START, "content": BEGIN, **own}],
+        "pre_tokenizer": ours.words or {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [first, texts[0]],
+            "pair": [first, *texts],
+            "special_tokens": {BEGIN: {"id": BEGIN, "ids": [START], "tokens": [BEGIN]}},
+        },
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {**vocabulary, BEGIN: START}, "merges": merges, "ignore_merges": ours.whole},
+    }
+    made = tokenizers.Tokenizer.from_str(json.dumps(file))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BEGIN, clean_up_tokenization_spaces=False)
+
+
+PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None), "hidden_act": ("silu",)}
+"""Options of a Llama and their values here."""
+
+
+def import_llama(folder: str | Path) -> Decoder:
+    """The Llama model of a folder as a decoder of the zoo, which the lens reads: of safetensors, one or several, tied
+    or not. Raises ValueError, naming it, for an option that the zoo's decoder does not have."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (files := sorted(folder.glob("*.safetensors"))):
+        raise ValueError(f"{folder} holds no config.json with *.safetensors: other formats are not read")
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    D, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    found = {name: config.get(name) for name, values in PLAIN.items() if name in config and config[name] not in values}
+    if config.get("model_type") != "llama":
+        found["model_type"] = config.get("model_type")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        found["rope_scaling"] = rope
+    if config.get("head_dim") not in (None, D // heads):
+        found["head_dim"] = config["head_dim"]
+    if found:
+        named = ", ".join(f"{name}={show(value)}" for name, value in found.items())
+        raise ValueError(f"{folder}: {named} is not of the zoo's decoder")
+    tied, V = bool(config.get("tie_word_embeddings")), config["vocab_size"]
+    layers, kv_heads = config["num_hidden_layers"], config.get("num_key_value_heads")
+    sizes = Sizes(D, layers, heads, kv_heads, config["intermediate_size"], tied)
+    tokens = {"vocabulary": V, "token_dim": None, "output_dim": V, "n_context": 0}
+    with torch.device("meta"):
+        decoder = Decoder(sizes, SimpleNamespace(**tokens, independent_queries=False, filled=False))
+    theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
+    for module in decoder.modules():
+        if isinstance(module, RMSNorm):
+            module.eps = config.get("rms_norm_eps", 1e-6)
+    for block in decoder.blocks:
+        block.attention.theta = theta
+    names = {theirs: ours for ours, theirs in NAMES.items()}
+    for layer in range(sizes.layers):
+        own = BLOCK | {f"ffn.{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+        names |= {f"model.layers.{layer}.{theirs}": f"blocks.{layer}.{ours}" for ours, theirs in own.items()}
+    state: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name not in names:
+                    raise ValueError(f"{file.name}: {show(name)} is no weight of a Llama of {sizes.layers} layers")
+                tensor = opened.get_tensor(name)
+                state[names[name]] = (tensor.mT if name.endswith("down_proj.weight") else tensor).contiguous()
+    if tied:
+        state["head.weight"] = state.get("embedding.weight", torch.empty(0))
+    for name, parameter in decoder.named_parameters(remove_duplicate=False):
+        if name not in state or state[name].shape != parameter.shape:
+            shape = tuple(state[name].shape) if name in state else "missing"
+            raise ValueError(f"{folder}: {name} must be of shape {tuple(parameter.shape)}, it is {shape}")
+    decoder.load_state_dict(state, assign=True)
+    if tied:
+        decoder.head.weight = decoder.embedding.weight
+    return decoder.requires_grad_(False).eval()

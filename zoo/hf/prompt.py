@@ -1,0 +1,161 @@
+"""A prompt as one patch for all queries: fitted on samples, its form chosen on others, judged on yet others.
+
+Samples pass in batches, layer by layer: what is kept of each query token are four states of the stream, of a layer sums
+of products. The first tokens of the prompt stay in front of every query, since trained models use them as a sink of
+attention (Xiao et al. 2023, arXiv 2309.17453): without them, patches have to make up for its loss too.
+Axes: N query tokens, B queries of one length, T tokens of a query, n tokens of the prompt, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.config import lookup
+from zoo.core.patch import Patch
+from zoo.hf.ffn import wide
+from zoo.hf.network import ForeignStates
+from zoo.hf.wrapped import Wrapped
+from zoo.lens.static import STATIC_FORMS, Moments, update_of
+
+FORMS = STATIC_FORMS | {"sink-null": STATIC_FORMS["matrix"]}
+"""Of a patch of a prompt; sink-null: a matrix that maps the states of the kept tokens to zero: plain weights leave them
+alone."""
+RIDGES = (0.03, 0.3)
+ROWS = 64
+
+
+def batches(queries: Iterable[Sequence[int]], device: Any = None) -> list[Tensor]:
+    """Queries of equal length as tokens (B,T), ROWS at most in each."""
+    lengths: dict[int, list[Sequence[int]]] = {}
+    for query in queries:
+        lengths.setdefault(len(query), []).append(query)
+    rows = [torch.tensor(same, device=device) for _, same in sorted(lengths.items())]
+    return [part for same in rows for part in same.split(ROWS)]
+
+
+@dataclass
+class Prompt:
+    """The caches of a prompt (n) and of its first tokens, `keep` of them, after which queries run."""
+
+    model: Wrapped
+    tokens: Tensor
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        if not 0 <= self.keep < n:
+            raise ValueError(f"keep_first={self.keep} must lie between 0 and the {n} tokens of the prompt, less one")
+        with torch.no_grad():
+            self.full = self._prefill(self.tokens, None)
+            self.kept = self._prefill(self.tokens[: self.keep], None)
+
+    def _prefill(self, tokens: Tensor, patches: Sequence[Patch] | None) -> Any:
+        from transformers import DynamicCache
+
+        if not len(tokens):
+            return None
+        cache = DynamicCache(config=self.model.model.config)
+        self.model(tokens[None], patches=patches, past_key_values=cache)
+        return cache
+
+    def places(self, queries_BT: Tensor) -> Tensor:
+        """Where the tokens of queries stand, (T)."""
+        return torch.arange(queries_BT.shape[1], device=queries_BT.device) + len(self.tokens)
+
+    @torch.no_grad()
+    def logits(self, queries_BT: Tensor, patches: Sequence[Patch] | None = None, plain: bool = False) -> Tensor:
+        """Of the token after each query, (B,V): after the whole prompt, or after its kept tokens under patches, which
+        plain weights apply to these too."""
+        cache = copy.deepcopy(self.full if patches is None else self.kept)
+        if plain and patches and self.keep:
+            cache = self._prefill(self.tokens[: self.keep], patches)
+        named = {}
+        if cache is not None:
+            cache.batch_repeat_interleave(len(queries_BT))
+            named = {"past_key_values": cache}
+        return self.model(queries_BT, added=patches, positions=self.places(queries_BT), **named)[:, -1]
+
+    def sink(self, index: int) -> tuple[Tensor, Tensor]:
+        """What the network of a layer, and its output matrix, read at the kept tokens: (k,D) and (k,F)."""
+        places = torch.arange(self.keep, device=self.tokens.device)
+        z = wide(self.model.decoder.step(index, self.tokens[None, : self.keep], None, places, None)[1].z)
+        return z[0], self.model.decoder.blocks[index].ffn.hidden(z, Patch())[0]
+
+    @torch.no_grad()
+    def fit(self, samples: Sequence[Tensor], form: str = "sink-null", ridge: float = 0.1) -> list[Patch]:
+        """One static patch per layer that stands for the prompt on sample queries, batches of tokens (B,T), all of
+        whose tokens count alike. Raises ValueError for an unknown form, a ridge that is not positive, or no samples."""
+        what, network = lookup(form, FORMS, "form of a patch of a prompt"), self.model.decoder
+        if not ridge > 0:
+            raise ValueError(f"ridge={ridge} must be above 0")
+        if not samples:
+            raise ValueError("no sample queries to fit a patch on")
+        x_ctx: list[Any] = [None] * len(samples)
+        x: list[Any] = [None] * len(samples)
+        patches = []
+        for index, block in enumerate(network.blocks):
+            ffn: Any = block.ffn
+            null = self.sink(index) if form == "sink-null" and self.keep else (None, None)
+            states, into, out_of, patch = [], Moments(), Moments(), Patch()
+            for b, tokens in enumerate(samples):
+                places = self.places(tokens)
+                _, seen_ctx, out_ctx, x_ctx[b] = network.step(index, tokens, x_ctx[b], places, self.full)
+                _, seen, out, _ = network.step(index, tokens, x[b], places, self.kept)
+                z_ctx, z = wide(seen_ctx.z), wide(seen.z)
+                if what.input:
+                    into.add(z, z_ctx - z)
+                states.append((out - wide(seen.f), z, out_ctx))
+            if what.input:
+                patch = update_of(ffn, ffn.input_matrices, what, *into.solve(what, ridge, null[0]))
+            with ffn.merged(patch):
+                for v, z, out_ctx in states:
+                    here = ForeignStates(index, ffn, Patch(), Patch, v_ctx=v, z_ctx=z, out_ctx=out_ctx, v=v, z=z)
+                    seen = ffn.call(z, Patch())
+                    out_of.add(ffn.units(seen), here.for_down(Patch(), out_ctx - v - wide(seen.f)))
+            patch = patch.merged_with(update_of(ffn, (ffn.output_matrix,), what, *out_of.solve(what, ridge, null[1])))
+            with ffn.merged(patch):
+                for b, (v, z, _) in enumerate(states):
+                    x[b] = ((v + ffn(z)) * ffn.unit).to(x_ctx[b].dtype)
+            patches.append(patch)
+        return patches
+
+
+class Score(NamedTuple):
+    """Mean KL in nats from the prompted model to another at the token after a query, and how often both name the same
+    token first."""
+
+    kl: float
+    top1: float
+
+
+def score(goals: Sequence[Tensor], logits: Iterable[Tensor]) -> Score:
+    """Of logits against those of the prompted model, both by batch."""
+    kl, same = [], []
+    for goal, other in zip(goals, logits, strict=True):
+        p, q = (wide(t).log_softmax(-1) for t in (goal, other))
+        kl.append((p.exp() * (p - q)).sum(-1))
+        same.append((p.argmax(-1) == q.argmax(-1)).double())
+    return Score(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
+
+
+def choose(
+    prompt: Prompt, samples: Sequence[Tensor], others: Sequence[Tensor], forms: Iterable[str], ridges: Iterable[float]
+) -> tuple[str, float, list[Patch]]:
+    """The form and the ridge, of these, whose patch, fitted on the samples, has the least KL on other queries."""
+    goals = [prompt.logits(tokens) for tokens in others]
+    best: tuple[float, str, float, list[Patch]] | None = None
+    for form in forms:
+        for ridge in ridges if lookup(form, FORMS, "form of a patch of a prompt").matrix else (1.0,):
+            patches = prompt.fit(samples, form, ridge)
+            kl = score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in others]).kl
+            if best is None or kl < best[0]:
+                best = kl, form, ridge, patches
+    if best is None:
+        raise ValueError("no form to choose from")
+    return best[1:]
