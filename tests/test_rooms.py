@@ -89,14 +89,12 @@ KNOWN = {*READ_FIRST, OPTIM, DECODING, "zoo/models/__init__.py"}
 HYBRIDS = [path.stem for path in (ROOT / "zoo/models").glob("*.py") if f"zoo/models/{path.name}" not in KNOWN]
 OWN_TASKS = ("base", "markov", "modules", "noise", "recall", "regression")
 TASKS = {path.stem for path in (ROOT / "zoo/tasks").glob("*.py")} - {*OWN_TASKS, "__init__"}
+OF_DEVICES = ("processes", "test_devices", "test_faults", "test_scale")
 WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 192),
     "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385 + 45),
-    "tests of several devices": (
-        [f"tests/{name}.py" for name in ("processes", "test_devices", "test_faults", "test_scale")],
-        430 + 150,
-    ),
-    "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_570),
+    "tests of several devices": ([f"tests/{name}.py" for name in OF_DEVICES], 430 + 150),
+    "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_575),
     "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 970),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
@@ -114,8 +112,8 @@ WINGS = {
     ),
 }
 """What was built onto the house, by files and the most lines of them. Tasks had 1,672 lines before; of the 620 further
-ones 600 were allowed. Of what is read first, 18 lines are what the lens asks of a foreign model."""
-HOUSE = {"read first": (READ_FIRST, 3_299 + 18), "zoo": (["zoo"], 8_475 - 1_672 - 268), "tests": (["tests"], 10_953)}
+ones 600 were allowed."""
+HOUSE = {"read first": (READ_FIRST, 3_299), "zoo": (["zoo"], 8_475 - 1_672 - 268), "tests": (["tests"], 11_500 - 549)}
 
 
 @pytest.mark.parametrize("name", [*HOUSE, *WINGS])

@@ -46,22 +46,10 @@ class LayerStates:
             raise ValueError(f"layer {self.layer}: the {what} the FFN are zero for a token, no rank-1 patch exists")
         return state / square
 
-    def missing(self, patch: Patch) -> Tensor:
-        """What the block's output lacks of the contextual one under `patch`, (B,T,D)."""
-        return self.out_ctx - self.v - self.ffn(self.z, patch)
-
-    def for_down(self, patch: Patch, missing_BTD: Tensor) -> Tensor:
-        """What `down` must give more, so that the block's output gains what is missing from it."""
-        return missing_BTD
-
-    def rescaled(self, patch: Patch, goal_BTD: Tensor) -> Patch:
-        """`patch` with what it takes beyond the matrices for the FFN to give `goal`: nothing, if no norm follows it."""
-        return patch
-
     def with_down(self, patch: Patch, missing_BTD: Tensor) -> Patch:
         """`patch` and the rank-1 update of `down`, the smallest, that adds what is missing from the block's output."""
         column_BTF = self.along("hidden units of", self.ffn.hidden(self.z, patch))
-        rank_1 = LowRank(self.for_down(patch, missing_BTD).unsqueeze(-1), column_BTF.unsqueeze(-1))
+        rank_1 = LowRank(missing_BTD.unsqueeze(-1), column_BTF.unsqueeze(-1))
         return patch.merged_with(Patch(weights={self.ffn.output_matrix: rank_1}))
 
 
@@ -77,10 +65,8 @@ def kept_places(tokens: Tensor, removed: Tensor | int) -> Tensor:
     if isinstance(removed, int):
         removed = torch.arange(tokens.shape[1], device=tokens.device) < removed
     if removed.shape != tokens.shape[1:2] or removed.dtype != torch.bool or removed.all():
-        raise ValueError(
-            f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; "
-            f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
-        )
+        got = f"got {removed.dtype} of shape {tuple(removed.shape)}, {int(removed.sum())} removed"
+        raise ValueError(f"removed must be a boolean mask of {tokens.shape[1]} tokens that keeps at least one; {got}")
     return (~removed).nonzero().squeeze(1)
 
 

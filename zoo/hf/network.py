@@ -25,6 +25,7 @@ from zoo.core.exact import LayerStates, kept_places, replace_context, shear_and_
 from zoo.core.patch import Patch, Routing
 from zoo.hf.ffn import POST, Seen, first, wide
 from zoo.hf.probe import Place, ffn_of, layers_of
+from zoo.lens.exact import for_down, rescaled
 
 Visit = Callable[..., Any]
 """Stands in the place of a layer: visit(index, forward, *args, **named) returns what forward(*args, **named) would."""
@@ -42,32 +43,36 @@ class ForeignStates(LayerStates):
 
     ffn: Any
 
-    def for_down(self, patch: Patch, missing_BTD: Tensor) -> Tensor:
-        """What the output matrix must give more, (B,T,D), so that the output gains what is missing. Behind a norm of
-        scale m no sum does that: a direction is chosen from which a change of m, `scales`, gets there."""
-        post = self.ffn.post
-        if post is None:
-            return missing_BTD
-        y = wide(self.ffn.call(self.z, patch).y)
-        n, m = _unit(y), wide(post.weight) + int(self.ffn.one_plus)
-        size = m.square().mean()
-        t = n + missing_BTD * m / (m.square() + 0.05 * size)
-        least = SMALLEST * missing_BTD.abs() / size.sqrt()  # else the scale that is needed has no bound
-        t = torch.where(t.abs() < least, torch.where(t < 0, -least, least), t)
-        return y.square().mean(-1, keepdim=True).sqrt() * _unit(t) - y
-
     def with_down(self, patch: Patch, missing_BTD: Tensor) -> Patch:
-        down = super().with_down(patch, missing_BTD)
-        return down if self.ffn.post is None else self.rescaled(down, self.ffn(self.z, patch) + missing_BTD)
+        down = super().with_down(patch, for_down(self, patch, missing_BTD))
+        return down if self.ffn.post is None else rescaled(self, down, self.ffn(self.z, patch) + missing_BTD)
 
-    def rescaled(self, patch: Patch, goal_BTD: Tensor) -> Patch:
-        if self.ffn.post is None:
-            return patch
-        f, goal = self.ffn(self.z, patch), goal_BTD
-        if ((f == 0) & (goal != 0)).any():
-            raise ValueError(f"layer {self.layer}: the norm behind the FFN has a scale of zero, no patch exists")
-        rows = torch.where(f == 0, 1.0, goal / f)
-        return replace(patch, weights={**patch.weights, POST: Scale(rows, torch.ones_like(rows))})
+
+@for_down.register
+def _(states: ForeignStates, patch: Patch, missing_BTD: Tensor) -> Tensor:
+    """Behind a norm of scale m no sum gives what is missing: a direction is chosen from which another m, `rescaled`,
+    does."""
+    post = states.ffn.post
+    if post is None:
+        return missing_BTD
+    y = wide(states.ffn.call(states.z, patch).y)
+    n, m = _unit(y), wide(post.weight) + int(states.ffn.one_plus)
+    size = m.square().mean()
+    t = n + missing_BTD * m / (m.square() + 0.05 * size)
+    least = SMALLEST * missing_BTD.abs() / size.sqrt()  # else the scale that is needed has no bound
+    t = torch.where(t.abs() < least, torch.where(t < 0, -least, least), t)
+    return y.square().mean(-1, keepdim=True).sqrt() * _unit(t) - y
+
+
+@rescaled.register
+def _(states: ForeignStates, patch: Patch, goal_BTD: Tensor) -> Patch:
+    if states.ffn.post is None:
+        return patch
+    f = states.ffn(states.z, patch)
+    if ((f == 0) & (goal_BTD != 0)).any():
+        raise ValueError(f"layer {states.layer}: the norm behind the FFN has a scale of zero, no patch exists")
+    rows = torch.where(f == 0, 1.0, goal_BTD / f)
+    return replace(patch, weights={**patch.weights, POST: Scale(rows, torch.ones_like(rows))})
 
 
 def _unit(x: Tensor) -> Tensor:

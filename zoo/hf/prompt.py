@@ -21,6 +21,7 @@ from zoo.core.patch import Patch
 from zoo.hf.ffn import wide
 from zoo.hf.network import ForeignStates
 from zoo.hf.wrapped import Wrapped
+from zoo.lens.exact import for_down
 from zoo.lens.static import STATIC_FORMS, Moments, update_of
 
 FORMS = STATIC_FORMS | {"sink-null": STATIC_FORMS["matrix"]}
@@ -117,7 +118,7 @@ class Prompt:
                 for v, z, out_ctx in states:
                     here = ForeignStates(index, ffn, Patch(), Patch, v_ctx=v, z_ctx=z, out_ctx=out_ctx, v=v, z=z)
                     seen = ffn.call(z, Patch())
-                    out_of.add(ffn.units(seen), here.for_down(Patch(), out_ctx - v - wide(seen.f)))
+                    out_of.add(ffn.units(seen), for_down(here, Patch(), out_ctx - v - wide(seen.f)))
             patch = patch.merged_with(update_of(ffn, (ffn.output_matrix,), what, *out_of.solve(what, ridge, null[1])))
             with ffn.merged(patch):
                 for b, (v, z, _) in enumerate(states):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import singledispatch
 
 import torch
 from torch import Tensor
@@ -59,15 +60,32 @@ class Replaced(Delta):
 def output(states: LayerStates) -> Patch:
     """`down` alone, rank 1: (out_ctx − v − FFN(z)) hᵀ/|h|² with h the hidden units of the query alone."""
     patch = _alone(states)
-    return states.with_down(patch, states.missing(patch))
+    return states.with_down(patch, missing(states, patch))
 
 
 def bias(states: LayerStates) -> Patch:
     """A bias of `down` alone, out_ctx − v − FFN(z), a steering vector: what the context adds at this token."""
     patch = _alone(states)
-    missing = states.missing(patch)
-    steered = replace(patch, biases={states.ffn.output_matrix: states.for_down(patch, missing)})
-    return states.rescaled(steered, states.ffn(states.z, patch) + missing)
+    more_BTD = missing(states, patch)
+    steered = replace(patch, biases={states.ffn.output_matrix: for_down(states, patch, more_BTD)})
+    return rescaled(states, steered, states.ffn(states.z, patch) + more_BTD)
+
+
+def missing(states: LayerStates, patch: Patch) -> Tensor:
+    """What the block's output lacks of the contextual one under `patch`, (B,T,D)."""
+    return states.out_ctx - states.v - states.ffn(states.z, patch)
+
+
+@singledispatch  # a norm behind the FFN, as foreign models have, asks for more of the next two
+def for_down(states: LayerStates, patch: Patch, missing_BTD: Tensor) -> Tensor:
+    """What the output matrix must give more, (B,T,D), so that the block's output gains what is missing from it."""
+    return missing_BTD
+
+
+@singledispatch
+def rescaled(states: LayerStates, patch: Patch, goal_BTD: Tensor) -> Patch:
+    """`patch` with what it takes beyond matrices and biases for the FFN to give `goal`."""
+    return patch
 
 
 def _alone(states: LayerStates) -> Patch:

@@ -23,6 +23,7 @@ from zoo.core.delta import LowRank
 from zoo.core.exact import LayerStates, replace_context
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
+from zoo.lens.exact import for_down, missing
 
 
 class Form(NamedTuple):
@@ -117,7 +118,7 @@ def fit(decoder: Decoder, tokens: Tensor, n_context: int, form: str = "affine", 
         for matrices in (ffn.input_matrices, output) if what.input else (output,):
             a, y = states.z, states.z_ctx - states.z
             if matrices == output:
-                a, y = ffn.hidden(states.z, patch), states.for_down(patch, states.missing(patch))
+                a, y = ffn.hidden(states.z, patch), for_down(states, patch, missing(states, patch))
             update = update_of(ffn, matrices, what, *solve(a, y, what, ridge))
             patches[states.layer] = patches[states.layer].merged_with(update)
             patch = patch.merged_with(update)

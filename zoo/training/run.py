@@ -78,9 +78,7 @@ def train(
         stack.enter_context(taken(folder, bool(saved)))
         engine.loggers = [*map(guarded, log.begun(folder, stack) if own is None else own)]
         if engine.is_global_zero:
-            say(summary.opening(network, engine, folder))
-            for line in news:
-                say(line)
+            say("\n".join([summary.opening(network, engine, folder), *news]))
             if saved:
                 more = ", its last; optim.steps=N trains it longer" * (saved["global_step"] == network.optim.steps)
                 say(f"continues at step {saved['global_step']} of {network.optim.steps}{more}")
@@ -128,11 +126,10 @@ def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
 
 def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict[str, Any]:
     """Tests the best checkpoint and writes what came out."""
-    folder = keeper.folder
     if engine.is_global_zero and engine.global_step < model.optim.steps:
         say(f"stopped at step {engine.global_step}; {keeper.left()}")
     try:
-        tested = checkpoint.find(folder, "last" if keeper.best is None else "best")
+        tested = checkpoint.find(keeper.folder, "last" if keeper.best is None else "best")
         model.load_state_dict(checkpoint.read(tested)["state_dict"])
         engine.test(model, test, verbose=False)
         where = {**placement(engine), "memory_bytes": results.peak_memory(engine.strategy.root_device)}
@@ -141,10 +138,10 @@ def _test(model: Model, test: Stream, engine: L.Trainer, keeper: Keeper) -> dict
         metrics = results.numbers(engine, model, test, engine.global_step, keeper.seconds, where, **said)
         sequences = results.by_sequence(model, test)
         if engine.is_global_zero:
-            results.save(folder / "metrics.json", metrics, sequences, folder / "test.npz")
-            write(folder / "card.md", card(metrics, model.task))
+            results.save(keeper.folder / "metrics.json", metrics, sequences, keeper.folder / "test.npz")
+            write(keeper.folder / "card.md", card(metrics, model.task))
             try:
-                summary.curve(folder, summary.title(metrics), model.task.unit, model.task.baselines())
+                summary.curve(keeper.folder, summary.title(metrics), model.task.unit, model.task.baselines())
             except Exception as error:
                 warn(f"curve.png failed: {describe(error)}")
             say(summary.closing(metrics))
