@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from hydra.core.plugins import Plugins
 
 import test_cli
 from runs import same_weights, saved
-from test_cli import FEW, LONG, SHORT, TINY, TRAIN, Answer, finish, wait_for
+from test_cli import FEW, LONG, SHORT, TINY, TRAIN, Answer, command, finish, wait_for  # noqa: F401
 
 pytestmark = pytest.mark.processes
 SLOW = [*LONG, "optim.steps=30", "validate_every=5", "validation_batches=20", "trainer.timeout=0.25"]
@@ -142,6 +145,21 @@ def test_processes_that_torchrun_starts_as_two_nodes(tmp_path: Path) -> None:
         finish(node)
     assert [path.name for path in (tmp_path / "runs/moe-regression").iterdir()] == ["both"]
     assert test_cli.metrics_of(tmp_path / "runs/moe-regression/both")["devices"] == 2
+
+
+def test_what_stops_a_sweep_waits_for_its_job(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    launcher = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_launcher.BasicLauncher"]
+    told = lambda *arguments, **options: signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore  # noqa: E731
+    monkeypatch.setattr(launcher, "launch", told)
+    assert command("-m", "seed=0,1").code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train = runpy.run_path(str(TRAIN))
+    for stop, ended in ((KeyboardInterrupt(), 0), (train["console"].Interrupted("", 15), 1)):  # a terminal tells both
+        job = Mock(**{"wait.side_effect": [stop, 0]})
+        monkeypatch.setattr(subprocess, "Popen", lambda words, job=job: job)
+        with pytest.raises(type(stop)):
+            train["elsewhere"]([])
+        assert (job.wait.call_count, job.terminate.call_count) == (2, ended)
 
 
 def test_processes_that_slurm_starts(tmp_path: Path) -> None:
