@@ -24,8 +24,7 @@ class Routing:
 
     def scales(self, blocks: int) -> Tensor:
         """s by block, (*,T,E): the weight of each chosen block, zero elsewhere."""
-        zeros = self.weight.new_zeros(*self.index.shape[:-1], blocks)
-        return zeros.scatter_add(-1, self.index, self.weight)
+        return self.weight.new_zeros(*self.index.shape[:-1], blocks).scatter_add(-1, self.index, self.weight)
 
     def per_token(self, tokens: Tensor, chunk: int | None = None) -> Routing:
         return Routing(*(picked(t, tokens, chunk).unsqueeze(2) for t in (self.index, self.weight, self.logits)))

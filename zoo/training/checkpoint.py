@@ -81,8 +81,7 @@ def read(path: Path, resume: bool = False) -> dict[str, Any]:
     Raises ValueError for files that are not ours or damaged, or that hold options, names, weights or states unknown
     here."""
     try:
-        reader = shipped if path.suffix == ".safetensors" else untrusted
-        checkpoint = _at_schema(reader.contents(path))
+        checkpoint = _at_schema((shipped if path.suffix == ".safetensors" else untrusted).contents(path))
         model = validate.model(checkpoint)
         return validate.state(checkpoint, model) if resume else checkpoint
     except Exception as error:  # damaged files, and families of somebody else, fail in many ways
