@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ def added(argument: str) -> str:
     option = re.fullmatch(r"(\w+)(\..*)?", key)
     if option and option[1] != "hydra" and (option[2] or not (CONF / option[1]).is_dir()):
         key = f"++{key}"
+    if key in ("hydra.sweep.dir", "hydra.run.dir") and value.startswith("~"):  # which shells leave as it is there
+        value = str(home(value))
     if not parsed(f"{key}={value}") and not value.startswith(("[", "{", "'", '"')):
         value = quoted(value)
     return f"{key}={value}"
@@ -65,7 +68,9 @@ def reason(error: Exception) -> str:
     """One line on a mistake in the command line."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group} {show(name)} does not exist{did_you_mean(name, error.options)}"
+        extra = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}.get(name, "")
+        install = f"; it comes with python -m pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+        return f"{group} {show(name)} does not exist{install or did_you_mean(name, error.options)}"
     if not isinstance(error, HYDRAS):
         return console.describe(error)
     text = one_line(f"{error} {error.__cause__ or ''}").partition(" See http")[0].replace("'++", "'")
@@ -133,7 +138,7 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
                 config["resume"], place = out, [f"resume={quoted(out)}"]
     if folder and (str(config.get("trainer", {}).get("devices", 1)) != "1" or (config["resume"] and not place)):
         # the processes of a job repeat its command line, which must not be the sweep
-        code = subprocess.run([sys.executable, __file__, *HydraConfig.get().overrides.task, *place]).returncode
+        code = elsewhere([*HydraConfig.get().overrides.task, *place])
         if not code and place:
             metrics = json.loads(Path(config["out"], "metrics.json").read_text(encoding="utf-8"))
             scores.append(metrics["test"].get(metrics["main_metric"]))
@@ -145,6 +150,19 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
     metrics = train(trainer=trainer, **config)
     scores.append(metrics["test"].get(metrics["main_metric"]))
     return 0
+
+
+def elsewhere(words: list[str]) -> int:
+    """The exit code of this command with other words, in a process of its own; what stops the sweep waits for its
+    checkpoint."""
+    process = subprocess.Popen([sys.executable, __file__, *words])
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, console.Interrupted) as stop:
+        if isinstance(stop, console.Interrupted):  # a terminal sends Ctrl-C to both
+            process.terminate()
+        process.wait()
+        raise
 
 
 def arguments_of(line: list[str]) -> list[str]:
@@ -176,12 +194,20 @@ def sweep_of(arguments: list[str]) -> list[str]:
     return [*own, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
 
 
+def stopped(number: int, frame: Any) -> None:
+    raise console.Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+
 def start() -> int:
     sys.argv[1:] = arguments = arguments_of(sys.argv[1:])
+    sweep = bool({"-m", "--multirun"} & {*arguments})
+    if sweep:  # else the processes of a launcher would go on without it
+        before = signal.signal(signal.SIGTERM, stopped)
     try:
         main()
     finally:
-        if {"-m", "--multirun"} & {*arguments}:
+        if sweep:
+            signal.signal(signal.SIGTERM, before)
             dirs = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
             for folder in dirs[-1:]:
                 end_of_sweep(Path(folder.strip("\"'")))

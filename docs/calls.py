@@ -1,6 +1,6 @@
 """Calls of torch's operators that a generated token takes: each family, and Llama of `transformers`.
 
-    python docs/calls.py          # a minute; the table of docs/performance.md
+python docs/calls.py          # a minute; the table of docs/performance.md
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What weights can hold of a context: patches of many users in one batch, contexts longer than trained, patches added.
 
+    rm -r docs/results/prompts docs/results/haystack docs/results/incontext    # their numbers: else nothing is trained
     python docs/results.py run prompts haystack incontext     # trains the models, into runs/results
     python docs/memory.py [users] [added] [longer]      # five minutes each; tables, and docs/figures/longer.png
 

@@ -3,6 +3,8 @@
     python docs/results.py run [EXPERIMENT…]   # trains what is missing, resumes what was stopped, then writes the page
     python docs/results.py                     # writes the page from docs/results/, in seconds
 
+What is missing is what docs/results/ lacks, and a clone lacks nothing: delete docs/results/NAME to train NAME anew.
+
 A run is `python train.py experiment=NAME WORDS seed=SEED`; of it docs/results/ keeps test.npz and metrics.json, without
 the paths of the machine. `python -m zoo.compare docs/results/NAME --out DIR` shows more of an experiment.
 """
@@ -147,7 +149,8 @@ def run(names: list[str]) -> None:
     """Trains what docs/results/ lacks, one run after the other; one that fails is said, and left out."""
     missing = [job for job in jobs(names) if not (KEPT / job[0] / job[1] / "metrics.json").exists()]
     hours = sum(EXPERIMENTS[name].seconds for name, _, _ in missing) / 3600
-    say(f"{len(missing)} runs, about {hours:.1f} hours on one core")
+    advice = "" if missing else f": {KEPT} has them all; delete their folders there to train them anew"
+    say(f"{len(missing)} runs, about {hours:.1f} hours on one core{advice}")
     for name, folder, words in missing:
         out = RUNS / name / folder
         if not (out / "metrics.json").exists():
@@ -242,7 +245,9 @@ def page(text: str) -> str:
 
 
 def main(words: list[str]) -> None:
-    if words[:1] == ["run"]:
+    if words and (words[0] != "run" or {*words[1:]} - {*EXPERIMENTS}):
+        sys.exit(f"{' '.join(words)}: write run, and some of {', '.join(EXPERIMENTS)}; or nothing")
+    if words:
         run(words[1:] or [*EXPERIMENTS])
     text = page(PAGE.read_text(encoding="utf-8"))
     write(PAGE, text)

@@ -62,8 +62,8 @@ def test_a_run_that_validates_nothing_is_tested_at_its_end(tmp_path: Path) -> No
     assert again["test"] == metrics["test"]
 
 
-@pytest.mark.parametrize("option", ["fast_dev_run", "limit_train_batches", "overfit_batches"])
-def test_options_that_would_keep_no_checkpoint_are_refused(tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize("option", ["fast_dev_run", "limit_train_batches", "limit_test_batches", "overfit_batches"])
+def test_options_that_others_decide_are_refused(tmp_path: Path, option: str) -> None:
     with pytest.raises(ValueError, match=f"trainer.{option} is decided by the option"):
         small(tmp_path / "run", trainer={option: 2})
     assert not (tmp_path / "run").exists()

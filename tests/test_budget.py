@@ -29,8 +29,7 @@ def test_a_width_that_fits_is_the_best_one(family: str, budget: str) -> None:
     def off(hidden: int) -> float:
         return abs(MEASURES[budget][1](validate.build({**options, "model": {**model, "hidden": hidden}})) - wanted)
 
-    best = off(model["hidden"])
-    assert best == min(off(model["hidden"] + step) for step in (-4, 0, 4))
+    assert off(model["hidden"]) == min(off(model["hidden"] + step) for step in (-4, 0, 4))
     assert f"model.hidden={model['hidden']}: " in said
     assert "the default transformer" in said
 
@@ -41,13 +40,11 @@ def test_a_run_that_fits_another(tmp_path: Path) -> None:
     reference = flops.parameters(zoo.load(tmp_path / "reference"))["active"]
     assert metrics["params_active"] == pytest.approx(reference, rel=0.05)  # 4 units of a width of 20
     assert metrics["config"]["model"]["hidden"] == 20
-    said = one_line(lambda: small(tmp_path / "none", budget="params", budget_of=str(tmp_path / "absent")))
-    assert "absent" in said
+    assert "absent" in one_line(lambda: small(tmp_path / "none", budget="params", budget_of=str(tmp_path / "absent")))
 
 
 def test_a_model_that_is_too_large_without_its_ffn() -> None:
-    options = {**OPTIONS, "model": {"name": "hypernet", "code_dim": 400}}
-    said = one_line(lambda: fitted(options, "params", None))
+    said = one_line(lambda: fitted({**OPTIONS, "model": {"name": "hypernet", "code_dim": 400}}, "params", None))
     assert said.startswith("budget=params: hypernet has 384,384 parameters without an FFN, of the 123,648 of")
 
 

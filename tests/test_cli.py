@@ -107,6 +107,7 @@ WRONG = [
     ("model=hypernett", "model 'hypernett' does not exist; did you mean hypernet?"),
     ("debug=fats", "debug 'fats' does not exist; did you mean fast?"),
     ("logger=cvs", "logger 'cvs' does not exist"),
+    ("logger=csv logger.project=mine", "logger.project, offline and id need logger=wandb, not csv"),
     ("model=moe model.top_k=5", "model.top_k=5 exceeds model.experts=4"),
     ("trainer.strategy=ddp_spawn trainer.accelerator=cpu", "ddp_spawn' loses what its processes trained; take ddp"),
     ("trainer.min_steps=abc", "trainer.min_steps is decided by the option optim.steps"),
@@ -375,8 +376,7 @@ def test_a_job_of_a_sweep_over_two_processes(sweep: tuple[Path, Answer]) -> None
 
 @pytest.mark.slow
 def test_a_sweep_with_wandb_without_account(tmp_path: Path) -> None:
-    arguments = ["-m", "model=transformer,moe", "debug=fast", *TINY, *SHORT, "logger=wandb"]
-    finish(start(*arguments, cwd=tmp_path))
+    finish(start("-m", "model=transformer,moe", "debug=fast", *TINY, *SHORT, "logger=wandb", cwd=tmp_path))
     folders = sorted(path.parent for path in tmp_path.rglob("metrics.json"))
     assert [metrics_of(folder)["model"] for folder in folders] == ["moe", "transformer"]  # by name
     # a wandb run of its own in each run folder, and nowhere else

@@ -50,8 +50,8 @@ def test_errors_of_sequences_are_those_of_the_test(run: Path, tmp_path: Path, ta
         metrics["test"][metrics["main_metric"]], rel=1e-5
     )
     model = zoo.load(folder)
-    one = model.task.batch("test", 1, 8).rows(3, 1)  # sequence 11, alone
-    value = model.task.evaluate(model, one)[metrics["main_metric"]]
+    one = model.task.evaluate(model, model.task.batch("test", 1, 8).rows(3, 1))  # sequence 11, alone
+    value = one[metrics["main_metric"]]
     assert (float(value.detach().mean()), value.numel()) == pytest.approx((main_N[11], weight_N[11]), rel=1e-4)
 
 
@@ -71,7 +71,11 @@ def test_another_test(run: Path) -> None:
         (["task.point=4"], "task.point is not an option of RegressionConfig; did you mean points?"),
         (["optim.lr=1"], "'optim.lr' is no option of a test"),
         (["task.name=text"], "'task.name' is no option of a test"),
-        (["test_batches=0"], "test_batches"),
+        (["test_batches=1.5", "seed=x"], "must be of type int"),
+        (["test_batches=0"], "test_batches=0 must be above 0"),
+        (["task=text"], "task='text' must be of type dict"),
+        (["task.points=[1"], "task.points=[1 cannot be read: while parsing"),
+        (["absent/seed=3"], "no checkpoint at absent/seed=3"),
         (["--name", "../x"], "--name '../x' must be letters"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
+from hydra.core.plugins import Plugins
 
 import test_cli
 from runs import same_weights, saved
-from test_cli import FEW, LONG, SHORT, TINY, TRAIN, Answer, finish, wait_for
+from test_cli import FEW, LONG, SHORT, TINY, TRAIN, Answer, command, finish, wait_for  # noqa: F401
 from zoo.devices.faults import OTHER, STARTER, Lost, explained
 
 pytestmark = pytest.mark.processes
@@ -169,6 +172,21 @@ def test_of_those_that_lost_their_parent_one_says_so(
     child: Any = SimpleNamespace(launcher=None, local_rank=rank)
     with pytest.raises(raised, match=OTHER if raised is Lost else "1"), explained(child, lambda: "go on"):
         raise dist.DistError("Connection closed by peer")
+
+
+def test_what_stops_a_sweep_waits_for_its_job(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    launcher = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_launcher.BasicLauncher"]
+    told = lambda *arguments, **options: signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore  # noqa: E731
+    monkeypatch.setattr(launcher, "launch", told)
+    assert command("-m", "seed=0,1").code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train = runpy.run_path(str(TRAIN))
+    for stop, ended in ((KeyboardInterrupt(), 0), (train["console"].Interrupted("", 15), 1)):  # a terminal tells both
+        job = Mock(**{"wait.side_effect": [stop, 0]})
+        monkeypatch.setattr(subprocess, "Popen", lambda words, job=job: job)
+        with pytest.raises(type(stop)):
+            train["elsewhere"]([])
+        assert (job.wait.call_count, job.terminate.call_count) == (2, ended)
 
 
 @chain

@@ -48,8 +48,7 @@ def test_half_of_the_combinations_are_in_the_test_alone() -> None:
     assert {len(each) for each in unseen} == {2, 3}
     assert {(k,) for k in range(6)} < seen
     assert test.group.tolist() == [0, 1] * 1000
-    other = {*chosen(modules(held_out=0.2).batch("train", 0, 2000).tokens)}
-    assert len(other) == 33
+    assert len({*chosen(modules(held_out=0.2).batch("train", 0, 2000).tokens)}) == 33
     assert len({*chosen(task("modules", seed=1).batch("train", 0, 2000).tokens)} & trained) < 21  # drawn anew
 
 

@@ -35,6 +35,12 @@ def test_a_run_is_that_of_its_command_and_names_no_machine(path: Path) -> None:
     assert path.with_name("test.npz").stat().st_size < 100_000
 
 
+def test_words_that_are_none() -> None:
+    for words in (["incontext"], ["run", "incontext", "nonsense"]):
+        with pytest.raises(SystemExit, match="write run, and some of incontext, "):
+            MADE["main"](words)
+
+
 def test_every_system_of_a_kept_experiment_has_its_seeds() -> None:
     kept = {path.parts[-3:-1] for path in KEPT}
     for experiment in {experiment for experiment, _ in kept}:

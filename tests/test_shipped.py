@@ -22,8 +22,7 @@ def test_each_has_its_card_and_predicts(name: str) -> None:
     assert (model.task.config.name, model.config.name) == (task, family)
     path = shipped.WEIGHTS / f"{name}.safetensors"
     assert path.stat().st_size < 1.5e6
-    card = path.with_suffix(".md").read_text()
-    assert all(f"**{part}.**" in card for part in ("Data", "Command", "Limits"))
+    assert all(f"**{part}.**" in path.with_suffix(".md").read_text() for part in ("Data", "Command", "Limits"))
     with torch.no_grad():
         if task == "text":
             text = "The people of the United States, in order to form a more perfect union"
@@ -32,8 +31,7 @@ def test_each_has_its_card_and_predicts(name: str) -> None:
             assert float(loss) < 0.5 * torch.log(torch.tensor(257.0))
         else:
             batch = model.task.batch("test", 0, 64)
-            error = model.task.token_losses(model(batch.tokens, batch.n_context), batch).mean() / 3
-            assert float(error) < 0.01
+            assert float(model.task.token_losses(model(batch.tokens, batch.n_context), batch).mean() / 3) < 0.01
 
 
 def test_a_misspelt_name_has_a_close_one() -> None:

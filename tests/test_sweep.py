@@ -47,6 +47,7 @@ def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(
     answer = command(*asked, "validate_every=3")  # what is complete is another run
     assert answer.code == 1
     assert answer.err.count("validate_every is 2 in the checkpoint, 3 asked") == 4
+    assert answer.out.count("failed; holds an earlier run") == 4
 
 
 def test_failures_in_processes_of_their_own_count(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -68,13 +69,12 @@ def test_failures_in_processes_of_their_own_count(command: Any, monkeypatch: pyt
     assert (answer.code, len(*returns)) == (1, 2)
     assert re.findall(r"^(\S+) +failed$", answer.out, re.M) == ["optim.lr=-1", "optim.lr=-2"]
     failed = runpy.run_path(str(TRAIN))["failed"]
-    complete = JobReturn(status=JobStatus.COMPLETED, _return_value=math.nan)  # no number, but no mistake
-    assert [*failed([[complete]])] == [*failed(None)] == []
+    # no number, but no mistake
+    assert [*failed([[JobReturn(status=JobStatus.COMPLETED, _return_value=math.nan)]])] == [*failed(None)] == []
 
 
 def test_the_folder_of_a_finished_run_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    assert runpy.run_path(str(TRAIN))["added"]("hydra.sweep.dir=~/a") == f"hydra.sweep.dir={tmp_path}/a"
     metrics = small(tmp_path / "run")
-    found = finished({"out": "~/run"})
-    assert found
-    assert found["test"] == metrics["test"]
+    assert (finished({"out": "~/run"}) or {})["test"] == metrics["test"]

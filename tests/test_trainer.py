@@ -85,7 +85,7 @@ def test_a_file_starts_no_more_processes_than_there_are_devices() -> None:
 
 @pytest.mark.parametrize("devices", [2, "auto", -1, [0, 1], None])
 def test_what_runs_were_begun_with_is_taken_up_again(devices: Any) -> None:
-    entry = {"devices": devices, "limit_val_batches": None, "limit_test_batches": 0.5}
+    entry = {"devices": devices, "limit_val_batches": 0.5, "timeout": None}
     assert of_trainer({}, entry) == entry
     assert of_trainer({"num_nodes": 2}, {"num_nodes": 1}) == {"num_nodes": 2}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import console
-from zoo.config import plain, require_positive, show
+from zoo.config import from_dict, one_line, plain, show
 from zoo.console import say
 
 EPILOG = """Words with = are options of the test: task.NAME, seed, test_batches or optim.batch_size, as of train.py; the
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="+", metavar="RUN|OPTION=VALUE", help="runs, checkpoints or sweeps, and options")
     parser.add_argument("--name", help="of the result (default: made of the options)")
     arguments = parser.parse_args(argv)
-    words = [word for word in arguments.words if "=" in word and not Path(word).exists()]
+    words = [word for word in arguments.words if re.match(r"[\w.]+=", word) and not Path(word).exists()]
     runs = [word for word in arguments.words if word not in words]
     if not runs:
         parser.error("no run is named")
@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--name {show(name)} must be letters, digits and . = , - _: give a short one")
     from omegaconf import OmegaConf
 
-    asked = plain(OmegaConf.to_container(OmegaConf.from_dotlist(words)))
+    try:
+        asked = plain(OmegaConf.to_container(OmegaConf.from_dotlist(words)))
+    except Exception as error:  # those of OmegaConf and of YAML have no common kind
+        raise ValueError(f"{' '.join(words)} cannot be read: {one_line(error, 200)}") from None
     sweeps = [sorted(path.parent for path in Path(run).glob("*/checkpoints")) or [run] for run in runs]
     for job in (job for jobs in sweeps for job in jobs):
         metrics = evaluate(str(job), asked, name)
@@ -48,32 +51,32 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     from zoo.records import results, shipped
     from zoo.training import checkpoint, validate
     from zoo.training.data import Stream
+    from zoo.training.options import RunConfig
 
-    task, optim = (asked.get(group, {}) for group in ("task", "optim"))
-    others = [*(asked.keys() - {*OPTIONS}), *(f"optim.{key}" for key in optim.keys() - {"batch_size"})]
-    if others or "name" in task:
+    own = from_dict(RunConfig, {key: asked[key] for key in asked.keys() & {*OPTIONS}}, "")
+    others = [*(asked.keys() - {*OPTIONS}), *(f"optim.{key}" for key in own.optim.keys() - {"batch_size"})]
+    if others or "name" in own.task:
         known = "task.OPTION, seed, test_batches and optim.batch_size"
         raise ValueError(f"{show(others[0] if others else 'task.name')} is no option of a test, which has {known}")
     file = checkpoint.find(run, "best")
     saved = checkpoint.read(file)
     options, run_options = saved["hyper_parameters"], saved["zoo"].get("config", {})
-    if task:  # other data than those of training, maybe
+    if own.task:  # other data than those of training, maybe
         saved["task"].pop("corpus", None)
     try:
         model = validate.build(
             {
                 "model": options["model"],
-                "task": {**options["task"], **task},
-                "optim": {**options["optim"], **optim},
-                "seed": asked.get("seed", options["seed"]),
+                "task": {**options["task"], **own.task},
+                "optim": {**options["optim"], **own.optim},
+                "seed": own.seed if "seed" in asked else options["seed"],
             }
         )
         model.on_load_checkpoint(saved)
         model.load_state_dict(validate.like(saved["state_dict"], model.state_dict(), "state_dict"))
     except ValueError as error:
         raise ValueError(f"{file} cannot be tested so: {error}") from None
-    batches = asked.get("test_batches", run_options.get("test_batches", 20))
-    require_positive("", test_batches=batches)
+    batches = own.test_batches if "test_batches" in asked else run_options.get("test_batches", 20)
     quiet()
     model.task.prepare()
     test = Stream(model.task, "test", model.optim.batch_size, batches)

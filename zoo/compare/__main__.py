@@ -20,8 +20,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="run folders, or folders of some")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    help_text = "compare evaluations/NAME of each run, of python -m zoo.evaluate, in place of its own test"
-    parser.add_argument("--evaluation", metavar="NAME", help=help_text)
+    parser.add_argument("--evaluation", metavar="NAME", help="compare evaluations/NAME of each run, not its own test")
     options = parser.parse_args(argv)
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out {options.out} is a file: name a folder")
@@ -51,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     for ending, text in {"md": report.markdown(), "csv": report.csv(), "json": report.json()}.items():
         write(out / f"table.{ending}", text)
     say(report.markdown())
+    for name in ("curves", "curves-1", "curves-2", "curves-3", "layers"):
+        for ending in ("png", "json"):  # of what was compared here before
+            (out / f"{name}.{ending}").unlink(missing_ok=True)
     for figure in all_figures(systems):
         draw.save(figure, out)
     write(out / "index.html", report.html())

@@ -43,8 +43,7 @@ class Report:
         self.facts, self.references = systems[0].runs[0].metrics, references(systems)
         self.errors = {system.label: system.error() for system in systems}
         self.costs = {system.label: {name: system.number(name) for name in COSTS} for system in systems}
-        runs = sum(len(system.runs) for system in systems)
-        self.title = f"{len(systems)} systems on {self.facts['task']}, {runs} runs"
+        self.title = f"{len(systems)} systems on {self.facts['task']}, {sum(len(x.runs) for x in systems)} runs"
 
     def main(self) -> Cells:
         """A row for each system, then one for each answer that needs no model."""

@@ -36,7 +36,8 @@ def table(folder: Path, failed: set[str]) -> str:
             best = f"{min(losses):.4g}" if losses else ""
             rows.append((run.name, str(metrics["steps"]), f"{metrics['seconds']:.0f}", size, best, test))
         except (OSError, ValueError, KeyError, TypeError):
-            rows.append((run.name, "", "", "", "", "failed" if run.name in failed else "not complete"))
+            how = "failed" + "; holds an earlier run" * (run / "metrics.json").is_file()
+            rows.append((run.name, "", "", "", "", how if run.name in failed else "not complete"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(["", f"{folder}: {len(runs)} runs", *lines])

@@ -21,7 +21,7 @@ from zoo.config import flat, show
 ELSEWHERE = {"seed", "out", "resume", "logger", "trainer", "placement", "task", "log_every", "budget", "budget_of"}
 """Options of a run that do not say which system it is: that of the task is the same for all."""
 BODY = {f"model.{name}" for name in ("dim", "layers", "heads", "kv_heads", "tied")}  # of every family
-BUDGETS = ("steps", "tokens", "precision", "accelerator", "devices")  # which a fair comparison has alike, or says
+BUDGETS = ("steps", "tokens", "precision", "accelerator", "devices", "seed")  # alike in a fair comparison, or said
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def values(runs: list[Run], others: list[Run] | None = None) -> np.ndarray:
     weights = [run.weight_N for run in runs if run.weight_N is not None]
     if len(errors) < len(every) or len({*map(len, errors)}) > 1:
         errors, weights = [np.array([run.error]) for run in every], [np.ones(1)] * S
-    errors_SN = np.stack(errors[:S]) - (np.stack(errors[S:]) if others else 0)
-    return weighted(errors_SN, np.stack(weights))
+    return weighted(np.stack(errors[:S]) - (np.stack(errors[S:]) if others else 0), np.stack(weights))
 
 
 def compare(systems: list[System]) -> list[Difference]:
@@ -112,11 +111,8 @@ def group(runs: list[Run]) -> list[System]:
                 both = f"{other.folder} and {run.folder} are the same system with the same seed, {run.seed}"
                 raise ValueError(f"{both}: name one of them")
         alike.append(run)
-    labels = _labels([json.loads(identity) for identity in members])
-    found = [
-        System(label, sorted(same, key=lambda run: run.seed))
-        for label, same in zip(labels, members.values(), strict=True)
-    ]
+    labelled = zip(_labels([json.loads(identity) for identity in members]), members.values(), strict=True)
+    found = [System(label, sorted(same, key=lambda run: run.seed)) for label, same in labelled]
     return sorted(found, key=lambda system: float(np.mean([run.error for run in system.runs])))
 
 
@@ -161,7 +157,7 @@ def notes(systems: list[System]) -> list[str]:
         for system in systems:
             for value in sorted({show(run.metrics.get(name)).strip("'") for run in system.runs}):
                 labels[value].append(system.label)
-        if len(labels) > 1:
+        if len(labels) > 1 and (name != "seed" or min(map(len, labels.values())) < len(systems)):
             parts = [f"{value} ({', '.join(those)})" for value, those in labels.items()]
             said.append(f"Unequal {name}: {'; '.join(parts)}")
     few = [f"{system.label} ({len(system.runs)})" for system in systems if len(system.runs) < ENOUGH]

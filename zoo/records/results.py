@@ -87,8 +87,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU, or that this process had on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def commit() -> str | None:

@@ -87,7 +87,7 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         file, saved = _longer(file, saved, steps)
         options["optim"]["steps"] = steps
     elif changed:
-        but = "; ".join([*changed.values(), "trainer, logger, optim.steps and the place of text may change"])
+        but = "; ".join([*changed.values(), "trainer, logger, a larger optim.steps and the place of text may change"])
         raise ValueError(f"resume={asked.resume} continues a run as it was begun, but {but}")
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
 
@@ -109,7 +109,7 @@ def _longer(file: Path, saved: dict[str, Any], steps: int) -> tuple[Path, dict[s
 STORED: dict[str, Any] = {
     **dict.fromkeys(("accelerator", "precision", "strategy"), str | None),
     **dict.fromkeys(("benchmark", "sync_batchnorm", "detect_anomaly", "enable_progress_bar"), bool | None),
-    **dict.fromkeys(("limit_val_batches", "limit_test_batches", "timeout"), int | float | None),
+    **dict.fromkeys(("limit_val_batches", "timeout"), int | float | None),
     "deterministic": bool | str | None,
     "devices": int | list | str | None,
 }
@@ -152,6 +152,8 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         if self.id is not None and not re.fullmatch(r"[\w-][\w.-]{0,100}", self.id):  # wandb names files by it
             raise ValueError(f"logger.id={show(self.id)} must be letters, digits, -, _ and .")
+        if self.name != "wandb" and replace(self, name="wandb") != LoggerConfig("wandb"):
+            raise ValueError(f"logger.project, offline and id need logger=wandb, not {self.name}")
 
     def begun(self, folder: Path, stack: ExitStack) -> list[Logger]:
         """The loggers, started before anything could be lost, and ended by `stack`; raises ValueError for one that

@@ -37,6 +37,7 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),
         **dict.fromkeys(("min_steps", "min_epochs", "limit_train_batches"), (None, "optim.steps")),
+        "limit_test_batches": (None, "test_batches"),
         "fast_dev_run": (False, "optim.steps (debug=fast: a run of 4)"),
         "overfit_batches": (0.0, "overfit"),
         "accumulate_grad_batches": (optim.accumulate, "optim.accumulate"),

@@ -129,6 +129,5 @@ def like(value: Any, ours: Any, where: str) -> Any:
     else:
         fits = type(value) is type(ours) in (int, bool, str) and not (type(ours) is int and value < 0)
     if not fits:
-        kind = KINDS.get(type(ours), f"a finite {show(ours)}")
-        raise ValueError(f"{where} must be {kind}, got {show(value)}")
+        raise ValueError(f"{where} must be {KINDS.get(type(ours), f'a finite {show(ours)}')}, got {show(value)}")
     return value
