@@ -93,8 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs that nobody disturbed, by each strategy, one after the other by one pair of processes."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "all.py").write_text(ALL)
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "all.py", *SLOW]
-    finish(start("-m", *command, cwd=folder))
+    finish(start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "all.py", *SLOW, cwd=folder))
     return folder
 
 

@@ -211,10 +211,9 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
 def balance_loss(routing: Routing, counted: Tensor | None, share_E: Tensor, score: str) -> Tensor:
     """E Σ_e f_e p_e, 1 at balance for any K (Fedus et al. 2021, arXiv 2101.03961); p: mean probability of experts; f:
     share of choices in the whole step before, of all parts and processes (Qiu et al. 2025, arXiv 2501.11873)."""
-    logits = routing.logits
-    score_EN = SCORES["sigmoid" if score == "sigmoid" else "softmax"](logits.flatten(0, -2).mT)
+    score_EN = SCORES["sigmoid" if score == "sigmoid" else "softmax"](routing.logits.flatten(0, -2).mT)
     p_EN = score_EN / score_EN.sum(0)
-    f_p_BT = (share_E.to(logits) @ p_EN).view(logits.shape[:-1])
+    f_p_BT = (share_E.to(p_EN) @ p_EN).view(routing.logits.shape[:-1])
     return len(share_E) * mean_of(f_p_BT, counted)
 
 

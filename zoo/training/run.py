@@ -50,15 +50,14 @@ def train(
         if given:
             options[group] = {"name": given} if isinstance(given, str) else given
     config, saved = of_run(plain(options))
-    before = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}})
-    news = []
+    before, news = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}}), list[str]()
     if config.budget and not saved:
         fit, line = fitted(vars(config), config.budget, config.budget_of)
         config, news = replace(config, model=fit), [line]
     arguments = of_trainer(trainer or {}, before["trainer"])
     own = logger if isinstance(logger, list) else None
-    named = {"name": logger} if isinstance(logger, str) else logger or {}
-    log = of_logger({} if own is not None else named, before["logger"])  # type: ignore[arg-type]
+    named = {"name": logger} if isinstance(logger, str) else {} if own else logger or {}
+    log = of_logger(named, before["logger"])  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     network = _model(config, saved)
