@@ -2,6 +2,7 @@
 
     python docs/results.py run [EXPERIMENT…]   # trains what is missing, resumes what was stopped, then writes the page
     python docs/results.py                     # writes the page from docs/results/, in seconds
+    python docs/results.py rates SWEEP…        # keeps what sweeps of rates found (multirun/tune_text), writes the page
 
 What is missing is what docs/results/ lacks, and a clone lacks nothing: delete docs/results/NAME to train NAME anew.
 
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +33,14 @@ from zoo.console import say
 from zoo.files import to_json, write
 from zoo.lens.draw import save
 from zoo.lens.routing import information
+from zoo.training.callbacks import read_rows
 
 HERE = Path(__file__).parent
 PAGE, KEPT, RUNS = HERE / "results.md", HERE / "results", Path("runs/results")
 FAMILIES = ("transformer", "hypernet", "moe", "hyper_moe", "merged_experts", "fast_weights")
 WHOLE = "model.emission=full model.matrices=[gate,up] model.dim=32 model.hidden=32 model.code_dim=32 model.layers=1"
+TUNED = {"merged_experts": 0.006, "fast_weights": 0.012}
+"""The rates of AdamW that the sweep of docs/results/tune_text.json chose, where it is not .024."""
 EXPERTS = "model=moe model.experts=8 model.hidden=16"
 
 
@@ -109,8 +114,8 @@ EXPERIMENTS = {
     "families": Experiment(
         90,
         {
-            **{family: f"model={family}" for family in FAMILIES},
-            "hypernet-constant": "model=hypernet model.code=constant",
+            **{family: f"model={family} optim.lr={TUNED.get(family, 0.024)}" for family in FAMILIES},
+            "hypernet-constant": "model=hypernet model.code=constant optim.lr=0.024",
         },
     ),
     "prompts": Experiment(
@@ -121,7 +126,7 @@ EXPERIMENTS = {
             "hypernet-attends": "model=hypernet model.attend_context=true",
         },
     ),
-    "haystack": Experiment(120, {family: f"model={family}" for family in ("fast_weights", "transformer", "hypernet")}),
+    "haystack": Experiment(60, {family: f"model={family}" for family in ("transformer", "fast_weights", "hypernet")}),
     "overwrites": Experiment(
         60,
         {
@@ -235,20 +240,51 @@ def draw(text: str) -> None:
         say(str(save(figure, HERE / "figures")))
 
 
+def keep_rates(sweep: Path) -> None:
+    """Keeps the lowest validation loss of each run of a sweep of rates, by family and rates."""
+    found: dict[str, dict[str, float]] = {}
+    for file in sorted(sweep.glob("*/metrics.json")):
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        optim, rows = metrics["config"]["optim"], read_rows(file.with_name("metrics.jsonl"))
+        lowest = min(row["validation_loss"] for row in rows if "validation_loss" in row)
+        found.setdefault(metrics["model"], {})[f"{optim['muon_lr']:g} {optim['lr']:g}"] = round(lowest, 5)
+    if len({*map(len, found.values())}) != 1 or not {*FAMILIES} <= {*found}:
+        sys.exit(f"{sweep}: not every family has a run at every rate; start the sweep again, it makes up for them")
+    write(KEPT / f"{sweep.name}.json", to_json(found, 1) + "\n")
+
+
+def rates(name: str) -> str:
+    """The validation loss of each family by the rates of Muon and AdamW, as Markdown; the lowest in bold."""
+    found = json.loads((KEPT / f"{name}.json").read_text(encoding="utf-8"))
+    columns = list(found["transformer"])
+    rows = [["Muon, AdamW", *(column.replace(" ", ", ") for column in columns)], ["---"] * (len(columns) + 1)]
+    for family in FAMILIES:
+        losses = found[family]
+        best = min(losses.values())
+        rows.append([family, *(f"{'**' * (x == best)}{x:.4g}{'**' * (x == best)}" for x in map(losses.get, columns))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def page(text: str) -> str:
-    """The page with the tables of every experiment between its marks."""
+    """The page with the tables of every experiment, and of every sweep of rates, between their marks."""
+    for mark, make in (("results", tables), ("rates", rates)):
 
-    def made(match: re.Match[str]) -> str:
-        return f"<!-- results: {match[1]} -->\n{tables(match[1])}\n<!-- /results -->"
+        def made(match: re.Match[str], mark: str = mark, make: Callable[[str], str] = make) -> str:
+            return f"<!-- {mark}: {match[1]} -->\n{make(match[1])}\n<!-- /{mark} -->"
 
-    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- /results -->", made, text, flags=re.DOTALL)
+        text = re.sub(rf"<!-- {mark}: (\w+) -->\n.*?<!-- /{mark} -->", made, text, flags=re.DOTALL)
+    return text
 
 
 def main(words: list[str]) -> None:
-    if words and (words[0] != "run" or {*words[1:]} - {*EXPERIMENTS}):
-        sys.exit(f"{' '.join(words)}: write run, and some of {', '.join(EXPERIMENTS)}; or nothing")
-    if words:
-        run(words[1:] or [*EXPERIMENTS])
+    what, *names = words or ["the page"]
+    if what not in ("run", "rates", "the page") or (what == "run" and {*names} - {*EXPERIMENTS}):
+        some = f"run, and some of {', '.join(EXPERIMENTS)}; or rates, and folders of sweeps; or nothing"
+        sys.exit(f"{' '.join(words)}: write {some}")
+    if what == "run":
+        run(names or [*EXPERIMENTS])
+    for sweep in names if what == "rates" else ():
+        keep_rates(Path(sweep))
     text = page(PAGE.read_text(encoding="utf-8"))
     write(PAGE, text)
     draw(text)
