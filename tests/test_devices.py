@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from cases import CASES
@@ -95,6 +96,15 @@ def test_of_processes_that_look_into_a_model_the_first_does_it_all(
     assert (analyze.main(["figures"]), capsys.readouterr().out != "") == (0, True)
 
 
+def test_an_error_within_a_pass_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where whole weights lie in place of those that are cut."""
+    monkeypatch.setattr("os.environ", {**os.environ})  # Lightning leaves there where processes meet
+    monkeypatch.setattr("zoo.core.layers.FeedForward.forward", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small(tmp_path / "run", trainer={"strategy": "fsdp"})
+    dist.destroy_process_group()
+
+
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     for options, words in REFUSED:
         with pytest.raises(ValueError, match=words):
@@ -102,11 +112,11 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+EXPERTS = {"strategy": "experts", "devices": 2}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainer": {"strategy": "fsdp"}, "compile": True}, r"compile=true does not fit trainer\.strategy=fsdp"),
-    ({"trainer": {"strategy": "experts"}}, r"needs experts, model=transformer has none: take fsdp"),
-    (
-        {"model": "moe", "model_options": {"shared": 1}, "trainer": {"strategy": "experts", "devices": 2}},
-        r"model\.experts \+ model\.shared=5 .* 2 processes",
-    ),
+    ({"trainer": {"strategy": "experts"}}, "strategy=experts: model=transformer has no experts to part, take fsdp"),
+    ({"model": "moe", "model_options": {"shared": 1}, "trainer": EXPERTS}, r"model\.shared=5 .* 2 processes"),
+    ({"trainer": {"strategy": "fdsp", "devices": 2}}, "'fdsp' does not exist here; did you mean fsdp"),
+    *(({"trainer": {"strategy": name}}, "does not exist here") for name in ("", "DDP", "single_device", "ddp_spawn")),
 ]
