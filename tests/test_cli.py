@@ -108,7 +108,6 @@ WRONG = [
     ("debug=fats", "debug 'fats' does not exist; did you mean fast?"),
     ("logger=cvs", "logger 'cvs' does not exist"),
     ("model=moe model.top_k=5", "model.top_k=5 exceeds model.experts=4"),
-    ("trainer.strategy=ddp_spawn trainer.accelerator=cpu", "'ddp_spawn' does not exist here; known: auto, ddp, fsdp, experts"),
     ("trainer.min_steps=abc", "trainer.min_steps is decided by the option optim.steps"),
     (f"log_every={10**20}", f"log_every={10**20} must be a number of 64 bits"),
     ("model.dim=1000000000000", "can't allocate memory"),

@@ -118,5 +118,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainer": {"strategy": "experts"}}, "strategy=experts: model=transformer has no experts to part, take fsdp"),
     ({"model": "moe", "model_options": {"shared": 1}, "trainer": EXPERTS}, r"model\.shared=5 .* 2 processes"),
     ({"trainer": {"strategy": "fdsp", "devices": 2}}, "'fdsp' does not exist here; did you mean fsdp"),
+    ({"trainer": {"num_nodes": 2}}, "num_nodes=2 wants torchrun or srun"),
     *(({"trainer": {"strategy": name}}, "does not exist here") for name in ("", "DDP", "single_device", "ddp_spawn")),
 ]
