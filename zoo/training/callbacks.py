@@ -48,9 +48,8 @@ class Keeper(Checkpoint):
 
     def left(self) -> str:
         """What to do with a run that ended within its training."""
-        if not (self.folder / "checkpoints/last.ckpt").exists():
-            return "no checkpoint was written yet"
-        return f"continue with: python train.py resume={self.folder}"
+        there = (self.folder / "checkpoints/last.ckpt").exists()
+        return f"continue with: python train.py resume={self.folder}" if there else "no checkpoint was written yet"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # others have read the clock later

@@ -76,17 +76,18 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         engine.precision_plugin.forward_context = nullcontext  # type: ignore[assignment,method-assign]
     if getattr(engine.strategy, "_start_method", "popen") not in (None, "popen"):  # an object's, as of ddp_spawn
         raise ValueError(f"trainer.strategy={show(given['strategy'])} loses what its processes trained: take ddp")
-    asked = engine.num_devices * engine.num_nodes
-    started = engine._accelerator_connector.cluster_environment
-    if started.creates_processes_externally and started.world_size() != asked:
-        raise ValueError(f"{started.world_size()} processes were started, trainer.devices × num_nodes is {asked}")
-    if engine.num_nodes > 1 and not started.creates_processes_externally and "MASTER_ADDR" not in os.environ:
+    asked, started = engine.num_devices * engine.num_nodes, engine._accelerator_connector.cluster_environment
+    if (own := not started.creates_processes_externally) and engine.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(f"trainer.num_nodes={engine.num_nodes} wants torchrun or srun, see docs/cluster.md")
+    here = asked if own else started.world_size()
+    if torch.distributed.is_initialized():  # by an earlier run of this script, all of which every process works through
+        here = torch.distributed.get_world_size()
+    if here != asked:
+        raise ValueError(f"{here} processes were started, trainer.devices × num_nodes is {asked}")
     if (blocks := getattr(engine.strategy, "apart", asked)) % asked:
         raise ValueError(f"model.experts + model.shared={blocks} must be a multiple of the {asked} processes")
-    if optim.batch_size % (optim.accumulate * asked):
-        parts = f"optim.accumulate={optim.accumulate} × {asked} processes"
-        raise ValueError(f"optim.batch_size={optim.batch_size} must be a multiple of {parts}")
+    if (size := optim.batch_size) % ((parts := optim.accumulate) * asked):
+        raise ValueError(f"optim.batch_size={size} must be a multiple of optim.accumulate={parts} × {asked} processes")
     return engine
 
 
