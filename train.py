@@ -136,8 +136,11 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
                 return 0
             if (home(out) / "checkpoints/last.ckpt").is_file():
                 config["resume"], place = out, [f"resume={quoted(out)}"]
-    if folder and (str(config.get("trainer", {}).get("devices", 1)) != "1" or (config["resume"] and not place)):
-        # the processes of a job repeat its command line, which must not be the sweep
+    given = config.get("trainer", {})
+    alone = str(given.get("devices", 1)) == "1" and given.get("strategy", "auto") == "auto"
+    if folder and (not alone or (config["resume"] and not place)):
+        # the processes of a job repeat its command line, which must not be the sweep, and find each other by variables
+        # of the environment that stay
         code = elsewhere([*HydraConfig.get().overrides.task, *place])
         if not code and place:
             metrics = json.loads(Path(config["out"], "metrics.json").read_text(encoding="utf-8"))

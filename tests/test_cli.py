@@ -109,7 +109,6 @@ WRONG = [
     ("logger=cvs", "logger 'cvs' does not exist"),
     ("logger=csv logger.project=mine", "logger.project, offline and id need logger=wandb, not csv"),
     ("model=moe model.top_k=5", "model.top_k=5 exceeds model.experts=4"),
-    ("trainer.strategy=ddp_spawn trainer.accelerator=cpu", "ddp_spawn' loses what its processes trained; take ddp"),
     ("trainer.min_steps=abc", "trainer.min_steps is decided by the option optim.steps"),
     (f"log_every={10**20}", f"log_every={10**20} must be a number of 64 bits"),
     ("model.dim=1000000000000", "can't allocate memory"),
@@ -330,9 +329,9 @@ PAIR = ["model=moe", "model.bias_rate=0.01", *TINY, *SHORT, *FEW, "optim.steps=6
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
-    """A sweep whose one job needs two processes."""
+    """A sweep whose second job needs two processes."""
     folder = tmp_path_factory.mktemp("sweep")
-    return folder, finish(start("-m", *PAIR, "seed=3", cwd=folder))
+    return folder, finish(start("-m", *PAIR, "seed=3", "trainer.devices=1,2", cwd=folder))
 
 
 UNEVEN = [  # targets of different lengths, held-out sets smaller than a batch
@@ -363,15 +362,15 @@ def test_two_processes_train_like_one(pair: list[str], tmp_path: Path, command: 
 @pytest.mark.slow
 def test_a_job_of_a_sweep_over_two_processes(sweep: tuple[Path, Answer]) -> None:
     folder, answer = sweep
-    found = list(folder.rglob("metrics.json"))
-    assert len(found) == 1
+    found = sorted(folder.rglob("metrics.json"))
+    assert [metrics_of(path.parent)["devices"] for path in found] == [1, 2]
     assert [path.name for path in folder.iterdir()] == ["multirun"]
-    metrics = metrics_of(found[0].parent)
+    metrics = metrics_of(found[1].parent)
     assert (metrics["seed"], metrics["steps"]) == (3, 6)
     # its ranks know the run folder from their own command line and do not sweep again
     assert 'out="' in metrics["command"]
     assert " -m " not in metrics["command"]
-    assert answer.out.count("load it with") == 1
+    assert answer.out.count("load it with") == 2
 
 
 @pytest.mark.slow

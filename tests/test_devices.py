@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from cases import CASES
@@ -95,6 +96,16 @@ def test_of_processes_that_look_into_a_model_the_first_does_it_all(
     assert (analyze.main(["figures"]), capsys.readouterr().out != "") == (0, True)
 
 
+def test_an_error_within_a_pass_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ})  # Lightning leaves there where processes meet
+    monkeypatch.setattr("zoo.core.layers.FeedForward.forward", lambda *args: 1 / 0)  # where weights are whole
+    with pytest.raises(ZeroDivisionError):
+        small(tmp_path / "run", trainer={"strategy": "fsdp"})
+    with pytest.raises(ValueError, match=r"^1 processes were started"):
+        small(tmp_path / "run", trainer={"strategy": "ddp", "devices": 2})  # further on in the same script
+    dist.destroy_process_group()
+
+
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     for options, words in REFUSED:
         with pytest.raises(ValueError, match=words):
@@ -104,9 +115,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainer": {"strategy": "fsdp"}, "compile": True}, r"compile=true does not fit trainer\.strategy=fsdp"),
-    ({"trainer": {"strategy": "experts"}}, r"needs experts, model=transformer has none: take fsdp"),
-    (
-        {"model": "moe", "model_options": {"shared": 1}, "trainer": {"strategy": "experts", "devices": 2}},
-        r"model\.experts \+ model\.shared=5 .* 2 processes",
-    ),
+    ({"trainer": {"strategy": "experts"}}, "strategy=experts: model=transformer has no experts to part, take fsdp"),
+    ({"model": "moe", "model_options": {"shared": 1}, "trainer": {"strategy": "experts", "devices": 2}}, "=5 .* 2"),
+    ({"trainer": {"num_nodes": 2}}, "num_nodes=2 wants torchrun or srun"),
+    ({"trainer": {"strategy": "fdsp"}}, "'fdsp' does not exist here; did you mean fsdp"),
+    *(({"trainer": {"strategy": name}}, "here; known: auto") for name in ("", "DDP", "single_device", "ddp_spawn")),
 ]

@@ -6,6 +6,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,13 @@ def start(*words: str, cwd: Path, limit: Callable[[], None] | None = None, **mor
         text=True,
         preexec_fn=limit,
     )
+
+
+def port() -> str:
+    """One that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def children(pid: int) -> list[int]:
@@ -155,7 +163,7 @@ def test_a_full_disk_a_damaged_checkpoint_and_a_second_start(tmp_path: Path) -> 
 def test_processes_that_torchrun_starts_as_two_nodes(tmp_path: Path) -> None:
     words = [*TINY, *SHORT, *FEW, "model=moe", "optim.steps=6", "trainer=fsdp", "trainer.devices=1"]
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "zoo"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517", str(TRAIN), "trainer.num_nodes=2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port()}", str(TRAIN), "trainer.num_nodes=2"]
     nodes = [start(*torchrun, *words, cwd=tmp_path, ZOO_RUN_ID="both") for _ in range(2)]
     for node in nodes:
         finish(node)
@@ -192,7 +200,7 @@ def test_what_stops_a_sweep_waits_for_its_job(command: Any, monkeypatch: pytest.
 def test_processes_that_slurm_starts(whole: Path, tmp_path: Path) -> None:
     """Faked: the variables that srun sets for each of two tasks."""
     slurm: dict[str, Any] = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
-    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": "29518", "ZOO_RUN_ID": "7"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": port(), "ZOO_RUN_ID": "7"}
     slurm |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "2"}
 
     def srun(*words: str) -> list[subprocess.Popen]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 import zoo
 from runs import QUIET, saved, small
@@ -96,8 +96,9 @@ def test_processes_are_those_asked_for(processes: Any) -> None:
     assert processes(STEP, devices=2) == 2
     with pytest.raises(ValueError, match=r"^2 processes were started, trainer\.devices × num_nodes is 1$"):
         processes(STEP, devices=1)
-    with pytest.raises(ValueError, match=r"^2 processes were started"):
-        processes({**RANKS, "TORCHELASTIC_RUN_ID": "a"}, devices=1)
+    for more, words in (({}, "^2 processes were started"), ({"strategy": DDPStrategy(start_method="spawn")}, "loses")):
+        with pytest.raises(ValueError, match=words):
+            processes({**RANKS, "TORCHELASTIC_RUN_ID": "a"}, devices=1, **more)
 
 
 def test_a_logger_keeps_its_id() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._pytree import tree_map
 
-from zoo.config import show
+from zoo.config import did_you_mean, show
 from zoo.devices.faults import Launcher
 from zoo.models.base import Model
 
 START = timedelta(minutes=10)
+KNOWN = ("auto", "ddp", "fsdp", "experts")  # Lightning has others, whose checkpoints are no whole files
 
 
 def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
@@ -26,6 +28,8 @@ def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
     name, devices, minutes = given.get("strategy"), given["devices"], given.pop("timeout", 10)
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < 1e5:
         raise ValueError(f"trainer.timeout={show(minutes)} must be minutes, above 0")
+    if isinstance(name, str) and name not in KNOWN:
+        raise ValueError(f"trainer.strategy={show(name)} does not exist here{did_you_mean(name, KNOWN)}")
     wait = timedelta(minutes=minutes)
     gpus = torch.cuda.device_count() if given["accelerator"] in ("auto", "gpu", "cuda") else 1
     count = len(devices) if isinstance(devices, list) else gpus if str(devices) in ("auto", "-1") else devices
@@ -64,10 +68,15 @@ class Sharded(Processes):
         if compiled:  # the gathering of weights is no part of a graph
             raise ValueError(f"compile=true does not fit trainer.strategy={name}: leave one of them away")
         if self.apart == 1:
-            raise ValueError(f"trainer.strategy=experts needs experts, model={model.config.name} has none: take fsdp")
+            raise ValueError(f"trainer.strategy=experts: model={model.config.name} has no experts to part, take fsdp")
 
     def model_to_device(self) -> None:
         """Not before it is cut: it may not fit."""
+
+    def teardown(self) -> None:
+        """Not in the way of an error within a pass: what is gathered then cannot be moved."""
+        with suppress(AttributeError):
+            super().teardown()
 
     def _setup_model(self, model: Any) -> Any:
         from zoo.devices.sharding import shard  # takes a quarter of a second

@@ -65,7 +65,7 @@ class Keeper(Checkpoint):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted(f"stopped by SIGINT at once; {self.left()}", number)  # Lightning ends others by 1
         self.signal = number
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -53,8 +53,7 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
         "enable_progress_bar": (bar, ""),
         **dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), (False, "")),
     }
-    for name in sorted(decided.keys() & given.keys()):
-        option = decided[name][1]
+    for name, option in sorted((name, decided[name][1]) for name in decided.keys() & given.keys()):
         raise ValueError(f"trainer.{name} is {f'decided by the option {option}' if option else 'fixed here'}")
     if given["precision"] in (None, "auto"):
         # what an accelerator will be is only known to Lightning; on a GPU bfloat16 where the hardware has it
@@ -76,18 +75,19 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     if isinstance(engine.precision_plugin, HalfPrecision):  # data stay as they are: baselines do not depend on it
         engine.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         engine.precision_plugin.forward_context = nullcontext  # type: ignore[assignment,method-assign]
-    if getattr(engine.strategy, "_start_method", "popen") not in (None, "popen"):  # of a notebook, or ddp_spawn
-        strategy = show(given.get("strategy", "auto"))
-        raise ValueError(f"trainer.strategy={strategy} loses what its processes trained; take ddp, not in a notebook")
-    asked = engine.num_devices * engine.num_nodes
-    started = engine._accelerator_connector.cluster_environment
-    if started.creates_processes_externally and started.world_size() != asked:
-        raise ValueError(f"{started.world_size()} processes were started, trainer.devices × num_nodes is {asked}")
+    if getattr(engine.strategy, "_start_method", "popen") not in (None, "popen"):  # an object's, as of ddp_spawn
+        raise ValueError(f"trainer.strategy={show(given['strategy'])} loses what its processes trained: take ddp")
+    asked, started = engine.num_devices * engine.num_nodes, engine._accelerator_connector.cluster_environment
+    if (own := not started.creates_processes_externally) and engine.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"trainer.num_nodes={engine.num_nodes} wants torchrun or srun, see docs/cluster.md")
+    begun = torch.distributed.is_initialized()  # by an earlier run of this script, which every process works through
+    here = torch.distributed.get_world_size() if begun else asked if own else started.world_size()
+    if here != asked:
+        raise ValueError(f"{here} processes were started, trainer.devices × num_nodes is {asked}")
     if (blocks := getattr(engine.strategy, "apart", asked)) % asked:
         raise ValueError(f"model.experts + model.shared={blocks} must be a multiple of the {asked} processes")
-    if optim.batch_size % (optim.accumulate * asked):
-        parts = f"optim.accumulate={optim.accumulate} × {asked} processes"
-        raise ValueError(f"optim.batch_size={optim.batch_size} must be a multiple of {parts}")
+    if (size := optim.batch_size) % ((parts := optim.accumulate) * asked):
+        raise ValueError(f"optim.batch_size={size} must be a multiple of optim.accumulate={parts} × {asked} processes")
     return engine
 
 
