@@ -27,7 +27,7 @@ def processes(setting: Setting) -> Iterator[Row]:
     if setting.device.type != "cpu":
         say("processes: measured on a CPU alone", sys.stderr)
         return
-    runs = {size: pair(setting.rounds, size=size) for size in (4 * SIZE, SIZE)[setting.quick :]}  # some costs are per step
+    runs = {size: pair(setting.rounds, size=size) for size in (4 * SIZE, SIZE)[setting.quick :]}  # some cost per step
     for size, (family, ways) in ((size, one) for size, run in runs.items() for one in run["families"].items()):
         case, model = f"{family} on text, {size} sequences, 2 processes", build(family, {}, TASK)
         bars = {(way, ALONE): 1 / WANTED[way] for way in ways if way != ALONE}
