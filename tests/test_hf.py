@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -278,3 +279,10 @@ def test_the_scale_of_a_norm_changes_by_a_bounded_factor(monkeypatch: pytest.Mon
     assert largest() < 15
     monkeypatch.setattr(network, "SMALLEST", 0.0)
     assert largest() > 30
+
+
+def test_a_patch_of_another_model_is_refused() -> None:
+    model = wrap(family("Llama"))
+    for patch, what in ((Patch(biases={"gate": torch.zeros(48)}), "gate"), (Patch(routing=Mock()), "experts")):
+        with pytest.raises(ValueError, match=f"layer 0 has no {what}: the patch is of another model"):
+            model(ids(), patches=[patch] * len(model.decoder.blocks))

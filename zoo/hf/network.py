@@ -193,6 +193,11 @@ class Network:
         """The model under patches, one per layer, until the context ends; merged: with W + ΔW formed."""
         if patches and len(patches) != len(self.blocks):
             raise ValueError(f"{len(patches)} patches for {len(self.blocks)} layers: pass one patch per layer")
+        for index, (block, patch) in enumerate(zip(self.blocks, patches, strict=False)):  # before anything is changed
+            strange = sorted({*patch.weights, *patch.biases} - {*block.ffn.matrices})
+            if strange or (patch.routing and block.ffn.experts is None):
+                what = ", ".join(strange) or "experts"
+                raise ValueError(f"layer {index} has no {what}: the patch is of another model")
         with ExitStack() as stack:
             for block, patch in zip(self.blocks, patches, strict=False):
                 stack.enter_context(block.ffn.merged(patch) if merged else block.ffn.patched(patch))
