@@ -73,6 +73,7 @@ def smollm2(folder: str) -> None:
     where = Path(found.origin).parent
     file = next(where.glob("*.gguf")).name
     packed = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+    vars(packed.config).pop("quantization_config", None)  # its weights were unpacked
     model = type(packed)(packed.config)  # one that was read from such a file refuses to be saved
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
