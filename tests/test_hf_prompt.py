@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 
 from hf_families import Kept64, build, family, ids, relative
 from zoo import analyze
+from zoo.bench import __main__ as bench
 from zoo.core.patch import Patch
 from zoo.hf import commands, wrap
 from zoo.hf.export import tokenizer_of
@@ -25,6 +27,7 @@ from zoo.tasks.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 10
+FILES = "--context context.txt --queries queries.txt --out P"
 
 
 def sentences(rows: int, tokens: int = 3, seed: int = 5) -> Tensor:
@@ -97,8 +100,7 @@ def test_the_form_is_chosen_on_other_queries() -> None:
     prompt = Prompt(model, context)
     queries = batches(ids(240, 2, seed=8).tolist())[0]
     assert queries.shape == (64, 2)
-    samples, others, held_out = (list(ids(240, 2, seed=8)[cut].split(64)) for cut in (
-        slice(160), slice(160, 200), slice(200, 240)))  # fmt: skip
+    samples, others, held_out = (list(part.split(64)) for part in ids(240, 2, seed=8).split([160, 40, 40]))
     form, _, patches = choose(prompt, samples, others, FORMS, (0.03, 0.3))
     assert form in FORMS
     goals = [prompt.logits(tokens) for tokens in held_out]
@@ -140,6 +142,20 @@ def test_a_patch_of_one_token_is_a_lora_of_rank_1(name: str, merged: bool, tmp_p
     named = model.decoder.inputs(tokens[:, 23:], None, torch.tensor([[23]]))
     assert relative(adapted(**named, use_cache=False).logits, goal) <= 1e-12
     assert relative(model(tokens[:, 23:], positions=torch.tensor([23])), goal) > 0.05
+
+
+@torch.no_grad()
+def test_a_chat_is_text_as_other_text_is(folder: Path) -> None:
+    model = commands.load(folder)
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<bot>"
+    chat = [{"role": "system", "content": "Say it backwards."}, {"role": "user", "content": "abc"}]
+    text = model.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text == "<system>Say it backwards.\n<user>abc\n<bot>"
+    tokens = torch.tensor([commands.ids(model, text)])
+    removed = torch.arange(tokens.shape[1]) < len("<system>Say it backwards.\n")
+    goal, query, at = model(tokens)[:, ~removed], tokens[:, ~removed], torch.where(~removed)[0]
+    assert relative(model(query, patches=model.deltas(tokens, removed), positions=at), goal) <= 1e-5
+    assert relative(model(query, positions=at), goal) > 0.05
 
 
 @torch.no_grad()
@@ -193,10 +209,7 @@ def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
     files = "--context", context, "--queries", queries, "--out", out
     code, said, _ = command(capsys, "patch", folder, *files, "--lora", tmp_path / "lora", "--rank", 32)
     assert code == 0
-    rows = {
-        line.rpartition("  ")[0].rstrip().rpartition("  ")[0].strip(): line.split()[-2] for line in said.splitlines()
-    }
-    kl = {name: float(value) for name, value in rows.items() if value.replace(".", "").isdigit()}
+    kl = {line.split("  ")[0]: float(line.split()[-2]) for line in said.splitlines()[2:]}
     nulled = next(value for name, value in kl.items() if name.startswith("sink-null, ridge"))
     lora = next(value for name, value in kl.items() if name.startswith("LoRA of rank 32"))
     assert kl["the prompt"] == 0
@@ -221,6 +234,13 @@ def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
     assert all(line.startswith("with the patch '") and "\twithout '" in line for line in said.splitlines())
 
 
+def test_the_benchmark_times_patches_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["hf", "--quick", "--rounds", "1", "--model", str(folder)])
+    said = capsys.readouterr().out
+    for row, bar in (("deltas", "1.60"), ("by hooks", "1.20"), ("W + ΔW formed before", "1.05")):
+        assert re.search(rf"LlamaForCausalLM, d=32, 3 layers, .* \| {re.escape(row)} / .*≤ {bar}", said)
+
+
 def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = command(capsys, "report", folder, "--text", folder / "text.txt", "--out", tmp_path / "report")
     assert code == 0
@@ -237,23 +257,18 @@ def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("patch MODEL --context C --out P", "--queries FILE is missing"),
-        ("patch MODEL --context C --queries C --out P", "context.txt holds 2 queries: 20 at least"),
-        ("patch MODEL --context C --queries Q --out P --rank 3", "--lora DIR and --rank R come together"),
-        ("patch MODEL --context C --queries Q --out P --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
-        ("report MODEL", "takes one MODEL_DIR and --text FILE"),
+        ("patch . --context context.txt --out P", "--queries FILE is missing"),
+        ("patch . --context context.txt --queries context.txt --out P", "context.txt holds 2 queries: 20 at least"),
+        (f"patch . {FILES} --rank 3", "--lora DIR and --rank R come together"),
+        (f"patch . {FILES} --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
+        ("report .", "takes one MODEL_DIR and --text FILE"),
     ],
 )
 def test_mistakes_on_the_command_line(
-    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {
-        "MODEL": folder,
-        "C": folder / "context.txt",
-        "Q": folder / "queries.txt",
-        "P": tmp_path / "p.safetensors",
-    }
-    code, _, error = command(capsys, *(places.get(word, word) for word in words.split()))
+    monkeypatch.chdir(folder)
+    code, _, error = command(capsys, *words.split())
     assert code == 2
     assert message in error
-    assert not list(tmp_path.iterdir())
+    assert not (folder / "P").exists()

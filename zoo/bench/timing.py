@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +44,14 @@ class Rates(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How to measure: what a section is a function of. quick: fewer sizes; compiled: compiled steps too."""
+    """How to measure. quick: fewer sizes; compiled: compiled steps too; model: a folder of `transformers`."""
 
     device: torch.device
     rounds: int
     rates: Rates
     quick: bool = False
     compiled: bool = False
+    model: Path | None = None
 
 
 class Row(NamedTuple):
