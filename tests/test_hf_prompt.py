@@ -150,8 +150,8 @@ def test_a_chat_is_text_as_other_text_is(folder: Path) -> None:
     model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<bot>"
     chat = [{"role": "system", "content": "Say it backwards."}, {"role": "user", "content": "abc"}]
     text = model.tokenizer.apply_chat_template(chat, tokenize=False)
-    assert text == "<system>Say it backwards.\n<user>abc\n<bot>"
     tokens = torch.tensor([commands.ids(model, text)])
+    assert tokens[0].tolist() == model.tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
     removed = torch.arange(tokens.shape[1]) < len("<system>Say it backwards.\n")
     goal, query, at = model(tokens)[:, ~removed], tokens[:, ~removed], torch.where(~removed)[0]
     assert relative(model(query, patches=model.deltas(tokens, removed), positions=at), goal) <= 1e-5

@@ -75,9 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(options.device)
     setting = Setting(device, options.rounds, rates(device), options.quick, options.compile, options.model)
     about = {**machine(device, setting.rates), "freed memory": freed, "rounds": options.rounds}
-    with torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda"
-    ):  # in bfloat16, as a GPU trains here
+    # in bfloat16, as a GPU trains here
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         rows = [row for name in options.sections for row in SECTIONS[name](setting)]
     text = ", ".join(f"{key} {value}" for key, value in about.items()) + "\n\n" + table(rows)
     print(f"{text}\n\n{verdict(rows)}")
