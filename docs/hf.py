@@ -29,6 +29,7 @@ from zoo.console import read, say
 from zoo.core.patch import Patch
 from zoo.files import write
 from zoo.hf import commands, wrap
+from zoo.hf.distil import distil
 from zoo.hf.lora import truncated
 from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches
 from zoo.hf.wrapped import Wrapped
@@ -37,6 +38,8 @@ from zoo.lens.figure import Figure, Lines, Series
 
 PAGE, PROMPTS = Path(__file__).with_suffix(".md"), Path(__file__).parent / "prompts"
 TASKS = {"french": "words", "capitals": "countries", "plurals": "words", "letters": "words"}
+ANSWER, RANK = 8, 64
+"""Tokens of an answer; of a LoRA."""
 TEXT = """The captain looked at the harbour, where three ships lay at anchor, and told the crew to wait until the tide
 had turned before they raised the sails. Nobody spoke. In the distance the bells of the old church began to ring for the
 morning service, and the gulls rose from the quay as one. She had seen it a hundred times, and every time she thought
@@ -52,6 +55,15 @@ def put(section: str, rows: list[list[str]]) -> None:
     say(table)
     text, mark = PAGE.read_text(), f"<!-- {section} -->"
     write(PAGE, re.sub(f"{mark}.*?{mark}", lambda _: f"{mark}\n{table}\n{mark}", text, flags=re.S))
+
+
+def columns_of(section: str) -> dict[str, dict[str, str]]:
+    """The columns of a table on the page, by their heads and their rows' first cells."""
+    text = PAGE.read_text().split(f"<!-- {section} -->")[1]
+    if "|" not in text:
+        return {}
+    (_, *heads), _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")[1:-1])
+    return {head: {row[0]: row[k] for row in rows} for k, head in enumerate(heads, 1)}
 
 
 def families() -> None:
@@ -209,7 +221,7 @@ def cell(scored: Any) -> str:
 def prompts(folder: str, *names: str) -> None:
     """KL and share of equal first tokens on words that nothing was fitted or chosen on, the best by KL on others."""
     model = commands.load(folder)
-    columns: dict[str, dict[str, str]] = {}
+    columns = columns_of("prompts")
     for name in names or TASKS:
         prompt, (samples, others, held_out) = prompt_of(model, name), parts(model, name)
         column = {row: cell(value) for row, value in commands.compare(prompt, samples, held_out).items()}
@@ -239,6 +251,24 @@ def prompts(folder: str, *names: str) -> None:
         put("prompts", rows)
 
 
+def distilled(folder: str, *names: str) -> None:
+    """The LoRA of the table of prompts before and after at most 60 steps of distillation."""
+    model = commands.load(folder)
+    columns = columns_of("distilled")
+    for name in names or TASKS:
+        prompt, (samples, others, held_out) = prompt_of(model, name), parts(model, name)
+        lora = truncated(model, prompt.fit(samples, "sink-null", RIDGES[-1]), RANK)
+        after = distil(prompt, samples, others, lora, 60)
+        column = columns[name] = {}
+        for label, patches in {"closed form": lora, "distilled": after}.items():
+            for what, part in {"fitted on": samples, "chosen on": others, "held out": held_out}.items():
+                column[f"{label}, {what}"] = cell(commands.judged(prompt, part, patches, "sink-null"))
+        say(f"{name} {column}")
+        rows = [[f"LoRA of rank {RANK}", *columns]]
+        rows += [[row, *(other[row] for other in columns.values())] for row in column]
+        put("distilled", rows)
+
+
 def added(first: list[Patch], second: list[Patch]) -> list[Patch]:
     return [a.merged_with(b) for a, b in zip(first, second, strict=True)]
 
@@ -262,6 +292,51 @@ def stacked(folder: str) -> None:
         put("stacked", rows)
 
 
+def answers(folder: str) -> None:
+    """How many greedy answers of eight tokens to 30 held-out queries are those of the prompted model: their first word,
+    and all of them."""
+    model = commands.load(folder)
+    rows = [["first word, all tokens, of 30", *(names := ("french", "capitals"))]]
+    columns: list[dict[str, str]] = []
+    for name in names:
+        prompt, (samples, _, held_out) = prompt_of(model, name), parts(model, name)
+        affine, plain = (prompt.fit(samples, form, 0.3) for form in ("affine", "sink-null"))
+        queries = [tokens[0].tolist() for batch in held_out for tokens in batch.split(1)][:30]
+        nothing = [Patch()] * len(plain)
+
+        def after_kept(tokens: Tensor, kept: Tensor = prompt.tokens[:1], prompt: Prompt = prompt) -> Tensor:
+            at = torch.cat([torch.zeros(1, dtype=torch.int64), prompt.places(tokens)])
+            return model(torch.cat([kept.expand(len(tokens), -1), tokens], 1), positions=at)[:, -1]
+
+        goals = greedy(prompt.logits, queries)
+        found = {"no prompt": greedy(partial(prompt.logits, patches=nothing), queries)}
+        found["affine by hooks"] = greedy(partial(prompt.logits, patches=affine), queries)
+        lora = {f"LoRA of rank {rank}": truncated(model, plain, rank) for rank in (RANK, RANK // 4)}
+        for how, patches in {"W + ΔW, sink-null": plain, **lora}.items():
+            with model.patched(patches):
+                found[how] = greedy(after_kept, queries)
+        said = [(model.tokenizer.decode(goal), goal) for goal in goals]
+        columns.append({})
+        for how, replies in found.items():
+            texts = [model.tokenizer.decode(reply) for reply in replies]
+            words = sum(text.split()[:1] == goal.split()[:1] for text, (goal, _) in zip(texts, said, strict=True))
+            same = sum(reply == goal for reply, (_, goal) in zip(replies, said, strict=True))
+            columns[-1][how] = f"{words}, {same}"
+            say(f"{name}, {how}: {columns[-1][how]}; {texts[:3]} instead of {[goal for goal, _ in said[:3]]}")
+    put("answers", rows + [[how, *(column[how] for column in columns)] for how in columns[0]])
+
+
+def greedy(logits: Callable[[Tensor], Tensor], queries: list[list[int]]) -> list[list[int]]:
+    """The next tokens of each query, ANSWER of them."""
+    found = []
+    for query in queries:
+        tokens = torch.tensor([query])
+        for _ in range(ANSWER):
+            tokens = torch.cat([tokens, logits(tokens).argmax(-1)[:, None]], 1)
+        found.append(tokens[0, len(query) :].tolist())
+    return found
+
+
 def seconds(work: Callable[[], object], rounds: int) -> float:
     """The median CPU time of one thread."""
     work()
@@ -273,13 +348,13 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
     return median(times)
 
 
-LENGTHS, ANSWER, RANK = (64, 256, 1024, 1900), 8, 64
-READ, CACHED, EACH, HOOKS, MERGED = WAYS = (
+LENGTHS = (64, 256, 1024, 1900)
+READ, EACH, HOOKS, MERGED, CACHED = WAYS = (
     "context read for each query",
-    "context in a cache kept for all",
     "patches of each token",
     "static patch by hooks",
     "LoRA merged into the weights",
+    "context in a cache kept for all",
 )
 
 
@@ -376,7 +451,7 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (families, smollm2, law, sink, prompts, stacked, cost)
+    each.__name__: each for each in (families, smollm2, law, sink, prompts, distilled, stacked, answers, cost)
 }
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from zoo import console, files, generate
 from zoo.console import Interrupted, Untested
 from zoo.models import Model
 from zoo.records import results
-from zoo.training import summary as report
+from zoo.records import summary as report
 
 
 def raising(error: BaseException | Callable[[], Any]) -> Callable[..., Any]:

@@ -153,6 +153,8 @@ def test_an_added_patch_comes_on_top_of_what_the_family_emits() -> None:
     for option in ("added", "patches"):
         with pytest.raises(ValueError, match="1 patches for 2 layers"):
             model.decoder(tokens, 7, **{option: [bias]})
+    with pytest.raises(ValueError, match="patch of 2 tokens or chunks for a pass of 1"):
+        model(tokens[:, :1], patches=model.deltas(tokens, tokens.shape[1] - 2))
 
 
 def called(model: Model, work: Callable[[], object]) -> Counter[str]:

@@ -17,23 +17,13 @@ from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
 from zoo.hf import network, wrap
 from zoo.hf.ffn import hooks
-from zoo.lens import static, structure
+from zoo.hf.reading import Reading
+from zoo.lens import routing, static, structure
 from zoo.lens.exact import EXACT_FORMS, exact
 from zoo.lens.patch_file import load_patch, save_patch
-from zoo.lens.routing import expert_sets, switched
 
-KINDS = (
-    "Llama, tied, biases",
-    "Gemma 3",
-    "GPT-J",
-    "Granite",
-    "GPT-2",
-    "Phi3",
-    "Mixtral",
-    "Qwen2-MoE",
-    "GPT-OSS",
-    "LFM2",
-)
+KINDS = ["Llama, tied, biases", "Gemma 3", "GPT-J", "Granite", "GPT-2", "Phi3", "Mixtral", "Qwen2-MoE", "GPT-OSS"]
+KINDS += ["LFM2"]
 """Plain, behind a norm, parallel, scaled, Conv1D, fused gate and up, experts, shared ones, transposed ones, hybrid."""
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -221,10 +211,27 @@ def test_experts_are_those_that_the_context_chose() -> None:
     model, tokens = wrap(family("Mixtral")), ids(rows=8)
     with_context = model.decoder(tokens)[1]
     for patch, used in zip(model.deltas(tokens, 20), with_context, strict=True):
-        assert torch.equal(expert_sets(patch).squeeze(2), expert_sets(used)[:, 20:])
-    reduced, sheared = switched(model, tokens, 20)  # type: ignore[arg-type]
+        assert torch.equal(routing.expert_sets(patch).squeeze(2), routing.expert_sets(used)[:, 20:])
+    reduced, sheared = routing.switched(model, tokens, 20)  # type: ignore[arg-type]
     assert (reduced > 0.1).all()
     assert not sheared.any()
+    mixed = Reading(family("DeepSeek-V3", torch.float32)).about([*range(64)], "")  # its first layer has no experts
+    assert routing.routed_layers(mixed) == [1, 2]  # type: ignore[arg-type]
+    assert len(routing.usage(mixed, [mixed.task.batch("test", 0, 4)]).load()) == 2  # type: ignore[arg-type]
+    norms = structure.relative_norms(mixed, tokens[:1], 20)
+    assert structure.names(mixed)[2] == "down_proj"
+    assert norms[:, 2].isnan().any(-1).flatten().tolist() == [False, True, True]
+
+
+def test_the_sink_of_a_trained_model_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model, kept = wrap(family("Llama", torch.float32)), torch.arange(24) % 23 > 0
+    model.deltas(ids(), 23)
+    model.model.config.name_or_path = "a folder"
+    model.deltas(ids(), kept)
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        model.deltas(ids(), 23)
+    assert capsys.readouterr().err.count("a folder: the first token, where trained models rest") == 1
 
 
 @torch.no_grad()

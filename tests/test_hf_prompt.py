@@ -17,7 +17,7 @@ from hf_families import Kept64, build, family, ids, relative
 from zoo import analyze
 from zoo.bench import __main__ as bench
 from zoo.core.patch import Patch
-from zoo.hf import commands, wrap
+from zoo.hf import commands, distil, wrap
 from zoo.hf.export import tokenizer_of
 from zoo.hf.lora import save_lora, truncated
 from zoo.hf.prompt import FORMS, Prompt, batches, choose, score
@@ -168,6 +168,27 @@ def test_truncation_is_the_best_of_its_rank() -> None:
             error = torch.linalg.matrix_norm(part.weights["down_proj"].dense(whole) - whole)
             expected = torch.linalg.svdvals(whole)[..., rank:].norm(dim=-1)
             torch.testing.assert_close(error, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_distillation_trains_a_lora_on_until_other_queries_suffer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(family(name, torch.float32))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    prompt, queries = Prompt(model, ids(1, N)[0]), ids(240, 2, seed=8).split([160, 40, 40])
+    samples, others, held_out = ([part] for part in queries)
+    lora = truncated(model, prompt.fit(samples, "sink-null", 0.3), 4)
+    monkeypatch.setattr(distil, "RATE", 0.01)
+    after = distil.distil(prompt, samples, others, lora, 60)
+    old, new = (commands.judged(prompt, held_out, patches, "sink-null").kl for patches in (lora, after))
+    assert new < 0.8 * old
+    monkeypatch.setattr(distil, "RATE", 10.0)  # from the first step on it is worse
+    for kept, start in zip(distil.distil(prompt, samples, others, lora, 20), lora, strict=True):
+        for what, delta in start.weights.items():
+            torch.testing.assert_close(kept.weights[what].dense(delta.u), delta.dense(delta.u))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.model.parameters())
+    with pytest.raises(ValueError, match="steps=0 must be above 0"):
+        distil.distil(prompt, samples, others, lora, 0)
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import zoo
 from runs import small
-from zoo.training import summary as report
+from zoo.records import summary as report
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,8 @@ from torch import Tensor
 from cases import CASES, Case, batch_of, length_of_context, shared
 from test_delta import at_most
 from zoo.core.delta import Scale
-from zoo.lens.structure import (
-    MATRICES,
-    context_share,
-    cosines,
-    grid,
-    increments,
-    participation_ratio,
-    relative_norms,
-    updates,
-)
+from zoo.core.layers import FeedForward
+from zoo.lens.structure import context_share, cosines, grid, increments, participation_ratio, relative_norms, updates
 from zoo.models import Model
 
 pytestmark = pytest.mark.numeric
@@ -56,7 +48,7 @@ def test_updates_and_their_norms_are_relative_to_the_query_alone(case: Case) -> 
     assert len(changes) == len(norms) == 2
     for layer, (block, total, null) in enumerate(zip(model.decoder.blocks, totals, alone, strict=True)):
         before = block.ffn.dense(null.per_token(torch.arange(query.shape[1])))
-        assert tuple(changes[layer]) == MATRICES
+        assert tuple(changes[layer]) == FeedForward.matrices
         for index, (name, dense) in enumerate(block.ffn.dense(total).items()):
             difference = (dense - before[name]).expand(*query.shape[:2], *dense.shape[-2:])
             close(changes[layer][name], difference)
@@ -88,7 +80,7 @@ def test_increments_equal_those_of_dense_matrices(case: Case) -> None:
             step.append(torch.cat(dense, -1))
     actual = increments(model, prefixes(model)[-1], N)
     for layer, (step, block) in enumerate(zip(steps, model.decoder.blocks, strict=True)):
-        stored = torch.cat([block.ffn.weight(name).flatten() for name in MATRICES]).norm()
+        stored = torch.cat([block.ffn.weight(name).flatten() for name in FeedForward.matrices]).norm()
         close(actual[:, layer], torch.stack(step).diff(dim=0).norm(dim=-1) / stored)
 
 
@@ -166,7 +158,7 @@ def test_what_is_made_from_the_context_alone_differs_between_contexts_alone(name
     queries = tokens[:1, n_context:].expand(len(tokens), -1, -1)
     *_, expected = updates(model, torch.cat([tokens[:, :n_context], queries], 1), n_context)
     last = grid(model, tokens, n_context)
-    for matrix in ("down",) if name == "moe-token" else MATRICES:
+    for matrix in ("down",) if name == "moe-token" else FeedForward.matrices:
         close(last[matrix], expected[matrix])
         share = context_share(last[matrix], model.decoder.blocks[-1].ffn.weight(matrix)).item()
         assert share == pytest.approx(1, abs=1e-12) if name in SHARED else share < 0.95

@@ -34,9 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a .ckpt file, or a run folder: its best checkpoint")
     parser.add_argument("prompt", nargs="?", type=utf8, help="how the text begins; may be empty, ''")
     parser.add_argument("--context", type=utf8, help="a separate context, for tasks that have one, or @FILE")
-    parser.add_argument(
-        "--prompts", help="a file of prompts: a table (.jsonl, .csv, …) with prompt and context, or lines"
-    )
+    parser.add_argument("--prompts", help="a file: a table (.jsonl, .csv, …) with prompt and context, or lines")
     parser.add_argument("--out", help="of --prompts: a file of JSON lines, as the prompts stand: prompt, context, text")
     parser.add_argument("--count", type=int, default=200, help="how many tokens to add at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")

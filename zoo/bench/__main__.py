@@ -43,16 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    page = "also put the table between the lines <!-- bench --> and <!-- /bench --> of FILE"
     parser.add_argument("sections", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under a minute")
     parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1, CPU time is taken (default: 1)")
     parser.add_argument("--device", choices=devices, default="cpu", help="default: cpu")
     parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute more)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder of transformers, for the section hf")
+    parser.add_argument("--model", metavar="DIR", help="a folder of transformers, for the section hf")
     parser.add_argument("--figure", type=Path, metavar="FOLDER", help="also draw growth.png in FOLDER")
-    parser.add_argument("--page", type=Path, metavar="FILE", help=page)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also put the table there, between its marks")
     options = parser.parse_args(argv)
     for name in options.sections:
         lookup(name, SECTIONS, "section")

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +50,7 @@ class Setting(NamedTuple):
     rates: Rates
     quick: bool = False
     compiled: bool = False
-    model: Path | None = None
+    model: str | None = None
 
 
 class Row(NamedTuple):

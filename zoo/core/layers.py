@@ -87,6 +87,15 @@ def split_chunks(x_BTD: Tensor, chunk: int | None) -> Tensor:
     return x_BTD.unflatten(1, (-1, chunk))
 
 
+def join_chunks(y_BScn: Tensor, tokens: int, chunk: int | None) -> Tensor:
+    """The first `tokens` of what split_chunks made, (B,T,n); raises ValueError where updates made more chunks of it."""
+    if chunk is None:
+        return y_BScn
+    if (S := y_BScn.shape[1]) > max(-(-tokens // chunk), 1):
+        raise ValueError(f"a patch of {S} tokens or chunks for a pass of {tokens} tokens: pass those that it is of")
+    return y_BScn.flatten(1, 2)[:, :tokens]
+
+
 class FeedForward(nn.Module):
     """down · (silu(gate z) ∘ up z) with E blocks of F hidden units, 3EFD parameters (Shazeer 2020, arXiv 2002.05202).
 
@@ -131,7 +140,7 @@ class FeedForward(nn.Module):
     def hidden(self, z_BTD: Tensor, patch: Patch) -> Tensor:
         """The input of `down` under `patch`, s included: (B,T,E·F)."""
         h = self._hidden(split_chunks(z_BTD, patch.chunk), patch)
-        return h if patch.chunk is None else h.flatten(1, 2)[:, : z_BTD.shape[1]]
+        return join_chunks(h, z_BTD.shape[1], patch.chunk)
 
     def forward(self, z_BTD: Tensor, patch: Patch | None = None) -> Tensor:
         """The network's output for z (B,T,D) with its weights patched."""
@@ -142,7 +151,7 @@ class FeedForward(nn.Module):
             y = self._chosen_blocks(patch.input.apply(x, patch.served) if patch.input else x, patch.routing)
         else:
             y = self.linear("down", self._hidden(x, patch), patch)
-        return y if patch.chunk is None else y.flatten(1, 2)[:, : z_BTD.shape[1]]
+        return join_chunks(y, z_BTD.shape[1], patch.chunk)
 
     def _chosen_blocks(self, x: Tensor, routing: Routing) -> Tensor:
         # one choice may be that of many tokens

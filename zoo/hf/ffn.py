@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.core.delta import LowRank, Scale
-from zoo.core.layers import split_chunks
+from zoo.core.layers import join_chunks, split_chunks
 from zoo.core.patch import Patch, Routing
 
 POST = "post"
@@ -174,18 +174,18 @@ class ForeignFFN:
         def output(module: nn.Module, args: Any, out: Any) -> None:
             seen.y = seen.f = first(out).clone()  # layers may add to it in place
 
-        handles = [
-            self.module.register_forward_pre_hook(lambda module, args: setattr(seen, "z", args[0])),
-            self.module.register_forward_hook(output),
-        ]
-        if self.post is not None:
-            handles.append(self.post.register_forward_hook(lambda module, args, out: setattr(seen, "f", out.clone())))
-        if self.experts is not None:
-            handles.append(self.experts.register_forward_pre_hook(chosen, with_kwargs=True))
-        else:
-            read = self.modules[self.output_matrix].register_forward_pre_hook
-            handles.append(read(lambda module, args: setattr(seen, "h", args[0])))
-        with hooks(*handles):
+        def registered() -> Iterator[Any]:
+            yield self.module.register_forward_pre_hook(lambda module, args: setattr(seen, "z", args[0]))
+            yield self.module.register_forward_hook(output)
+            if self.post is not None:
+                yield self.post.register_forward_hook(lambda module, args, out: setattr(seen, "f", out.clone()))
+            if self.experts is not None:
+                yield self.experts.register_forward_pre_hook(chosen, with_kwargs=True)
+            else:
+                read = self.modules[self.output_matrix].register_forward_pre_hook
+                yield read(lambda module, args: setattr(seen, "h", args[0]))
+
+        with hooks(registered()):
             yield seen
 
     @contextmanager
@@ -198,8 +198,7 @@ class ForeignFFN:
             return split_chunks(wide(x).reshape(*shape, -1), patch.chunk)
 
         def joined(x: Tensor, like: Tensor) -> Tensor:
-            x = x if patch.chunk is None else x.flatten(1, 2)[:, : shape[1]]
-            return x.reshape(like.shape).to(like.dtype)
+            return join_chunks(x, shape[1], patch.chunk).reshape(like.shape).to(like.dtype)
 
         def enter(module: nn.Module, args: Any) -> Any:
             shape[:] = args[0].shape[:2]
@@ -232,6 +231,15 @@ class ForeignFFN:
             change = delta.dense(W).diagonal(dim1=-2, dim2=-1) / W.diagonal()
             return joined(split(y) * (1 + change.unsqueeze(-2)), y)
 
+        def registered() -> Iterator[Any]:
+            yield self.module.register_forward_pre_hook(enter)
+            for name in hooked:
+                yield self.modules[name].register_forward_hook(gain(name), with_kwargs=True)
+            if patch.routing:
+                yield self.experts.register_forward_pre_hook(choose, with_kwargs=True)
+            if POST in patch.weights:
+                yield self.post.register_forward_hook(scale)
+
         names = {*patch.weights, *patch.biases} - {POST}
         hooked = {name for name in names if name in self.plain or name == self.output_matrix}
         if unplaced := patch.biases.keys() - hooked:
@@ -240,13 +248,7 @@ class ForeignFFN:
             if others := names - hooked:
                 part = {name: delta for name, delta in patch.weights.items() if name in others}
                 stack.enter_context(self.merged(Patch(weights=part, chunk=patch.chunk)))
-            handles = [self.module.register_forward_pre_hook(enter)]
-            handles += [self.modules[name].register_forward_hook(gain(name), with_kwargs=True) for name in hooked]
-            if patch.routing:
-                handles.append(self.experts.register_forward_pre_hook(choose, with_kwargs=True))
-            if POST in patch.weights:
-                handles.append(self.post.register_forward_hook(scale))
-            stack.enter_context(hooks(*handles))
+            stack.enter_context(hooks(registered()))
             yield
 
     @contextmanager
@@ -276,9 +278,12 @@ class ForeignFFN:
 
 
 @contextmanager
-def hooks(*handles: Any) -> Iterator[None]:
-    """Hooks that are removed at its end."""
+def hooks(registered: Iterable[Any]) -> Iterator[None]:
+    """Hooks, registered as the handles are asked for, that are removed at its end, also if that fails halfway."""
+    handles = []
     try:
+        for handle in registered:
+            handles.append(handle)
         yield
     finally:
         for handle in handles:

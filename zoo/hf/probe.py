@@ -91,7 +91,7 @@ def _matrices(where: str, module: nn.Module, z_BTD: Tensor) -> ForeignFFN:
     def note(name: str) -> Any:
         return lambda part, args, out: calls.update({name: (args[0], out)})
 
-    with hooks(*(part.register_forward_hook(note(name)) for name, part in modules.items())):
+    with hooks(part.register_forward_hook(note(name)) for name, part in modules.items()):
         module(z_BTD)
     if missing := modules.keys() - calls.keys():
         raise ValueError(f"{where}: {', '.join(sorted(missing))} is not used as a part of its own")
@@ -131,7 +131,7 @@ def _writes(where: str, ffn: ForeignFFN, z_BTD: Tensor) -> None:
     with ffn.observed() as seen:
         ffn.module(z_BTD)
     more = noise(seen.y, seen.y)
-    with hooks(ffn.modules[ffn.output_matrix].register_forward_hook(lambda m, args, y: y + more.reshape(y.shape))):
+    with ffn.modules[ffn.output_matrix].register_forward_hook(lambda m, args, y: y + more.reshape(y.shape)):
         wrong = not close(first(ffn.module(z_BTD)), seen.y + more)
     if ffn.experts is not None:
         y = F.linear(ffn.of_experts(seen.h, seen.index, seen.weight), ffn.weight(ffn.output_matrix))
@@ -149,7 +149,7 @@ def _output(where: str, ffn: ForeignFFN, children: dict[str, nn.Module], run: Ca
     def note(name: str) -> Any:
         return lambda part, args, out: given.update({name: (args[0] if args else None, out)})
 
-    with ffn.observed() as seen, hooks(*(part.register_forward_hook(note(n)) for n, part in children.items())):
+    with ffn.observed() as seen, hooks(part.register_forward_hook(note(n)) for n, part in children.items()):
         before = first(run())
     tensors = {name: pair for name, pair in given.items() if all(isinstance(t, Tensor) for t in pair)}
     behind = [name for name, (x, out) in tensors.items() if torch.equal(x, seen.y) and not torch.equal(x, out)]
@@ -158,7 +158,7 @@ def _output(where: str, ffn: ForeignFFN, children: dict[str, nn.Module], run: Ca
     for name in behind:
         ffn = _with_norm(f"{where}: {name} behind it", ffn, children[name], seen.y)
     r, last = noise(seen.y, before), ffn.module if ffn.post is None else ffn.post
-    with hooks(last.register_forward_hook(lambda m, args, y: y + r if isinstance(y, Tensor) else (y[0] + r, *y[1:]))):
+    with last.register_forward_hook(lambda m, args, y: y + r if isinstance(y, Tensor) else (y[0] + r, *y[1:])):
         more = wide(first(run())) - wide(before)
     unit = float((more * wide(r)).sum() / wide(r).square().sum())
     if not unit or not close((more / unit).to(before.dtype), r):

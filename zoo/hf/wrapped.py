@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.console import warn
 from zoo.core.exact import replace_context
 from zoo.core.patch import Patch
 from zoo.hf.network import Network
@@ -54,8 +56,12 @@ class Wrapped:
 
         removed: a boolean mask (T,), or (B,T) with as many kept in each row, or the first so many; attention_mask: 0
         for padding on either side. model(tokens[:, ~removed], patches=…, positions=…) then equals model(tokens) there.
-        Raises ValueError where no patch exists.
+        Of a trained model keep the first token, its sink of attention: the patch is exact without it, but large. Raises
+        ValueError where no patch exists.
         """
+        name = self.model.config.name_or_path
+        if name and (removed > 1 if isinstance(removed, int) else bool(removed[..., 0].any())):
+            _say_sink(name)
         return replace_context(self.decoder, tokens, removed, attention_mask=attention_mask)  # type: ignore[call-arg]
 
     @contextmanager
@@ -82,7 +88,7 @@ class Wrapped:
             return visit
 
         network.run(tokens, outputs(goal))
-        patches = self.deltas(tokens, 3)
+        patches = replace_context(network, tokens, 3)
         position = torch.tensor([[3]], device=self.device)
         precise = self.model.dtype in LAW  # else a router near a tie may choose anew
         with network.patched(patches, merged=precise):
@@ -94,6 +100,12 @@ class Wrapped:
                     f"layer {index}: with its context as weights it is off by {error:.2g} of the largest entry: "
                     "something else in this model carries the context"
                 )
+
+
+@cache
+def _say_sink(name: str) -> None:
+    advice = "keep it by a mask that is False there, and patches are smaller and hold in bfloat16"
+    warn(f"{name}: the first token, where trained models rest their attention, is removed too; {advice}")
 
 
 def wrap(model: nn.Module, tokenizer: Any = None) -> Wrapped:

@@ -102,7 +102,8 @@ def _draw_heat(ax: Any, panel: Heat) -> None:
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     for axis, names in ((ax.xaxis, panel.x_names), (ax.yaxis, panel.y_names)):
         if names:
-            axis.set_ticks(range(len(names)), names)
+            long = {"rotation": 30, "ha": "right"} if axis is ax.xaxis and sum(map(len, names)) > 60 else {}
+            axis.set_ticks(range(len(names)), names, **long)
     for (i, j), text in np.ndenumerate(np.array(panel.texts)):
         ax.text(j, i, _shown(text), ha="center", va="center", family="monospace", fontsize=9, parse_math=False)
     ax.grid(False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from zoo.lens import static, structure
 from zoo.lens.exact import exact
 from zoo.lens.figure import Figure, Heat, Lines, Panel, Series
-from zoo.lens.routing import information, switched, usage
+from zoo.lens.routing import information, routed_layers, switched, usage
 from zoo.models import Model
 
 Models = Mapping[str, Model]
@@ -127,7 +127,7 @@ def changed_experts(models: Models, size: int = 64) -> Figure:
     for name, model in models.items():
         tokens, n = example(model, size)
         reduced, sheared = switched(model, tokens, n)
-        layers = [str(layer) for layer in range(len(reduced))]
+        layers = [str(layer) for layer in routed_layers(model)]
         series = (
             Series("router reads the query alone", layers, reduced.tolist()),
             Series("control: router patched too", layers, sheared.tolist(), control=True),
@@ -151,7 +151,7 @@ def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
     for name, model in models.items():
         batches = [model.task.batch("test", k, 64) for k in range(-(-size // 64))]
         own = usage(model, batches)
-        layers, experts = ([str(index) for index in range(count)] for count in own.together.shape[:2])
+        layers, experts = ([str(k) for k in ids] for ids in (routed_layers(model), range(own.together.shape[1])))
         domains = getattr(model.task.config, "domains", None) or ()
         if len(domains) > 1:
             shares = (own.by_group() / own.by_group().sum(-1, keepdim=True)).flatten(0, 1).tolist()
@@ -168,7 +168,7 @@ def expert_use(models: Models, size: int = 256, redraws: int = 5) -> Figure:
             shares = both_LEE.flatten(0, 1).tolist()
             rows = [f"layer {layer}, expert {expert}" for layer in layers for expert in experts]
             panels.append(Heat(f"{name}: chosen together", "expert", "", "share of tokens", shares, experts, rows))
-        load = [Series(f"layer {k}", experts, row) for k, row in enumerate(own.load().tolist())]
+        load = [Series(f"layer {k}", experts, row) for k, row in zip(layers, own.load().tolist(), strict=True)]
         panels.append(Lines(f"{name}: load", "expert", "choices / mean over experts", tuple(load)))
     return Figure(
         "expert-use",
@@ -191,19 +191,11 @@ def norms_and_alignment(models: Models, size: int = 16, queries: int = 8) -> Fig
         tokens = tokens[:, : n + queries]
         relative = structure.relative_norms(model, tokens, n).mean((2, 3))
         layers = [f"layer {layer}" for layer in range(len(relative))]
-        names = model.decoder.blocks[-1].ffn.matrices
-        panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), names, layers))
-        down = structure.grid(model, tokens[:4], n)[model.decoder.blocks[-1].ffn.output_matrix]
-        panels.append(
-            Heat(
-                f"{name}: alignment, last layer, down",
-                f"update (4 contexts × {queries} queries)",
-                "update, context by context",
-                "cosine of ΔW and ΔW′",
-                structure.cosines(down).tolist(),
-                diverging=True,
-            )
-        )
+        matrices, output = structure.names(model), model.decoder.blocks[-1].ffn.output_matrix
+        panels.append(Heat(f"{name}: size", "matrix", "layer", "|ΔW| / |W|, mean", relative.tolist(), matrices, layers))
+        cosines = structure.cosines(structure.grid(model, tokens[:4], n)[output]).tolist()
+        title, x = f"{name}: alignment, last layer, {output}", f"update (4 contexts × {queries} queries)"
+        panels.append(Heat(title, x, "update, context by context", "cosine of ΔW and ΔW′", cosines, diverging=True))
     return Figure(
         "norms-and-alignment",
         "How large the updates are, and who shares them",
@@ -232,15 +224,11 @@ def generation_strip(models: Models, lines: int = 4, prompt: int = 64) -> Figure
             other[label] = differs[-1].float()
             same[label] = f"{int((~differs).sum())} of {ids.numel()}"
     cuts = [slice(first, first + PER_LINE) for first in range(0, count, PER_LINE)]
-    panel = Heat(
-        f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts",
-        "",
-        "",
-        "0: as with the context, 1: another token",
-        [other[label][cut].tolist() for cut in cuts for label in texts],
-        y_names=[label for _ in cuts for label in texts],
-        texts=[texts[label][cut] for cut in cuts for label in texts],
-    )
+    title = f"{count} greedy tokens after {prompt} tokens, the last of 4 prompts"
+    values = [other[label][cut].tolist() for cut in cuts for label in texts]
+    shown = [texts[label][cut] for cut in cuts for label in texts]
+    meaning = "0: as with the context, 1: another token"
+    panel = Heat(title, "", "", meaning, values, y_names=[*texts] * len(cuts), texts=shown)
     return Figure(
         "generation-strip",
         "Text from one token and its weight updates",

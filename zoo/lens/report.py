@@ -13,10 +13,11 @@ from zoo.console import say
 from zoo.lens import draw, figures, structure
 from zoo.lens.figure import Figure
 from zoo.lens.figures import Models, example
-from zoo.lens.routing import routes
+from zoo.lens.routing import routed_layers
 from zoo.models import Model
 
-TRAINED: dict[str, Callable[[Models], Figure]] = {
+Makers = Mapping[str, Callable[[Models], Figure]]
+TRAINED: Makers = {
     "law-residuals": figures.law_residuals,
     "norms-and-alignment": figures.norms_and_alignment,
     "changed-experts": figures.changed_experts,
@@ -25,9 +26,9 @@ TRAINED: dict[str, Callable[[Models], Figure]] = {
     "generation-strip": figures.generation_strip,
 }
 """Figures of checkpoints."""
-NEEDS: dict[str, tuple[str, Callable[[Model], bool]]] = {
-    "changed-experts": ("a mixture of experts", routes),
-    "expert-use": ("a mixture of experts", routes),
+NEEDS: dict[str, tuple[str, Callable[[Model], Any]]] = {
+    "changed-experts": ("a mixture of experts", routed_layers),
+    "expert-use": ("a mixture of experts", routed_layers),
     "static-error": ("queries that are blind to each other", lambda model: model.task.independent_queries),
     "generation-strip": ("running text", lambda model: model.task.has_text and not model.task.n_context),
 }
@@ -45,12 +46,7 @@ def make(name: str, models: Models) -> Figure:
     raise ValueError(f"{name} needs {NEEDS[name][0]} among the checkpoints")
 
 
-def write(
-    models: Models,
-    folder: Path,
-    sources: Mapping[str, Path],
-    makers: Mapping[str, Callable[[Models], Figure]] = TRAINED,
-) -> dict[str, Any]:
+def write(models: Models, folder: Path, sources: Mapping[str, Path], makers: Makers = TRAINED) -> dict[str, Any]:
     """Makes all fitting figures of the models in `folder`, report.md and report.json; returns what the JSON holds."""
     made: list[Figure] = []
     for name, maker in makers.items():
@@ -75,13 +71,12 @@ def summary(model: Model, size: int = 16) -> dict[str, float]:
     tokens, n = example(model, size)
     tokens = tokens[:, : n + 8]
     relative = structure.relative_norms(model, tokens, n).mean((2, 3))
-    ffn = model.decoder.blocks[-1].ffn
-    name = ffn.matrices[int(relative[-1].argmax())]
-    update, W = structure.grid(model, tokens[:4], n)[name], ffn.weight(name)
+    name = structure.names(model)[int(relative[-1].nan_to_num().argmax())]
+    update, W = structure.grid(model, tokens[:4], n)[name], model.decoder.blocks[-1].ffn.weight(name)
     ranks = structure.participation_ratio(torch.linalg.svdvals(update))
     numbers = {
         "parameters": float(sum(p.numel() for p in model.decoder.parameters())),
-        "size of the update, |ΔW|/|W|": float(relative.mean()),
+        "size of the update, |ΔW|/|W|": float(relative.nanmean()),
         f"effective rank of ΔW, last layer, {name}": float(ranks.nanmean()),
         f"variance of ΔW between contexts, last layer, {name}": float(structure.context_share(update, W)),
     }

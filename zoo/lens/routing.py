@@ -48,7 +48,7 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
     pairs_LEE, tokens = torch.zeros(()), 0
     for batch in batches:
         patches = model.decoder(batch.tokens, batch.n_context)[1]
-        sets_LBTE = torch.stack([expert_sets(patch) for patch in patches]).double()
+        sets_LBTE = torch.stack([expert_sets(patch) for patch in _routed(patches).values()]).double()
         if (real_BT := model.decoder.real(batch.tokens)) is not None:
             sets_LBTE = sets_LBTE * real_BT.unsqueeze(-1)
         chosen.append(sets_LBTE.sum(2))
@@ -58,16 +58,22 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
     return Usage(torch.cat(chosen, 1), pairs_LEE / tokens, torch.cat(groups) if groups else None)
 
 
-def routes(model: Model) -> bool:
-    """Whether a router of the model chooses what each token uses."""
+def routed_layers(model: Model) -> list[int]:
+    """The layers in which a router chooses what each token uses: the L of all that is counted here."""
     batch = model.task.batch("test", 0, 1)
-    return model.decoder(batch.tokens, batch.n_context)[1][0].routing is not None
+    patches = model.decoder(batch.tokens, batch.n_context)[1]
+    return [layer for layer, patch in enumerate(patches) if patch.routing]
+
+
+def _routed(patches: list[Patch]) -> dict[int, Patch]:
+    if found := {layer: patch for layer, patch in enumerate(patches) if patch.routing}:
+        return found
+    raise ValueError("the model has no experts: no router chooses what its tokens use")
 
 
 def expert_sets(patch: Patch) -> Tensor:
     """The routed experts that each token chose, (*,T,E), boolean; shared experts have later ids."""
-    if patch.routing is None:
-        raise ValueError("the model has no experts: no router chooses what its tokens use")
+    assert patch.routing is not None
     experts = torch.arange(patch.routing.logits.shape[-1], device=patch.routing.index.device)
     return (patch.routing.index.unsqueeze(-1) == experts).any(-2)
 
@@ -120,7 +126,7 @@ def switched(model: Model, tokens: Tensor, n_context: int) -> tuple[Tensor, Tens
     the mean of the context. Raises ValueError for a model without experts.
     """
     shares: list[Tensor] = []
-    for layer, patch in enumerate(model.deltas(tokens, n_context, n_context)):
+    for layer, patch in _routed(model.deltas(tokens, n_context, n_context)).items():
         assert patch.input is not None, "the form of the patch is shear"
         z = patch.input.a
         contextual = expert_sets(patch).squeeze(2)

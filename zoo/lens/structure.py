@@ -13,11 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch
 from zoo.lens.protocol import Subject
 
-MATRICES = FeedForward.matrices
 Matrices = dict[str, Tensor]
 """By name, those of one layer."""
 
@@ -40,18 +38,27 @@ def _differences(model: Subject, query: Tensor, new: Sequence[Patch], old: Seque
 
 @torch.no_grad()
 def relative_norms(model: Subject, tokens: Tensor, n_context: int) -> Tensor:
-    """|ΔW(context, query) − ΔW(no context, query)| / |W| by layer, matrix (gate, up, down) and query, (L,M,B,Q)."""
-    rows = [torch.stack([_norms(layer) for layer in updates(model, row, n_context)]) for row in tokens.split(1)]
+    """|ΔW(context, query) − ΔW(no context, query)| / |W| by layer, matrix as `names` and query, (L,M,B,Q); nan where a
+    layer has no such matrix."""
+    rows = [torch.stack([_norms(model, layer) for layer in updates(model, row, n_context)]) for row in tokens.split(1)]
     return torch.cat(rows, 2) / _stored_norms(model)[..., None, None]
 
 
-def _norms(matrices: Matrices) -> Tensor:
-    return torch.stack([torch.linalg.matrix_norm(matrix) for matrix in matrices.values()])
+def names(model: Subject) -> list[str]:
+    """The matrices of all layers, which may have different ones."""
+    return list(dict.fromkeys(name for block in model.decoder.blocks for name in block.ffn.matrices))
+
+
+def _norms(model: Subject, matrices: Matrices) -> Tensor:
+    """By `names`, 0 for one that the layer does not have."""
+    norms = {name: torch.linalg.matrix_norm(matrix) for name, matrix in matrices.items()}
+    none = torch.zeros_like(next(iter(norms.values())))
+    return torch.stack([norms.get(name, none) for name in names(model)])
 
 
 def _stored_norms(model: Subject) -> Tensor:
     """|W| of every FFN matrix, (L,M)."""
-    return torch.stack([_norms(block.ffn.dense(Patch())) for block in model.decoder.blocks])
+    return torch.stack([_norms(model, block.ffn.dense(Patch())) for block in model.decoder.blocks])
 
 
 @torch.no_grad()
@@ -66,7 +73,7 @@ def increments(model: Subject, tokens: Tensor, n_context: int) -> Tensor:
         query = row[:, n_context:]
         patches = [model.deltas(torch.cat([row[:, :i], query], 1), i) for i in range(n_context + 1)]
         steps = [_differences(model, query, new, old) for old, new in pairwise(patches)]
-        rows.append(torch.stack([torch.stack([_norms(layer).norm(dim=0) for layer in step]) for step in steps]))
+        rows.append(torch.stack([torch.stack([_norms(model, layer).norm(dim=0) for layer in step]) for step in steps]))
     return torch.cat(rows, 2) / _stored_norms(model).norm(dim=1)[:, None, None]
 
 

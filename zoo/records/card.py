@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.models import MODELS
+from zoo.records.summary import title
 from zoo.tasks import Task
-from zoo.training.summary import title
 
 
 def card(metrics: dict[str, Any], task: Task) -> str:

@@ -18,11 +18,11 @@ from zoo.console import Untested, command_line, describe, quiet, say, warn
 from zoo.devices.faults import explained
 from zoo.files import write
 from zoo.models import Model
-from zoo.records import results
+from zoo.records import results, summary
 from zoo.records.budget import fitted
 from zoo.records.card import card
 from zoo.records.start import take_weights
-from zoo.training import checkpoint, summary, validate
+from zoo.training import checkpoint, validate
 from zoo.training.callbacks import Keeper
 from zoo.training.data import Stream
 from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
