@@ -236,6 +236,8 @@ def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
     assert kl["the prompt"] == 0
     assert nulled < 0.7 * kl["no prompt"]
     assert nulled <= lora < kl["no prompt"]
+    _, said, _ = command(capsys, "patch", folder, *files, "--lora", tmp_path / "more", "--rank", 32, "--distil", 20)
+    assert 0 < float(said.split()[-2]) != lora
 
     model = commands.load(folder)
     patches = load_patch(out, model)
@@ -281,6 +283,8 @@ def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ("patch . --context context.txt --out P", "--queries FILE is missing"),
         ("patch . --context context.txt --queries context.txt --out P", "context.txt holds 2 queries: 20 at least"),
         (f"patch . {FILES} --rank 3", "--lora DIR and --rank R come together"),
+        (f"patch . {FILES} --distil 3", "--distil STEPS, at least 1, trains"),
+        (f"patch . {FILES} --lora P --rank 2 --distil 0", "--distil STEPS, at least 1, trains"),
         (f"patch . {FILES} --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
         ("report .", "takes one MODEL_DIR and --text FILE"),
     ],
