@@ -114,7 +114,7 @@ WINGS = {
 }
 """What was built onto the house, by files and the most lines of them. Tasks had 1,672 lines before; of the 620 further
 ones 600 were allowed. Of loggers 66 lines stood in what is read first, of their tests 58 in the house."""
-HOUSE = {"read first": (READ_FIRST, 3_273), "zoo": (["zoo"], 8_475 - 1_950), "tests": (["tests"], 11_500 - 569)}
+HOUSE = {"read first": (READ_FIRST, 3_273), "zoo": (["zoo"], 8_475 - 1_940), "tests": (["tests"], 11_500 - 549)}
 
 
 @pytest.mark.parametrize("name", [*HOUSE, *WINGS])
