@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -103,15 +102,22 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def place_of(state: Any, folder: Path) -> Path:
-    """The run folder of a job: in a sweep that names none it is called by what varies, as model=moe,seed=1."""
+    """The run folder of a job: in a sweep that names none it is called by what varies, by name, as model=moe,seed=1."""
     if state.mode == RunMode.RUN or state.sweep.subdir != str(state.job.num):
         return folder
-    words = [word.lstrip("+") for word in state.overrides.task]
-    fixed = {*state.job.config.override_dirname.exclude_keys}
-    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(word for word in words if word.partition("=")[0] not in fixed))
-    if len(name) > 150:  # file systems take 255 bytes
-        name = f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return folder.with_name(name or folder.name)
+    words, fixed = state.overrides.task, {*state.job.config.override_dirname.exclude_keys}
+    pairs = [word.lstrip("+").partition("=") for word in words]
+    pairs = [pair for pair in pairs if pair[0] not in fixed]
+    by_name = sorted(pairs, key=lambda pair: pair[0])
+    given, place = (folder.with_name(name_of(those) or folder.name) for those in (pairs, by_name))
+    return given if (given / "checkpoints").exists() else place  # older sweeps kept the order of the command line
+
+
+def name_of(pairs: list[tuple[str, str, str]]) -> str:
+    """What a folder is called that has these options."""
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(map("".join, pairs)))
+    # file systems take 255 bytes
+    return name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
@@ -197,20 +203,12 @@ def sweep_of(arguments: list[str]) -> list[str]:
     return [*own, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
 
 
-def stopped(number: int, frame: Any) -> None:
-    raise console.Interrupted(f"stopped by {signal.Signals(number).name}", number)
-
-
 def start() -> int:
     sys.argv[1:] = arguments = arguments_of(sys.argv[1:])
-    sweep = bool({"-m", "--multirun"} & {*arguments})
-    if sweep:  # else the processes of a launcher would go on without it
-        before = signal.signal(signal.SIGTERM, stopped)
     try:
         main()
     finally:
-        if sweep:
-            signal.signal(signal.SIGTERM, before)
+        if {"-m", "--multirun"} & {*arguments}:
             dirs = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
             for folder in dirs[-1:]:
                 end_of_sweep(Path(folder.strip("\"'")))

@@ -19,13 +19,14 @@ def write_run(folder: Path, model: str = "transformer", seed: int = 0, errors: A
     params = 1000 * len(model)
     main = np.abs(NAMES[model] + 0.1 * np.random.default_rng(seed).normal(size=64)) if errors is None else errors
     main = np.asarray(main, np.float32)
+    zero = dict.fromkeys(("nmse_zero", "nmse_zero_5"), 1.0 + seed)
     metrics: dict[str, Any] = {
         **{"task": "regression", "model": model, "seed": seed, "steps": 100, "seconds": 10.0, "tokens": 89_600},
         **{"tokens_per_second": 8960.0, "params_total": params, "params_active": 900, "flops_per_token": 2000.0},
         **{"flops": 537_600_000.0, "mfu": None, "memory_bytes": 5_000_000, "precision": "32-true", "devices": 1},
         **{"accelerator": "cpu", "data": None, "main_metric": "nmse", "versions": {}, "command": "python train.py"},
         "evaluation": {"split": "test", "batches": 2, "batch_size": 32, "seed": seed},
-        "test": {"nmse": float(main.mean()), "nmse_wrong_context": 2 + params / 1e4, "nmse_zero": 1.0 + seed},
+        "test": {"nmse": float(main.mean()), "nmse_wrong_context": 2 + params / 1e4, **zero},
         "config": {"model": options, "task": task, "optim": optim, "seed": seed, "out": str(folder), "logger": {}},
     }
     for name, value in changes.items():

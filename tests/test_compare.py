@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,8 @@ from zoo.compare.figures import all_figures, curve, front
 from zoo.compare.runs import BYTES, find, read
 from zoo.compare.statistics import estimate, weighted
 from zoo.compare.systems import Difference, System, compare, group, values
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def read_all(*paths: Path) -> list[System]:
@@ -151,6 +154,22 @@ def test_systems_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
     }
 
 
+def test_a_label_has_no_option_that_follows_from_another(tmp_path: Path) -> None:
+    for router, weight, steps in (("learned", 0.01, 100), ("frozen", 0.0, 100), ("learned", 0.01, 200)):
+        options: dict[str, Any] = {"router": router, "balance_weight": weight}
+        changes = {f"config__model__{name}": value for name, value in options.items()}
+        changes |= {"config__optim__steps": steps, "config__optim__warmup": steps // 20}
+        write_run(tmp_path / f"{router}{steps}", "moe", **changes)
+    write_run(tmp_path / "own", "moe", **changes | {"config__optim__warmup": 0})
+    assert {system.label for system in read_all(tmp_path / "frozen100", tmp_path / "learned100")} == {
+        "moe, router=frozen",
+        "moe, router=learned",
+    }
+    chosen = {system.label for system in read_all(tmp_path)}
+    assert "moe, router=learned, steps=200, warmup=0" in chosen
+    assert len(chosen) == 4
+
+
 def test_the_command_writes_everything(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(sweep / "late" / "moe", "moe", 7, steps=50)
     (sweep / "begun").mkdir()
@@ -167,13 +186,22 @@ def test_the_command_writes_everything(sweep: Path, tmp_path: Path, capsys: pyte
     moe = data["systems"][1]
     assert moe["error"]["mean"] == pytest.approx(np.mean([run["error"] for run in moe["runs"]]))
     assert [run["seed"] for run in moe["runs"]] == [0, 1, 2, 7]
-    assert [*data["references"]] == ["nmse_zero"]
+    assert [*data["references"]] == ["nmse_zero", "nmse_zero_5"]
+    drawn_as = {series["label"] for series in json.loads((out / "pareto.json").read_text())["panels"][0]["series"]}
+    assert drawn_as >= {"predicting zero", "front"}
+    assert not any("5" in label for label in drawn_as)  # of a part of the data
     assert "nmse_wrong_context" in moe["test"]
     assert data["notes"][0] == "Unequal steps: 100 (hypernet, moe, transformer); 50 (moe)"
     assert re.fullmatch(r"Unequal seed: (\d \(hypernet, moe, transformer\); ){3}7 \(moe\)", data["notes"][1])
     assert {one["seeds"] for one in data["differences"] if one["second"] == "transformer"} == {3}
     table = list(csv.DictReader((out / "table.csv").open()))
-    assert [row["system"] for row in table] == ["hypernet", "moe", "transformer", "predicting zero"]
+    assert [row["system"] for row in table] == [
+        "hypernet",
+        "moe",
+        "transformer",
+        "predicting zero",
+        "predicting zero, 5",
+    ]
     assert float(table[0]["nmse"]) == data["systems"][0]["error"]["mean"]
     text = (out / "table.md").read_text()
     assert text in printed.out
@@ -209,6 +237,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task": "noise"}, "task is 'regression' and 'noise'"),
     "option": ({"config__task__points": 40}, "task.points is 20 and 40"),
     "data": ({"data": ["b"]}, r"data is \['a'\] and \['b'\]"),
+    "tokenizer": ({"tokenizer": "b", "config__task__tokenizer": "x"}, "task.tokenizer is None and 'x'"),
     "evaluation": ({"evaluation__batches": 3}, "evaluation.batches is 2 and 3"),
     "seed": ({"evaluation__seed": 8}, "evaluation.seed is 0 and 8"),
     "metric": ({"main_metric": "nmse_zero", "test": {"nmse_zero": 0.3}}, "main_metric is 'nmse' and 'nmse_zero'"),
@@ -234,8 +263,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
 
 
 def test_moved_data_of_equal_digests_are_one_test(tmp_path: Path) -> None:
-    for k, seed in enumerate((0, 1)):
-        write_run(tmp_path / str(k), seed=seed, data=["a"], config__task__files=[f"/at/{k}.txt"], evaluation__seed=9)
+    for k in range(2):
+        moved = {"config__task__files": [f"/at/{k}.txt"], "config__task__tokenizer": f"/at/{k}.json"}
+        write_run(tmp_path / str(k), seed=k, data=["a"], tokenizer="b", evaluation__seed=9, **moved)
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
 
 
@@ -325,3 +355,9 @@ def test_two_hundred_runs_take_seconds(tmp_path: Path) -> None:
         write_run(tmp_path / "sweep" / str(k), "hypernet", k % 4, draw.random(1280), config__model__rank=k // 4)
     command = [sys.executable, "-m", "zoo.compare", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]
     assert not subprocess.run(command, capture_output=True, timeout=20).returncode
+
+
+@pytest.mark.slow
+def test_the_table_of_simulations_is_that_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(DOCS / "intervals.py"))
+    assert capsys.readouterr().out in (DOCS / "compare.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -194,9 +195,22 @@ def test_documents_of_a_file_end_where_they_end(
     stream = iter([[65, 66], [START, 67], [68, 68], [69, START]])
     monkeypatch.setattr(sampling, "choose", lambda *_: torch.tensor(next(stream)))
     (tmp_path / "p.txt").write_bytes("\ufeffa\x0c\u2028b\r\nabcd\u00e9\n".encode())  # two lines, equally long
+    (tmp_path / "o").symlink_to(tmp_path / "elsewhere")
     assert main([checkpoints["text"], "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "elsewhere").read_text().splitlines()]
+    assert (tmp_path / "o").is_symlink()
     assert rows == [{"prompt": "a\x0c\u2028b", "text": "A"}, {"prompt": "abcd\u00e9", "text": "BCD"}]
+
+
+def test_sigterm_leaves_no_half_file(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sampling, "choose", lambda *_: signal.raise_signal(signal.SIGTERM))
+    (tmp_path / "p.txt").write_text("a")
+    assert main([checkpoints["text"], "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")]) == 143
+    assert capsys.readouterr().err.endswith("\nstopped by SIGTERM\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_nothing_is_written_for_prompts_that_do_not_fit(
@@ -221,6 +235,7 @@ def test_nothing_is_written_for_prompts_that_do_not_fit(
         ("text", "s.jsonl", out, "s.jsonl"),
         ("text", "t.csv", out, "t.csv"),
         ("text", "u.txt", folder, "is a folder: give a file"),
+        ("text", "u.txt", Path("/dev/null"), "/dev/null is a device: give a file"),
         ("text", "u.txt", tmp_path / "none" / "out", "No such file or directory"),
     ]
     for name, file, where, said in cases:

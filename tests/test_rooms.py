@@ -96,7 +96,8 @@ WINGS = {
     "tests of several devices": ([f"tests/{name}.py" for name in OF_DEVICES], 430 + 175),
     "bridge": (["zoo/hf", "zoo/lens/protocol.py", "zoo/bench/hf.py"], 1_597 + 63 + 62 + 5),
     "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 1_011),
-    "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
+    "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97 + 12),
+    "loggers": (["zoo/records/loggers.py"], 95),
     "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),
     "tasks": (["zoo/tasks/text", *(f"zoo/tasks/{name}.py" for name in OWN_TASKS)], 1_650 + 620),
@@ -107,13 +108,13 @@ WINGS = {
     "tests of wings": (
         ["tests/compared.py", "tests/test_tokenizer_file.py"]
         + [f"tests/test_{name}.py" for name in ("start", "evaluate", "budget", "shipped", "oracles", "sweep")]
-        + [f"tests/test_{name}.py" for name in ("compare", "compare_page", "results")],
-        1_500,
+        + [f"tests/test_{name}.py" for name in ("compare", "compare_page", "results", "loggers")],
+        1_500 + 58 + 85,
     ),
 }
 """What was built onto the house, by files and the most lines of them. Tasks had 1,672 lines before; of the 620 further
-ones 600 were allowed."""
-HOUSE = {"read first": (READ_FIRST, 3_299), "zoo": (["zoo"], 8_475 - 1_672 - 268), "tests": (["tests"], 11_500 - 549)}
+ones 600 were allowed. Of loggers 66 lines stood in what is read first, of their tests 58 in the house."""
+HOUSE = {"read first": (READ_FIRST, 3_273), "zoo": (["zoo"], 8_475 - 1_940), "tests": (["tests"], 11_500 - 549)}
 
 
 @pytest.mark.parametrize("name", [*HOUSE, *WINGS])

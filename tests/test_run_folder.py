@@ -52,10 +52,11 @@ def test_results_are_not_overwritten(tmp_path: Path, result: str) -> None:
 
 
 def test_a_folder_is_given_back_however_the_run_ends(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(KeyError), taken(tmp_path / "run", False):
+    (mine := tmp_path / "mine").mkdir()
+    for folder in (mine, mine, mine / "made/run"):  # what it made goes with it
+        with pytest.raises(KeyError), taken(folder, False):
             raise KeyError
-        assert not list((tmp_path / "run").iterdir())
+        assert [*tmp_path.rglob("*")] == [mine]
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_processes_exclude_each_other_until_they_end(tmp_path: Path) -> None:
     assert len(folders) == 3
     for process in holders:
         process.communicate("")
-    assert not any(list(folder.iterdir()) for folder in folders)
+    assert not any(folder.exists() for folder in folders)
 
     killed = holder(str(tmp_path / "run"))
     assert killed.stdout
@@ -99,3 +100,4 @@ def test_a_link_of_the_user_stays(tmp_path: Path) -> None:
 def test_no_step_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^trainer\.max_time=.* was over before the first step"):
         small(tmp_path / "a", trainer={"max_time": {"seconds": 0}})
+    assert not (tmp_path / "a").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def test_what_cannot_be_frozen(dense: Path, tmp_path: Path) -> None:
 def test_a_run_goes_on_for_longer_as_if_it_had_been_begun_so(tmp_path: Path, optim: dict[str, Any]) -> None:
     small(tmp_path / "long", "moe", optim={**optim, "steps": 10})
     small(tmp_path / "short", "moe", optim=optim)
-    metrics = zoo.train(resume=tmp_path / "short", optim={"steps": 10}, trainer=QUIET)
+    metrics = zoo.train(resume=tmp_path / "short", optim={"steps": 1e1}, trainer=QUIET)
     same_weights(tmp_path / "long", tmp_path / "short")
     assert rows(tmp_path / "short") == rows(tmp_path / "long")
     assert metrics["config"]["optim"]["steps"] == metrics["steps"] == 10
@@ -109,16 +108,16 @@ def test_what_cannot_go_on_for_longer(tmp_path: Path) -> None:
     assert "optim.steps is 6 in the checkpoint, 4 asked" in one_line(lambda: zoo.train(optim={"steps": 4}, **longer))
 
 
+def test_of_several_runs_none_is_guessed_to_go_on(tmp_path: Path) -> None:
+    for seed in range(2):
+        small(tmp_path / f"sweep/seed={seed}", seed=seed)
+    said = one_line(lambda: zoo.train(resume=tmp_path / "sweep", trainer=QUIET))
+    assert said == f"{tmp_path}/sweep holds 2 runs, name one: ['seed=0', 'seed=1']"
+    assert zoo.load(tmp_path / "sweep").hparams["seed"] == 1  # which trains nothing
+
+
 def test_callbacks_of_the_user_are_called(tmp_path: Path) -> None:
     stop = EarlyStopping("validation_loss", patience=1, min_delta=100.0)
     metrics = small(tmp_path / "run", trainer={"callbacks": [stop]}, optim={"steps": 20})
     assert metrics["steps"] == 4  # the first validation that is not better by 100
     assert saved(tmp_path / "run")["global_step"] == 4
-
-
-def test_losses_as_a_table(tmp_path: Path) -> None:
-    small(tmp_path / "run", logger="csv")
-    table = [*csv.DictReader((tmp_path / "run/csv/metrics.csv").open())]
-    told = [(int(row["step"]), row["validation_loss"] != "") for row in table]
-    written = [(row["step"], "validation_loss" in row) for row in rows(tmp_path / "run")]
-    assert told == [*written, (6, False)]  # of the test

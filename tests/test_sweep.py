@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import re
 import runpy
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from runs import signalled, small
 from test_cli import SHORT, TINY, TRAIN, assert_same, command  # noqa: F401
 from zoo.compare.sweep import finished
+from zoo.training.trainer import make
 
 
 def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(
@@ -39,15 +42,37 @@ def test_a_sweep_that_is_started_again_makes_up_for_what_is_missing(
     assert_same(folder / "model=transformer,seed=1", tmp_path / "whole")
     shutil.rmtree(folder / "model=moe,seed=1")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json*")}
-    answer = command(*asked)
+    (folder / "model=moe,seed=0").rename(folder / "seed=0,model=moe")  # as older sweeps called it
+    answer = command(*asked[:-2], *asked[:-3:-1])  # in another order
     assert answer.code == 0
     assert answer.out.count(" is complete\n") == 3
+    (folder / "seed=0,model=moe").rename(folder / "model=moe,seed=0")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (folder / "model=moe,seed=1/metrics.json").exists()
     answer = command(*asked, "validate_every=3")  # what is complete is another run
     assert answer.code == 1
     assert answer.err.count("validate_every is 2 in the checkpoint, 3 asked") == 4
     assert answer.out.count("failed; holds an earlier run") == 4
+
+
+def test_a_job_is_gone_before_the_next_one_is_made(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    engines: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def noted(*arguments: Any) -> Any:
+        alive.append(sum(engine() is not None for engine in engines))
+        engines.append(weakref.ref(engine := make(*arguments)))
+        return engine
+
+    monkeypatch.setattr("zoo.training.run.make", noted)
+    gc.disable()  # by chance it would come in between
+    try:
+        assert command("-m", *TINY, *SHORT, "debug=fast", "seed=0,1,2").code == 0
+        monkeypatch.setattr(gc, "collect", lambda: 0)
+        assert command("-m", *TINY, *SHORT, "debug=fast", "seed=3,4").code == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 1, 2]
 
 
 def test_failures_in_processes_of_their_own_count(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -201,11 +202,12 @@ def test_a_run_carries_its_tokenizer(here: Path, cache: Path) -> None:  # noqa: 
     folder = begun({**task, "tokenizer": "t.json"})
     sentence = "Sentence 3 has ☂ words.\n"
     expected = zoo.load(folder).task.encode(sentence)
+    digest = hashlib.sha256(zoo.load(folder).task.tokenizer.content.encode()).hexdigest()
     run(resume=folder)
     (here / "t.json").rename("moved.json")
     run(resume=folder)  # with what the checkpoint holds
     metrics = run(resume=folder, task={**task, "tokenizer": "moved.json"})
-    assert metrics["config"]["task"]["tokenizer"] == str(here / "moved.json")
+    assert (metrics["config"]["task"]["tokenizer"], metrics["tokenizer"]) == (str(here / "moved.json"), digest)
     trained(here / "other.json", ["nothing but this " * 9])
     for wrong, what in (
         ("other.json", "is another one than the checkpoint"),

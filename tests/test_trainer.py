@@ -1,7 +1,6 @@
-"""The trainer and the logger are part of a run: stored as plain options, and used when it is resumed."""
+"""The trainer is part of a run: stored as plain options, and used when it is resumed."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 import zoo
 from runs import QUIET, saved, small
-from zoo.training.options import LoggerConfig, of_logger, of_trainer
+from zoo.training.options import of_trainer
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 STEP = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
@@ -99,45 +98,3 @@ def test_processes_are_those_asked_for(processes: Any) -> None:
     for more, words in (({}, "^2 processes were started"), ({"strategy": DDPStrategy(start_method="spawn")}, "loses")):
         with pytest.raises(ValueError, match=words):
             processes({**RANKS, "TORCHELASTIC_RUN_ID": "a"}, devices=1, **more)
-
-
-def test_a_logger_keeps_its_id() -> None:
-    first = of_logger({"name": "wandb", "project": "mine"}, {})
-    kept = {"name": "wandb", "project": "mine", "offline": True, "id": first.id}
-    assert first.id
-    assert of_logger({}, kept) == of_logger({"name": "wandb"}, kept) == first
-    assert of_logger({"name": "files"}, kept).name == "files"
-    assert of_logger({"name": "wandb"}, {"name": "files"}).id != first.id
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"name": "wandbb"}, r"logger\.name 'wandbb' does not exist; did you mean wandb\?"),
-        ({"name": "wandb", "projct": "a"}, r"logger\.projct is not an option of LoggerConfig; did you mean project\?"),
-        ({"name": "wandb", "id": "../../a"}, r"logger\.id='\.\./\.\./a' must be letters"),
-        ("wandb", "logger must be a group of options, got 'wandb'"),
-    ],
-)
-def test_wrong_options_of_a_logger(given: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        of_logger(given, {})
-
-
-def test_a_resumed_run_goes_on_in_its_own_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[LoggerConfig] = []
-    monkeypatch.setattr(LoggerConfig, "begun", lambda self, folder, stack: made.append(self) or [])
-    small(tmp_path / "run", logger={"name": "wandb", "project": "mine"})
-    zoo.train(resume=tmp_path / "run")
-    assert made[0] == made[1]
-    assert made[0].id
-    assert saved(tmp_path / "run")["zoo"]["logger"] == asdict(made[0])
-    assert saved(tmp_path / "run")["zoo"]["trainer"] == {**QUIET, "precision": "32-true"}  # what auto was
-
-
-@pytest.mark.slow
-def test_one_id_of_wandb_on_disk(tmp_path: Path) -> None:
-    small(tmp_path / "run", logger="wandb")
-    zoo.train(resume=tmp_path / "run")
-    ids = {path.stem for path in tmp_path.rglob("run-*.wandb")}
-    assert ids == {f"run-{saved(tmp_path / 'run')['zoo']['logger']['id']}"}

@@ -206,6 +206,11 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
         ({"trainer": {"bogus": 3}}, r"^trainer: .*'bogus'"),
         ({"trainer": {"precision": "8-maybe"}}, r"8-maybe"),
         ({"trainer": {"precision": "16-true"}}, r"16-true trains nothing: take 16-mixed or bf16-true"),
+        ({"trainer": {"callbacks": 3}}, r"^trainer\.callbacks must be callbacks of Lightning, got 3"),
+        ({"trainer": {"profiler": 3}}, r"^trainer\.profiler must be the name of a profiler, .* got 3"),
+        ({"trainer": {"plugins": 3}}, r"^trainer: .*invalid type for plugin 3"),
+        ({"trainer": {"devices": 10**9}}, r"^trainer\.devices=1000000000 is more than optim\.batch_size=64"),
+        ({"trainer": {"timeout": 1e-9}}, r"^trainer\.timeout=1e-09 must be minutes, \.01 or more"),
         ({"trainer": "ddp"}, r"trainer must be a group of options, got 'ddp'"),
     ],
 )

@@ -8,12 +8,15 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TextIO
 
 from zoo.config import one_line
@@ -33,6 +36,23 @@ class Interrupted(BaseException):
 
 class Untested(RuntimeError):
     """Training is complete and saved, what comes after it failed."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within, SIGTERM is an Interrupted, as Ctrl-C is, so that no half file stays, unless something else handles it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+    ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def command_line() -> str:
@@ -91,7 +111,8 @@ def command(
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         tolerant()
         try:
-            code = main(*args, **kwargs)
+            with terminable():
+                code = main(*args, **kwargs)
             if sys.stdout:
                 sys.stdout.flush()
         except BrokenPipeError:
@@ -132,7 +153,8 @@ def _discard(stream: Any) -> None:
 
 NOISE = (
     "Tip:|💡|GPU available:|TPU available:|`Trainer.fit` stopped|Restor|`weights_only`|does not have many workers|"
-    "dataloader is not resumable|returned a view tensor|isinstance.treespec, LeafSpec|No .*logger.* configured"
+    "dataloader is not resumable|returned a view tensor|isinstance.treespec, LeafSpec|No .*logger.* configured|"
+    "Experiment logs directory"
 )
 """What others say of matters that this project has decided, or that the opening lines of a run say better."""
 

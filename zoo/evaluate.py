@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = [word for word in arguments.words if word not in words]
     if not runs:
         parser.error("no run is named")
-    name = arguments.name or re.sub(r"[^\w.=,-]+", "_", ",".join(words)) or "test"
+    name = arguments.name or re.sub(r"[^\w.=,-]+", "_", ",".join(sorted(words))) or "test"
     if not re.fullmatch(r"[\w=,-][\w.=,-]{0,150}", name):
         parser.error(f"--name {show(name)} must be letters, digits and . = , - _: give a short one")
     from omegaconf import OmegaConf

@@ -20,6 +20,14 @@ def home(path: str | Path) -> Path:
         raise ValueError(f"{show(str(path))}: nobody of that name has a home folder here") from None
 
 
+def named(path: str | Path) -> Path:
+    """The file to write that a user names, of a link what it leads to; raises ValueError for a folder or a device."""
+    place = Path(path).resolve()
+    if place.exists() and not place.is_file():
+        raise ValueError(f"{path} is a {'folder' if place.is_dir() else 'device'}: give a file")
+    return place
+
+
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; afterwards it is renamed to `path`, or removed if writing failed."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import zoo
 from zoo.console import Parser, command, read, say
-from zoo.files import to_json, whole
+from zoo.files import named, to_json, whole
 
 if TYPE_CHECKING:
     from zoo.models import Model
@@ -118,15 +118,14 @@ def of_file(model: Model, options: argparse.Namespace) -> int:
     """Writes the continuations of all prompts of a file, those of one length together; how many tokens."""
     from tqdm import tqdm
 
-    if Path(options.out).is_dir():
-        raise ValueError(f"--out {options.out} is a folder: give a file")
+    out = named(options.out)
     prompts: list[dict[str, str]] = []
     ids, start, total = [], model.task.encode("")[0], 0
     for place, row in prompts_of(Path(options.prompts)):
         ids.append(encoded(model, row["prompt"], row.get("context"), f"context in {options.prompts}, {place}"))
         prompts.append(row)
     lengths = [(len(row), n_context) for row, n_context in ids]
-    with whole(options.out) as temporary, tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
+    with whole(out) as temporary, tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         temporary.touch()  # a place that cannot be written is known before the work
         longest_first = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)  # what takes most memory
         for (_, n_context), group in groupby(longest_first, lengths.__getitem__):

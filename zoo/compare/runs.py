@@ -22,9 +22,10 @@ NAME = re.compile(r"[\w./-]{1,80}")
 TEXTS, GROUPS = ("task", "model", "main_metric"), ("test", "config")
 COUNTS = ("seed", "steps", "tokens", "params_total", "params_active")
 NUMBERS = ("seconds", "tokens_per_second", "flops_per_token")
-OF_TEST = ("task", "data", "evaluation", "main_metric", "test", "config")
+OF_TEST = ("task", "data", "tokenizer", "evaluation", "main_metric", "test", "config")
 """What evaluations/NAME.json says in place of metrics.json."""
-PLACES = ("task.files", "task.hub")  # may differ where the data have equal digests
+PLACES = {"data": ("task.files", "task.hub"), "tokenizer": ("task.tokenizer",)}
+"""Digests, and the options that may differ where they are equal."""
 DAMAGE = (ValueError, TypeError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading raises where a file is cut short, altered, or of another kind."""
 
@@ -61,7 +62,7 @@ class Run:
         tested = {"split": "test", "batches": config.get("test_batches"), "batch_size": config.get("optim.batch_size")}
         tested |= {"seed": self.seed} | (said if isinstance(said, dict) else {})  # older runs do not say it
         options = {name: value for name, value in config.items() if name.startswith("task.")}
-        facts = {name: self.metrics.get(name) for name in ("task", "main_metric", "data")}
+        facts = {name: self.metrics.get(name) for name in ("task", "main_metric", *PLACES)}
         return facts | options | {f"evaluation.{name}": value for name, value in tested.items()}
 
 
@@ -173,8 +174,8 @@ def require_one_test(runs: list[Run]) -> None:
         tests = [{**test, "evaluation.seed": "that of the run"} for test in tests]
     first = tests[0]
     for run, other in zip(runs, tests, strict=True):
-        known = first["data"] is not None and other["data"] is not None
-        free = PLACES if known else ("data",)  # older runs do not say it
+        known = {digest for digest in PLACES if None not in (first[digest], other[digest])}  # older runs do not say it
+        free = ({*PLACES} - known).union(*(PLACES[digest] for digest in known))
         differ = [name for name in first | other if name not in free and first.get(name) != other.get(name)]
         if differ:
             named = [f"{name} is {show(first.get(name), 60)} and {show(other.get(name), 60)}" for name in differ[:3]]

@@ -21,6 +21,12 @@ from zoo.config import flat, show
 ELSEWHERE = {"seed", "out", "resume", "logger", "trainer", "placement", "task", "log_every", "budget", "budget_of"}
 """Options of a run that do not say which system it is: that of the task is the same for all."""
 BODY = {f"model.{name}" for name in ("dim", "layers", "heads", "kv_heads", "tied")}  # of every family
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("model.balance_weight", "model.z_weight"), ("model.router",)),
+    **{"optim.warmup": ("optim.steps",), "optim.decay": ("optim.steps", "optim.schedule")},
+    "optim.muon_lr": ("optim.name",),
+}
+"""Options whose defaults are made of others: where these tell them, no label does."""
 BUDGETS = ("steps", "tokens", "precision", "accelerator", "devices", "seed")  # alike in a fair comparison, or said
 
 
@@ -120,7 +126,11 @@ def _labels(identities: list[dict[str, str]]) -> list[str]:
     """Family names, with the options that differ: a family's own within it, those that all share anywhere."""
 
     def differing(among: list[dict[str, str]]) -> set[str]:
-        return {name for name in set().union(*among) if len({identity.get(name) for identity in among}) > 1}
+        def kinds(*names: str) -> int:
+            return len({tuple(map(identity.get, names)) for identity in among})
+
+        known = {name: FOLLOWS.get(name, ()) for name in set().union(*among)}
+        return {name for name, others in known.items() if kinds(name, *others) > kinds(*others)}
 
     anywhere = {name for name in differing(identities) if not name.startswith("model.") or name in BODY}
     labels, seen = [], Counter[str]()

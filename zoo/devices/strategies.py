@@ -26,8 +26,8 @@ def strategy_of(given: dict[str, Any], model: Model, compiled: bool) -> Any:
     """The strategy that arguments of the trainer name, of which `timeout` is taken: for how many minutes a process
     waits for another one. Raises ValueError for one that does not fit."""
     name, devices, minutes = given.get("strategy"), given["devices"], given.pop("timeout", 10)
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < 1e5:
-        raise ValueError(f"trainer.timeout={show(minutes)} must be minutes, above 0")
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0.01 <= minutes < 1e5:
+        raise ValueError(f"trainer.timeout={show(minutes)} must be minutes, .01 or more")
     if isinstance(name, str) and name not in KNOWN:
         raise ValueError(f"trainer.strategy={show(name)} does not exist here{did_you_mean(name, KNOWN)}")
     wait = timedelta(minutes=minutes)

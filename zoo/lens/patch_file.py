@@ -24,7 +24,7 @@ from zoo.config import VERSION, lookup, one_line, show
 from zoo.core.delta import Delta, Full, InputShift, LowRank, Scale, Sum
 from zoo.core.layers import FeedForward
 from zoo.core.patch import Patch, Routing
-from zoo.files import whole
+from zoo.files import named, whole
 from zoo.lens.protocol import Subject
 from zoo.training import untrusted
 from zoo.training.validate import like
@@ -74,7 +74,7 @@ def save_patch(path: str | Path, patches: Sequence[Patch], model: Subject, **abo
     # a copy each: gate and up share factors, and a file holds no views
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _tensors(patches).items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
+    with whole(named(path)) as temporary:
         temporary.write_bytes(save(tensors, header))
 
 

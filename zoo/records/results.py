@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import subprocess
@@ -33,7 +34,7 @@ def numbers(
     tokens = steps * model.optim.batch_size * model.task.tokens
     name = torch.cuda.get_device_name() if where.get("accelerator") == "cuda" and torch.cuda.is_available() else ""
     peak = next((peak for part, peak in PEAKS.items() if part in name and "16" in str(where.get("precision"))), None)
-    used = steps * cost["flops"]
+    used, kept = steps * cost["flops"], model.task.state_dict()
     return {
         "task": model.task.config.name,
         "model": model.config.name,
@@ -49,7 +50,8 @@ def numbers(
         "flops": used,
         "mfu": peak and used / (max(seconds, 1e-9) * peak * where["devices"]),
         **where,
-        "data": model.task.state_dict().get("corpus"),
+        "data": kept.get("corpus"),
+        "tokenizer": kept.get("tokenizer") and hashlib.sha256(kept["tokenizer"].encode()).hexdigest(),
         "evaluation": {"split": test.split, "batches": test.batches, "batch_size": test.size, "seed": model.task.seed},
         "main_metric": model.task.main_metric,
         "versions": {name: version(name) for name in ("zoo", "torch", "lightning")}

@@ -20,6 +20,7 @@ from zoo.config import VERSION
 from zoo.console import Interrupted, say
 from zoo.files import to_json, write
 from zoo.models.flops import step_cost
+from zoo.records.loggers import tell_again
 from zoo.training.checkpoint import SCHEMA, read
 
 
@@ -82,7 +83,7 @@ class Keeper(Checkpoint):
     ) -> None:
         self.seconds = monotonic() - self.since
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.config["log_every"] == 0:
+        if stepped and trainer.global_step % min(self.config["log_every"], trainer.max_steps) == 0:
             losses = self._losses(trainer, pl_module)
             for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
                 pl_module.log(name, value, prog_bar=True, logger=False)
@@ -161,6 +162,8 @@ class Keeper(Checkpoint):
         run, hparams = checkpoint["zoo"], pl_module.hparams
         longer = run["config"].get("optim", {}).get("steps") != pl_module.optim.steps
         self.seconds, self.command = run["seconds"], run["command"] + (f"; {self.command}" if longer else "")
+        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["step"] <= checkpoint["global_step"]]
+        tell_again(trainer.loggers, rows)
         ours = False  # a best checkpoint that is gone, damaged or of another run is replaced by the next
         with suppress(ValueError):
             best = read(self.folder / "checkpoints" / "best.ckpt")

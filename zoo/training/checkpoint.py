@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from zoo.config import VERSION
+from zoo.config import VERSION, show
 from zoo.console import describe
 from zoo.files import home, whole
 from zoo.models import Model
@@ -60,9 +60,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
     """The checkpoint file `path`, or `name` (best, last) of a run, last for best where nothing was validated; raises
-    ValueError if absent. A run is its folder, also below runs/, of a folder of runs the latest, or what zoo.train
-    returned."""
+    ValueError if absent. A run is its folder, also below runs/, or what zoo.train returned; in a folder of several runs
+    the best is that of the latest, and last is refused."""
     file: Any = path.get("checkpoint") if isinstance(path, Mapping) else path
+    runs: list[Path] = []
     with suppress(TypeError, ValueError, OSError):  # a number, a NUL, too long a name
         file = home(file)
         if not file.exists():
@@ -73,6 +74,8 @@ def find(path: str | Path | Mapping[str, Any], name: str) -> Path:
             folder = max(runs, key=lambda run: run.stat().st_mtime, default=file) / "checkpoints"
             validated = (folder / f"{name}.ckpt").is_file() or not (folder / "last.ckpt").is_file()
             file = folder / f"{name if validated else 'last'}.ckpt"
+    if name == "last" and runs[1:]:  # which of them goes on is not to be guessed
+        raise ValueError(f"{path} holds {len(runs)} runs, name one: {show(sorted(run.name for run in runs), 300)}")
     return untrusted.regular(file, "checkpoint", shipped.advice(path, name))
 
 

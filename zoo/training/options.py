@@ -1,20 +1,18 @@
-"""Options of a run, its trainer and its logger: those given, on top of those that it was begun with."""
+"""Options of a run and its trainer: those given, on top of those that it was begun with."""
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from zoo.config import flat, from_dict, one_line, plain, require_positive, show
+from zoo.config import flat, from_dict, plain, require_positive, show
 from zoo.files import home
 from zoo.models.optim import OptimConfig
 from zoo.tasks.text import sources
@@ -83,7 +81,8 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         for key, value in sorted(new.items())
         if value is not None and old.get(key) != value
     }
-    if [*changed] == ["optim.steps"] and isinstance(steps := new["optim.steps"], int) and steps > old["optim.steps"]:
+    steps = new.get("optim.steps")
+    if [*changed] == ["optim.steps"] and isinstance(steps, int | float) and steps > old["optim.steps"]:
         file, saved = _longer(file, saved, steps)
         options["optim"]["steps"] = steps
     elif changed:
@@ -92,7 +91,7 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     return RunConfig(**{**options, "resume": str(file), "out": str(folder)}), saved
 
 
-def _longer(file: Path, saved: dict[str, Any], steps: int) -> tuple[Path, dict[str, Any]]:
+def _longer(file: Path, saved: dict[str, Any], steps: float) -> tuple[Path, dict[str, Any]]:
     """The checkpoint from which a run goes on for more `steps`, as if it had been begun so; raises ValueError where its
     learning rates have fallen, or will, with an end in sight."""
     optim = OptimConfig(**saved["hyper_parameters"]["optim"])
@@ -137,49 +136,3 @@ def of_trainer(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, 
         with suppress(ValueError):  # a strategy, a profiler, plugins: Lightning's own objects
             arguments[key] = plain(value)
     return arguments
-
-
-@dataclass(frozen=True)
-class LoggerConfig:
-    """Where losses are logged besides metrics.jsonl: nowhere else (files), in a table (csv), for TensorBoard, or in
-    Weights & Biases (wandb); id: of the run there, under which a resumed one goes on, null for a new one."""
-
-    name: Literal["files", "csv", "tensorboard", "wandb"] = "files"
-    project: str = "zoo"
-    offline: bool = True
-    id: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.id is not None and not re.fullmatch(r"[\w-][\w.-]{0,100}", self.id):  # wandb names files by it
-            raise ValueError(f"logger.id={show(self.id)} must be letters, digits, -, _ and .")
-        if self.name != "wandb" and replace(self, name="wandb") != LoggerConfig("wandb"):
-            raise ValueError(f"logger.project, offline and id need logger=wandb, not {self.name}")
-
-    def begun(self, folder: Path, stack: ExitStack) -> list[Logger]:
-        """The loggers, started before anything could be lost, and ended by `stack`; raises ValueError for one that
-        cannot start."""
-        if self.name == "files":
-            return []
-        try:
-            if self.name != "wandb":
-                kind = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}[self.name]
-                return [kind(folder, name="", version=self.name)]
-            import wandb
-
-            logger = WandbLogger(project=self.project, offline=self.offline, id=self.id, save_dir=folder)
-            _ = logger.experiment
-        except Exception as error:  # wandb's errors have no common kind
-            advice = "; logger.offline=true needs no network" if self.name == "wandb" else ""
-            raise ValueError(f"logger={self.name} cannot start: {one_line(error, 200)}{advice}") from error
-        stack.callback(wandb.finish)  # else the next run of this process would go on with this one
-        return [logger]
-
-
-def of_logger(given: Mapping[str, Any], saved: Mapping[str, Any]) -> LoggerConfig:
-    """The options of a logger: those `saved` with the run that goes on, below those `given`, unless these name another
-    logger."""
-    options = plain(given, "logger")
-    if isinstance(options, dict) and options.get("name", saved.get("name")) == saved.get("name"):
-        options = {**saved, **options}
-    config = from_dict(LoggerConfig, options, "logger")
-    return replace(config, id=secrets.token_hex(4)) if config.name == "wandb" and not config.id else config

@@ -21,13 +21,14 @@ from zoo.models import Model
 from zoo.records import results, summary
 from zoo.records.budget import fitted
 from zoo.records.card import card
+from zoo.records.loggers import guarded, of_logger
 from zoo.records.start import take_weights
 from zoo.training import checkpoint, validate
 from zoo.training.callbacks import Keeper
 from zoo.training.data import Stream
-from zoo.training.options import RunConfig, of_logger, of_run, of_trainer, stored
+from zoo.training.options import RunConfig, of_run, of_trainer, stored
 from zoo.training.run_folder import place, taken
-from zoo.training.trainer import guarded, make, placement
+from zoo.training.trainer import make, placement
 
 
 def train(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -25,12 +25,21 @@ def place(out: str | None, family: str) -> Path:
     return home(out or Path("runs", family, name)).absolute()
 
 
+def emptied(folders: list[Path]) -> None:
+    """Removes the first of these folders that are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextmanager
 def taken(folder: Path, resumed: bool) -> Iterator[None]:
-    """Makes a run folder, which the first process of a run holds until the end; the others take its, see Keeper. Raises
-    ValueError if it cannot be made or written, if another run holds it, or if it holds a run and is not `resumed`."""
+    """Makes a run folder, which the first process of a run holds until the end; the others take its, see Keeper. What
+    was made goes where it stays empty. Raises ValueError if it cannot be made or written, if another run holds it, or
+    if it holds a run and is not `resumed`."""
     with ExitStack() as stack:
         if not rank_zero_only.rank:  # type: ignore[attr-defined]
+            stack.callback(emptied, [one for one in (folder, *folder.parents) if not os.path.exists(one)])
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(folder / LOCK, blocking=False))

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.profilers import Profiler
 
 from zoo.config import one_line, show
-from zoo.console import describe, warn
 from zoo.devices.strategies import strategy_of
 from zoo.models import Model
 from zoo.training.callbacks import Keeper
 from zoo.training.checkpoint import AtomicCheckpointIO
 from zoo.training.options import RunConfig
+
+UNCHECKED: dict[str, tuple[Any, str]] = {
+    "callbacks": (L.Callback, "callbacks of Lightning"),
+    "profiler": (str | Profiler, "the name of a profiler, or one of Lightning"),
+    "detect_anomaly": (bool, "true or false"),
+}
+"""What Lightning's trainer takes as it is, and training fails at."""
+
+
+def several(value: Any) -> list[Any]:
+    """An argument that may be a list, one object, or None."""
+    return [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
 
 
 def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Keeper) -> L.Trainer:
@@ -32,7 +42,12 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     shown = bool(given.pop("enable_progress_bar", True))
     bar = shown and bool(sys.stdout) and sys.stdout.isatty()
     keeper.says = shown and not bar
-    callbacks = [*(given.pop("callbacks", None) or [])]
+    for name, (kind, words) in UNCHECKED.items():
+        if wrong := [one for one in several(given.get(name)) if not isinstance(one, kind)]:
+            raise ValueError(f"trainer.{name} must be {words}, got {show(wrong[0])}")
+    callbacks, plugins = several(given.pop("callbacks", None)), several(given.get("plugins"))
+    if str(count := given["devices"]).isdecimal() and int(count) > optim.batch_size:  # Lightning makes a list of them
+        raise ValueError(f"trainer.devices={show(count)} is more than optim.batch_size={optim.batch_size}")
     decided: dict[str, tuple[Any, str]] = {
         "max_steps": (optim.steps, "optim.steps"),
         "max_epochs": (-1, "optim.steps"),
@@ -62,7 +77,7 @@ def make(model: Model, options: RunConfig, given: Mapping[str, Any], keeper: Kee
     if given["precision"] == "16-true":  # the squares of gradients that AdamW keeps are zero in float16
         raise ValueError("trainer.precision=16-true trains nothing: take 16-mixed or bf16-true")
     given["strategy"] = strategy_of(given, model, options.compile)
-    given["plugins"] = [AtomicCheckpointIO(), *(given.get("plugins") or [])]
+    given["plugins"] = [AtomicCheckpointIO(), *plugins]
     # a shell of Slurm sets srun's variables but for the step, its own have huge numbers; a lone task starts the others
     srun = int(os.environ.get("SLURM_STEP_ID", 2**32)) < 2**31 and os.environ.get("SLURM_NTASKS") != "1"
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
@@ -99,21 +114,3 @@ def placement(engine: L.Trainer) -> dict[str, Any]:
         "strategy": str(getattr(engine.strategy, "strategy_name", type(engine.strategy).__name__)),
         "precision": str(engine.precision),
     }
-
-
-def guarded(logger: Logger) -> Logger:
-    """`logger`, each method of which warns where it fails and is not called again; that it starts is not optional.
-    Raises ValueError for what is none."""
-    if not isinstance(logger, Logger):
-        raise ValueError(f"logger must be a name, options, or a list of Lightning's loggers, got {show(logger)}")
-
-    def call(name: str, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        try:
-            return method(*args, **options)
-        except Exception as error:
-            setattr(logger, name, lambda *args, **options: None)
-            warn(f"{type(logger).__name__}.{name} failed: {describe(error)}; the run goes on without it")
-
-    for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
-        setattr(logger, name, partial(call, name, getattr(logger, name)))
-    return logger
