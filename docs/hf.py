@@ -292,48 +292,49 @@ def stacked(folder: str) -> None:
         put("stacked", rows)
 
 
-def answers(folder: str) -> None:
-    """How many greedy answers of eight tokens to 30 held-out queries are those of the prompted model: their first word,
-    and all of them."""
+def answers(folder: str, *names: str) -> None:
+    """How many greedy answers of eight tokens to 30 held-out queries are those of the prompted model: by their first
+    word, and by all tokens. Patches are fitted on queries alone, and on queries with the prompted model's answers."""
     model = commands.load(folder)
-    rows = [["first word, all tokens, of 30", *(names := ("french", "capitals"))]]
-    columns: list[dict[str, str]] = []
-    for name in names:
+    columns = columns_of("answers")
+    for name in names or ("french", "capitals"):
         prompt, (samples, _, held_out) = prompt_of(model, name), parts(model, name)
-        affine, plain = (prompt.fit(samples, form, 0.3) for form in ("affine", "sink-null"))
-        queries = [tokens[0].tolist() for batch in held_out for tokens in batch.split(1)][:30]
-        nothing = [Patch()] * len(plain)
+        queries = batches([row.tolist() for tokens in held_out for row in tokens][:30])
+        kept, nothing = prompt.tokens[:1], [Patch()] * len(model.decoder.blocks)
 
-        def after_kept(tokens: Tensor, kept: Tensor = prompt.tokens[:1], prompt: Prompt = prompt) -> Tensor:
+        def after_kept(tokens: Tensor, prompt: Prompt = prompt, kept: Tensor = kept) -> Tensor:
             at = torch.cat([torch.zeros(1, dtype=torch.int64), prompt.places(tokens)])
             return model(torch.cat([kept.expand(len(tokens), -1), tokens], 1), positions=at)[:, -1]
 
-        goals = greedy(prompt.logits, queries)
         found = {"no prompt": greedy(partial(prompt.logits, patches=nothing), queries)}
-        found["affine by hooks"] = greedy(partial(prompt.logits, patches=affine), queries)
-        lora = {f"LoRA of rank {rank}": truncated(model, plain, rank) for rank in (RANK, RANK // 4)}
-        for how, patches in {"W + ΔW, sink-null": plain, **lora}.items():
-            with model.patched(patches):
-                found[how] = greedy(after_kept, queries)
-        said = [(model.tokenizer.decode(goal), goal) for goal in goals]
-        columns.append({})
+        answered = [torch.cat(pair, 1) for pair in zip(samples, greedy(prompt.logits, samples), strict=True)]
+        for what, fitted_on in {"": samples, ", with answers": answered}.items():
+            affine, plain = (prompt.fit(fitted_on, form, 0.3) for form in ("affine", "sink-null"))
+            found[f"affine by hooks{what}"] = greedy(partial(prompt.logits, patches=affine), queries)
+            lora = {f"LoRA of rank {RANK}": truncated(model, plain, RANK)}
+            for how, patches in {"sink-null, merged": plain, **lora}.items():
+                with model.patched(patches):
+                    found[how + what] = greedy(after_kept, queries)
+        goals = [row for batch in greedy(prompt.logits, queries) for row in batch.tolist()]
+        column = columns[name] = {}
         for how, replies in found.items():
-            texts = [model.tokenizer.decode(reply) for reply in replies]
-            words = sum(text.split()[:1] == goal.split()[:1] for text, (goal, _) in zip(texts, said, strict=True))
-            same = sum(reply == goal for reply, (_, goal) in zip(replies, said, strict=True))
-            columns[-1][how] = f"{words}, {same}"
-            say(f"{name}, {how}: {columns[-1][how]}; {texts[:3]} instead of {[goal for goal, _ in said[:3]]}")
-    put("answers", rows + [[how, *(column[how] for column in columns)] for how in columns[0]])
+            rows = [row for batch in replies for row in batch.tolist()]
+            words = [[model.tokenizer.decode(row).split()[:1] for row in each] for each in (rows, goals)]
+            same = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in (words, (rows, goals))]
+            column[how] = f"{same[0]}, {same[1]}"
+            say(f"{name}, {how}: {column[how]}; {words[0][:9]} instead of {words[1][:9]}")
+        heads = [["first word, all eight tokens, of 30", *columns]]
+        put("answers", heads + [[how, *(other[how] for other in columns.values())] for how in column])
 
 
-def greedy(logits: Callable[[Tensor], Tensor], queries: list[list[int]]) -> list[list[int]]:
-    """The next tokens of each query, ANSWER of them."""
+def greedy(logits: Callable[[Tensor], Tensor], queries: list[Tensor]) -> list[Tensor]:
+    """The next tokens (B,ANSWER) of each batch of queries (B,T)."""
     found = []
-    for query in queries:
-        tokens = torch.tensor([query])
+    for tokens in queries:
+        T = tokens.shape[1]
         for _ in range(ANSWER):
             tokens = torch.cat([tokens, logits(tokens).argmax(-1)[:, None]], 1)
-        found.append(tokens[0, len(query) :].tolist())
+        found.append(tokens[:, T:])
     return found
 
 
