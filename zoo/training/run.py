@@ -18,7 +18,7 @@ from zoo.console import Untested, command_line, describe, quiet, say, warn
 from zoo.devices.faults import explained
 from zoo.files import write
 from zoo.models import Model
-from zoo.records import results
+from zoo.records import pretrained, results
 from zoo.records.budget import fitted
 from zoo.records.card import card
 from zoo.records.start import take_weights
@@ -50,6 +50,7 @@ def train(
         if given:
             options[group] = {"name": given} if isinstance(given, str) else given
     config, saved = of_run(plain(options))
+    base = options.get("model", {}).get("base")
     before, news = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}}), list[str]()
     if config.budget and not saved:
         fit, line = fitted(vars(config), config.budget, config.budget_of)
@@ -60,7 +61,8 @@ def train(
     log = of_logger(named, before["logger"])  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    network = _model(config, saved)
+    network = _model(config, saved, base)
+    news += pretrained.told(network, base)
     if config.shuffle_context and not network.task.n_context:
         raise ValueError(f"shuffle_context=true needs a separate context: task={network.task.config.name} has none")
     if config.init and not saved:
@@ -104,9 +106,9 @@ def train(
             return _test(network, test, engine, keeper)
 
 
-def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
+def _model(options: RunConfig, saved: dict[str, Any], base: Any) -> Model:
     """The model before training, and its task: of a run that goes on with the data it was begun with, or not at all."""
-    model = validate.build({name: getattr(options, name) for name in validate.OPTIONS})
+    model = validate.build({name: getattr(options, name) for name in validate.OPTIONS}, base)
     if saved:
         if options.task == saved["zoo"]["config"]["task"]:  # else what lies at the new place must be the same
             model.task.load_state_dict(saved["task"])
