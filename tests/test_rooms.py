@@ -97,7 +97,7 @@ WINGS = {
     "bridge": (["zoo/hf", "zoo/lens/protocol.py"], 1_580),
     "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 978),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97),
-    "start": (["zoo/records/start.py", "zoo/records/budget.py"], 125),
+    "start": ([f"zoo/records/{name}.py" for name in ("start", "budget", "pretrained")], 125 + 240),
     "shipped": (["zoo/records/shipped.py", "zoo/records/card.py", "zoo/ship.py"], 150),
     "tasks": (["zoo/tasks/text", *(f"zoo/tasks/{name}.py" for name in OWN_TASKS)], 1_650 + 620),
     "further tasks": ([f"zoo/tasks/{name}.py" for name in TASKS], len(TASKS) * FAMILY),

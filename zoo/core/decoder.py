@@ -61,9 +61,7 @@ class Decoder(nn.Module):
         if sizes.tied:
             self.head.weight = self.embedding.weight
         # normal weights of std 1/√fan_in; matrices that write to the residual stream a further 1/√(2L) smaller
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                continue
+        for name, parameter in [(name, p) for name, p in self.named_parameters() if p.dim() > 1]:
             fan_in = self.blocks[0].ffn.hidden_per_block if name.endswith("ffn.down") else parameter.shape[1]
             writes = name.endswith(("ffn.down", "attention.o.weight"))
             nn.init.normal_(parameter, std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)

@@ -29,8 +29,7 @@ from zoo.tasks import TASKS, Batch, Task
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """The sizes of the decoder, which are all there is of a plain one, and the name of the family; base: the SHA256 of
-    the pretrained model that is its W0, see zoo.records.pretrained."""
+    """The sizes of the decoder, all there is of a plain one, and the family's name; base: SHA256 of a pretrained W0."""
 
     name: str = "transformer"
     base: str | None = None

@@ -192,28 +192,24 @@ def _missing(sha256: str) -> str:
     return f"{wants}: name its folder, by model.base=DIR in train.py, --base DIR in other commands, base=DIR in Python"
 
 
-def found(options: Mapping[str, Any], folder: str | Path | None) -> Base | None:
-    """What `folder` holds for the model of these options, None where they name no base, and where weights take no
-    memory. Raises ValueError for no folder, and for another base."""
-    sha256 = options.get("base")
-    if sha256 is None or torch.get_default_device().type == "meta":
-        return None
-    if folder is None:
-        raise ValueError(_missing(sha256))
-    base = read(folder, options.get("layers"))
-    if base.sha256 != sha256 or any(options.get(name) != value for name, value in base.sizes.items()):
-        raise ValueError(f"W0 is the pretrained model of SHA256 {show(sha256)}; {folder} holds {base.sha256}")
-    return base
-
-
-def joined(model: Model, base: Base | None) -> Model:
-    """`model` as it is, or on its base: a frozen decoder that its state dict leaves out. Raises ValueError for a family
-    without weights beside the decoder's."""
-    if model.config.base is None:
-        return model
+def built(family: type[Model], options: dict[str, Any], folder: str | Path | None) -> Model:
+    """The model of the options model, task, optim and seed. On a base, which `folder` must hold where weights take
+    memory, its decoder is frozen and no part of its state dict. Raises ValueError for another base, or none, and for a
+    family that adds nothing to it."""
+    own = options["model"]
+    if (sha256 := own.get("base")) is None:
+        return family(**options)
+    base = None
+    if torch.get_default_device().type != "meta":
+        if folder is None:
+            raise ValueError(_missing(sha256))
+        base = read(folder, own.get("layers"))
+        if base.sha256 != sha256 or any(own.get(name) != value for name, value in base.sizes.items()):
+            raise ValueError(f"W0 is the pretrained model of SHA256 {show(sha256)}; {folder} holds {base.sha256}")
+    model = family(**options)
     if model.decoder.context_to_delta is None or model.decoder.blocks[0].ffn.blocks > 1:
         others = ", ".join(name for name in MODELS if name not in ("transformer", "moe"))
-        raise ValueError(f"model.base stays as it is, and model={model.config.name} adds nothing to it: take {others}")
+        raise ValueError(f"model.base stays as it is, and model={own['name']} adds nothing to it: take {others}")
     model.freeze_decoder()
     model.register_state_dict_post_hook(_leave_out)
     model.register_load_state_dict_post_hook(_not_missed)
@@ -229,12 +225,17 @@ def _leave_out(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
 
 
 def _not_missed(model: Any, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if OWN in name]
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name.startswith(OWN)]
 
 
-def told(model: Model, folder: Any) -> list[str]:
-    """A line on the base of a model that has one."""
-    if model.config.base is None:
-        return []
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True)]
-    return [f"W0 is {folder}, SHA256 {model.config.base[:12]}…; {sizes[0]:,} of {sizes[1]:,} parameters are trained"]
+def begun_on(model: Model) -> str:
+    """A line on the base of a model, "" for one that has none."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    said = f"\nW0 is pretrained, SHA256 {show(model.config.base)}; {trained:,} of {total:,} parameters are trained"
+    return said if model.config.base else ""
+
+
+def use(metrics: dict[str, Any]) -> str:
+    """What zoo.load takes beside a checkpoint."""
+    return ", base=DIR" if metrics["config"]["model"].get("base") else ""

@@ -18,7 +18,7 @@ from zoo.console import Untested, command_line, describe, quiet, say, warn
 from zoo.devices.faults import explained
 from zoo.files import write
 from zoo.models import Model
-from zoo.records import pretrained, results
+from zoo.records import results
 from zoo.records.budget import fitted
 from zoo.records.card import card
 from zoo.records.start import take_weights
@@ -50,7 +50,6 @@ def train(
         if given:
             options[group] = {"name": given} if isinstance(given, str) else given
     config, saved = of_run(plain(options))
-    base = options.get("model", {}).get("base")
     before, news = saved.get("zoo", {"trainer": {}, "logger": {}, "placement": {}}), list[str]()
     if config.budget and not saved:
         fit, line = fitted(vars(config), config.budget, config.budget_of)
@@ -61,8 +60,7 @@ def train(
     log = of_logger(named, before["logger"])  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    network = _model(config, saved, base)
-    news += pretrained.told(network, base)
+    network = _model(config, saved, options.get("model", {}).get("base"))
     if config.shuffle_context and not network.task.n_context:
         raise ValueError(f"shuffle_context=true needs a separate context: task={network.task.config.name} has none")
     if config.init and not saved:

@@ -18,15 +18,12 @@ from zoo.training.untrusted import finite
 
 OPTIONS: dict[str, Any] = {"model": {}, "task": {}, "optim": {}, "seed": 0}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYER = 4  # weights of a layer, at least
 KINDS = {int: "a whole number from 0 on", float: "a finite number", bool: "true or false", str: "text", dict: "a dict"}
 
 
 def build(options: dict[str, Any], base: Any = None) -> Model:
-    """The model of the options model, task, optim and seed, base: the folder of its W0, where that is a pretrained
-    model; raises ValueError for wrong ones."""
-    found = pretrained.found(options["model"], base)
-    return pretrained.joined(lookup(options["model"].get("name"), MODELS, "model")(**options), found)
+    """The model of the options model, task, optim and seed, on its base's folder; raises ValueError for wrong ones."""
+    return pretrained.built(lookup(options["model"].get("name"), MODELS, "model"), options, base)
 
 
 def model(checkpoint: dict[str, Any]) -> Model:
@@ -34,7 +31,7 @@ def model(checkpoint: dict[str, Any]) -> Model:
     ValueError for unknown options, and for weights of other names, shapes or dtypes."""
     options, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     like(options, OPTIONS, "hyper_parameters")
-    layers, most = options["model"].get("layers"), 1000 if options["model"].get("base") else len(weights) / LAYER
+    layers, most = options["model"].get("layers"), 1000 if options["model"].get("base") else len(weights) // 4
     if isinstance(layers, int | float) and layers > most:  # the only option that makes more modules
         raise ValueError(f"model.layers={show(layers)} is more than its {len(weights)} weights can make")
     with torch.device("meta"):
