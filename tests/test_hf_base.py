@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import zoo
 from cases import plain_forward
 from hf_families import build, relative
 from runs import QUIET, one_line, same_weights, saved, signalled
+from test_readme import ROOT
 from zoo import analyze, evaluate, generate
 from zoo.compare.__main__ import main as compare
 from zoo.console import Interrupted
@@ -254,6 +257,24 @@ def test_commands_want_the_base(base: Path, run: Path, tmp_path: Path, capsys: p
         assert "--base DIR" in capsys.readouterr().err
         assert command([*words, "--base", str(base)]) == 0, words
     assert compare([str(run), "--out", str(tmp_path / "compared")]) == 0  # reads no weights
+
+
+def test_the_command_line(base: Path, tmp_path: Path) -> None:
+    """Sizes and tokenizer of conf/ are nobody's wish; where the base lies is not kept."""
+    words = ["model=hypernet", "model.code_dim=8", f"model.base={base}", "task=prompts", f"task.files=[{ROWS}]"]
+    words += ["task.context=12", "optim.steps=2", "optim.batch_size=4", "validation_batches=1", "test_batches=1"]
+    words += [f"out={tmp_path / 'run'}", "trainer.accelerator=cpu"]
+    train_py = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run([*train_py, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "W0 is pretrained, SHA256" in done.stdout
+    assert ", base=DIR)" in done.stdout
+    assert "base=DIR" in (tmp_path / "run/card.md").read_text()
+    for file in (tmp_path / "run/checkpoints/last.ckpt", tmp_path / "run/metrics.json"):
+        assert str(base).encode() not in file.read_bytes()
+    done = subprocess.run([*train_py, *words, "model.dim=64"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.dim=64, but model.base=" in done.stderr
 
 
 def test_a_strange_checkpoint(base: Path, run: Path, tmp_path: Path) -> None:
