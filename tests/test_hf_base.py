@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -38,6 +39,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "merged_experts": {},
     "fast_weights": {},
 }
+
+
+class Seen(L.Callback):
+    """The decoder's weights at both ends of a training."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in pl_module.decoder.named_parameters()}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.after = {name: p.detach().clone() for name, p in pl_module.decoder.named_parameters()}
 
 
 def tokenizer_json() -> dict[str, Any]:
@@ -190,8 +201,12 @@ def test_a_run_goes_on_with_its_base(base: Path, run: Path, tmp_path: Path, monk
 def test_families_on_a_base(family: str, base: Path, tmp_path: Path) -> None:
     options = {"name": family, **FAMILIES[family], "base": str(base), "layers": 2}
     short: Any = {"out": str(tmp_path / "run"), "validation_batches": 1, "test_batches": 1}
-    metrics = zoo.train(options, TASK, OPTIM, QUIET, shuffle_context=family == "hypernet", **short)
+    seen = Seen()
+    trainer = {**QUIET, "callbacks": [seen]}
+    metrics = zoo.train(options, TASK, OPTIM, trainer, shuffle_context=family == "hypernet", **short)
     assert metrics["params"]["context_to_delta"]
+    assert all(torch.equal(seen.after[name], weight) for name, weight in pretrained.read(base, 2).weights.items())
+    assert any(not torch.equal(weight, seen.before[name]) for name, weight in seen.after.items())
     model = zoo.load(tmp_path / "run", base=base)
     assert len(model.decoder.blocks) == 2
     assert torch.isfinite(outputs(model)).all()
