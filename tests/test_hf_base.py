@@ -262,7 +262,7 @@ def test_commands_want_the_base(base: Path, run: Path, tmp_path: Path, capsys: p
     out = str(tmp_path / "p.safetensors")
     ask = [
         (generate.main, [str(run), "the", "--context", "the box", "--count", "3"]),
-        (evaluate.main, [str(run), "test_batches=1"]),
+        (evaluate.main, [str(run), "--name", "again", "test_batches=1"]),
         (analyze.main, ["patch", str(run), "--context", str(tmp_path / "context.txt"), "--out", out, "--samples", "2"]),
         (analyze.main, ["apply", str(run), "--patch", out, "--query", str(tmp_path / "context.txt")]),
         (analyze.main, ["report", str(run), "--out", str(tmp_path / "report")]),

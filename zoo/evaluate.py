@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="+", metavar="RUN|OPTION=VALUE", help="runs, checkpoints or sweeps, and options")
     parser.add_argument("--name", help="of the result (default: made of the options)")
     parser.add_argument("--base", metavar="DIR", help="the pretrained model that is the W0 of runs with model.base")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     words = [word for word in arguments.words if re.match(r"[\w.]+=", word) and not Path(word).exists()]
     runs = [word for word in arguments.words if word not in words]
     if not runs:
