@@ -222,7 +222,7 @@ NUMBERS = [
     ({}, {"vocabulary": 300}, {}, "task.vocabulary=300, but model.base=BASE has 262"),
     ({}, {}, {"task": "regression"}, "not task.name=regression"),
     ({}, {}, {"budget": "flops"}, "budget=null"),
-    ({"base": "nowhere"}, {}, {}, "nowhere holds no config.json"),
+    ({"base": "nowhere"}, {}, {}, "nowhere: no config.json"),
 ]
 
 
@@ -249,6 +249,9 @@ def test_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> None:
         )
         assert words in one_line(lambda: pretrained.read(folder))
     file.unlink()
+    (folder / "config.json").write_text("{}")
+    assert f"{folder} cannot be read: KeyError: 'hidden_size'" in one_line(lambda: pretrained.read(folder))
+    shutil.copy(base / "config.json", folder)
     assert "give a tokenizer.json" in one_line(lambda: pretrained.read(folder))
     task = TASK | {"tokenizer": "base"}
     assert "give a tokenizer.json, or model.base" in one_line(lambda: train(tmp_path / "run", None, task=task))

@@ -26,6 +26,7 @@ from zoo.models import MODELS, Model
 from zoo.tasks import TASKS
 from zoo.tasks.text import tokenizer
 from zoo.tasks.text.corpus import START
+from zoo.tasks.text.sources import named
 from zoo.tasks.text.tokenizer import SIGNS, Tokenizer
 
 NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -41,16 +42,19 @@ OWN = "decoder.context_to_delta."
 def import_llama(folder: str | Path, layers: int | None = None) -> Decoder:
     """The Llama model of a folder as a decoder of the zoo, which the lens reads, or its first `layers`: of safetensors,
     one or several, tied or not. Raises ValueError, naming it, for an option that the zoo's decoder does not have."""
-    folder, config = _config(folder)
-    sizes, V = _sizes(folder, config), config["vocab_size"]
-    kept = sizes["layers"] if layers is None else layers
+    folder = home(folder)
+    with named(str(folder)):
+        return _decoder(folder, *_config(folder), layers)
+
+
+def _decoder(folder: Path, config: dict[str, Any], sizes: dict[str, Any], layers: int | None) -> Decoder:
+    kept, V = sizes["layers"] if layers is None else layers, config["vocab_size"]
     if not 0 < kept <= sizes["layers"]:
-        raise ValueError(f"model.layers={kept} must be 1 to {sizes['layers']}, the layers of {folder}")
+        raise ValueError(f"model.layers={kept} must be 1 to {sizes['layers']}, the layers it has")
     tokens = {"vocabulary": V, "token_dim": None, "output_dim": V, "n_context": 0}
+    tokens |= {"independent_queries": False, "filled": False}
     with torch.device("meta"):
-        decoder = Decoder(
-            Sizes(**sizes | {"layers": kept}), SimpleNamespace(**tokens, independent_queries=False, filled=False)
-        )
+        decoder = Decoder(Sizes(**sizes | {"layers": kept}), SimpleNamespace(**tokens))
     names = {theirs: ours for ours, theirs in NAMES.items()}
     for layer in range(sizes["layers"]):
         own = (BLOCK | FFN).items()
@@ -70,22 +74,18 @@ def import_llama(folder: str | Path, layers: int | None = None) -> Decoder:
     for name, wanted in shapes.items():
         if name not in state or state[name].shape != wanted:
             shape = tuple(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{folder}: {name} must be of shape {tuple(wanted)}, it is {shape}")
+            raise ValueError(f"{name} must be of shape {tuple(wanted)}, it is {shape}")
     decoder.load_state_dict(state, assign=True)
     if sizes["tied"]:
         decoder.head.weight = decoder.embedding.weight
     return decoder.requires_grad_(False).eval()
 
 
-def _config(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    folder = home(folder)
+def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json says of a Llama, and its sizes by our names."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no config.json with *.safetensors: other formats are not read")
-    return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The sizes of a Llama by our names."""
+        raise ValueError("no config.json with *.safetensors lies there: other formats are not read")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     D, heads = config["hidden_size"], config["num_attention_heads"]
     found = {name: config.get(name) for name, values in PLAIN.items() if name in config and config[name] not in values}
@@ -96,9 +96,9 @@ def _sizes(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("head_dim") not in (None, D // heads):
         found["head_dim"] = config["head_dim"]
     if found:
-        named = ", ".join(f"{name}={show(value)}" for name, value in found.items())
-        raise ValueError(f"{folder}: {named} is not of the zoo's decoder")
-    return {
+        differs = ", ".join(f"{name}={show(value)}" for name, value in found.items())
+        raise ValueError(f"{differs} is not of the zoo's decoder")
+    return config, {
         "dim": D,
         "layers": config["num_hidden_layers"],
         "heads": heads,
@@ -121,11 +121,12 @@ class Base(NamedTuple):
 
 def read(folder: str | Path, layers: int | None = None) -> Base:
     """The model of a folder, or its first layers, with rows by our ids; raises ValueError where it has another form."""
-    decoder = import_llama(folder, layers)
-    folder, config = _config(folder)
-    sizes = _sizes(folder, config) | {"layers": len(decoder.blocks)}
-    words = tokenizer.read(str(folder / "tokenizer.json"))
-    ids_V = torch.tensor(_ids(folder, words, config))
+    folder = home(folder)
+    with named(str(folder)):
+        config, sizes = _config(folder)
+        decoder, words = _decoder(folder, config, sizes, layers), tokenizer.read(str(folder / "tokenizer.json"))
+        ids_V = torch.tensor(_ids(folder, words, config))
+    sizes["layers"] = len(decoder.blocks)
     weights = {name: tensor.detach().float() for name, tensor in decoder.named_parameters()}  # a tied head once
     weights |= {name: weights[name][ids_V] for name in ("embedding.weight", "head.weight") if name in weights}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
@@ -140,14 +141,13 @@ def _ids(folder: Path, words: Tokenizer, config: dict[str, Any]) -> list[int]:
     theirs = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
     texts = ["".join(chr(SIGNS.get(byte, byte)) for byte in token) for token in words.spelled]
     start = next((config[name] for name in ("bos_token_id", "eos_token_id") if type(config.get(name)) is int), None)
-    if start is None or (lost := [text for text in texts[START + 1 :] if text not in theirs]):
-        what = (
-            f"tokenizer.json has no id for {show(lost[0])}" if start is not None else "config.json has no bos_token_id"
-        )
-        raise ValueError(f"{folder}: {what}")
+    if start is None:
+        raise ValueError("config.json has no bos_token_id, which texts begin with")
+    if lost := [text for text in texts[START + 1 :] if text not in theirs]:
+        raise ValueError(f"tokenizer.json has no id for {show(lost[0])}")
     ids = [theirs.get(text, start) for text in texts]
     if (highest := max(ids)) >= config["vocab_size"] or min(ids) < 0:
-        raise ValueError(f"{folder}: tokenizer.json has ids up to {highest}, the model has {config['vocab_size']}")
+        raise ValueError(f"tokenizer.json has ids up to {highest}, the model has {config['vocab_size']}")
     return ids
 
 
@@ -169,9 +169,9 @@ def decided(asked: Any, saved: Mapping[str, Any] | None = None) -> dict[str, Any
     base = read(folder, given.get("layers"))
     own = {"tokenizer": "base", "vocabulary": len(base.tokenizer.spelled)}
     if (kind := task.get("tokenizer")) not in (None, "base"):
-        named = tokenizer.read(kind) if str(kind).endswith(".json") else Tokenizer()
-        if named.content != base.tokenizer.content:
-            size = task.get("vocabulary") or len(named.spelled)
+        other = tokenizer.read(kind) if str(kind).endswith(".json") else Tokenizer()
+        if other.content != base.tokenizer.content:
+            size = task.get("vocabulary") or len(other.spelled)
             wanted = f"that of model.base={folder}, of {own['vocabulary']}"
             raise ValueError(f"task.tokenizer={show(kind)} of {size} ids is not {wanted}: leave it away")
         task["tokenizer"] = None
