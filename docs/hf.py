@@ -2,18 +2,20 @@
 
     PYTHONPATH=tests python docs/hf.py families            # tiny random models, five minutes
     python docs/hf.py smollm2 DIR                          # writes a folder of transformers (pip install 'zoo[real]')
-    python docs/hf.py law DIR; python docs/hf.py prompts DIR; python docs/hf.py stacked DIR; python docs/hf.py cost DIR
+    python docs/hf.py law DIR; python docs/hf.py sink DIR; python docs/hf.py prompts DIR; python docs/hf.py stacked DIR
+    python docs/hf.py answers DIR; python docs/hf.py cost DIR
 
-Axes: B queries, T tokens, n tokens of a prompt, K kept tokens.
+Axes: B queries, T tokens, n tokens of a prompt, K kept tokens, L layers.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,12 +29,17 @@ from zoo.console import read, say
 from zoo.core.patch import Patch
 from zoo.files import write
 from zoo.hf import commands, wrap
+from zoo.hf.distil import distil
 from zoo.hf.lora import truncated
 from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches
 from zoo.hf.wrapped import Wrapped
+from zoo.lens.draw import save
+from zoo.lens.figure import Figure, Lines, Series
 
 PAGE, PROMPTS = Path(__file__).with_suffix(".md"), Path(__file__).parent / "prompts"
 TASKS = {"french": "words", "capitals": "countries", "plurals": "words", "letters": "words"}
+ANSWER, RANK = 8, 64
+"""Tokens of an answer; of a LoRA."""
 TEXT = """The captain looked at the harbour, where three ships lay at anchor, and told the crew to wait until the tide
 had turned before they raised the sails. Nobody spoke. In the distance the bells of the old church began to ring for the
 morning service, and the gulls rose from the quay as one. She had seen it a hundred times, and every time she thought
@@ -48,6 +55,15 @@ def put(section: str, rows: list[list[str]]) -> None:
     say(table)
     text, mark = PAGE.read_text(), f"<!-- {section} -->"
     write(PAGE, re.sub(f"{mark}.*?{mark}", lambda _: f"{mark}\n{table}\n{mark}", text, flags=re.S))
+
+
+def columns_of(section: str) -> dict[str, dict[str, str]]:
+    """The columns of a table on the page, by their heads and their rows' first cells."""
+    text = PAGE.read_text().split(f"<!-- {section} -->")[1]
+    if "|" not in text:
+        return {}
+    (_, *heads), _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")[1:-1])
+    return {head: {row[0]: row[k] for row in rows} for k, head in enumerate(heads, 1)}
 
 
 def families() -> None:
@@ -73,6 +89,7 @@ def smollm2(folder: str) -> None:
     where = Path(found.origin).parent
     file = next(where.glob("*.gguf")).name
     packed = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+    vars(packed.config).pop("quantization_config", None)  # its weights were unpacked
     model = type(packed)(packed.config)  # one that was read from such a file refuses to be saved
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
@@ -140,6 +157,53 @@ def law(folder: str) -> None:
     put("law", rows)
 
 
+def sink(folder: str) -> None:
+    """Draws the largest |ΔW|/|W| of each layer, of 20 stretches of 24 tokens, with and without the first token kept."""
+    model = commands.load(folder)
+    tokens = torch.tensor([commands.ids(model, TEXT)])
+    series = []
+    for title, each in {"SmolLM2-135M": model, "random weights": drawn(model)}.items():
+        for keep, label in enumerate(("nothing kept", "first token kept")):
+            sizes = torch.stack([relative_sizes(each, tokens[:, i : i + 24], keep) for i in range(20)])
+            low, middle, high = (x.tolist() for x in sizes.quantile(torch.tensor([0.0, 0.5, 1.0]), 0))
+            say(f"{title}, {label}: largest {max(high):.3f}, mean over layers {sizes.mean():.4f}")
+            band = (low, high) if each is model else ()
+            places = list(range(len(middle)))
+            series.append(Series(f"{title}, {label}", places, middle, *band, control=each is not model))
+    panel = Lines("24 tokens of prose", "layer", "|ΔW|/|W|, largest of gate, up, down", tuple(series), log_y=True)
+    caption = (
+        "Patches of the last token that stand for those before it, all or all but the first. Lines: medians over 20 "
+    )
+    caption += (
+        "stretches of text; bands: the least to the largest. Both kinds of patch are exact; the smaller is less work."
+    )
+    caveat = "what other trained models do, or that a smaller patch is better for queries other than its own."
+    title = "A patch that must make up for the sink as well is larger in a trained model"
+    say(str(save(Figure("hf-sink", title, (panel,), caption, caveat), PAGE.parent / "figures")))
+
+
+def drawn(model: Wrapped) -> Wrapped:
+    """The same architecture with matrices of variance 1/fan_in, and norms of one."""
+    other, generator = copy.deepcopy(model.model), torch.Generator().manual_seed(0)
+    embedding = other.get_input_embeddings().weight
+    for p in other.parameters():
+        scale = 1.0 if p is embedding else p.shape[-1] ** -0.5
+        p.data = torch.randn(p.shape, generator=generator) * scale if p.dim() == 2 else torch.ones_like(p)
+    return wrap(other)
+
+
+def relative_sizes(model: Wrapped, tokens: Tensor, keep: int) -> Tensor:
+    """The largest |ΔW|/|W| of each layer (L), of the last token's patch, after the first `keep` tokens."""
+    last = torch.tensor([keep])
+    removed = torch.arange(tokens.shape[1]) >= keep
+    removed[-1] = False
+    sizes = []
+    for block, patch in zip(model.decoder.blocks, model.deltas(tokens, removed), strict=True):
+        new, old = block.ffn.dense(patch.per_token(last)), block.ffn.dense(Patch())
+        sizes.append(max(float((new[name] - W).norm() / W.norm()) for name, W in old.items()))
+    return torch.tensor(sizes)
+
+
 def parts(model: Wrapped, name: str) -> list[list[Tensor]]:
     lines = read(PROMPTS / f"{TASKS[name]}.txt").splitlines()
     return [batches(part) for part in commands.split([commands.ids(model, line) for line in lines])]
@@ -157,7 +221,7 @@ def cell(scored: Any) -> str:
 def prompts(folder: str, *names: str) -> None:
     """KL and share of equal first tokens on words that nothing was fitted or chosen on, the best by KL on others."""
     model = commands.load(folder)
-    columns: dict[str, dict[str, str]] = {}
+    columns = columns_of("prompts")
     for name in names or TASKS:
         prompt, (samples, others, held_out) = prompt_of(model, name), parts(model, name)
         column = {row: cell(value) for row, value in commands.compare(prompt, samples, held_out).items()}
@@ -187,6 +251,24 @@ def prompts(folder: str, *names: str) -> None:
         put("prompts", rows)
 
 
+def distilled(folder: str, *names: str) -> None:
+    """The LoRA of the table of prompts before and after at most 60 steps of distillation."""
+    model = commands.load(folder)
+    columns = columns_of("distilled")
+    for name in names or TASKS:
+        prompt, (samples, others, held_out) = prompt_of(model, name), parts(model, name)
+        lora = truncated(model, prompt.fit(samples, "sink-null", RIDGES[-1]), RANK)
+        after = distil(prompt, samples, others, lora, 60)
+        column = columns[name] = {}
+        for label, patches in {"closed form": lora, "distilled": after}.items():
+            for what, part in {"fitted on": samples, "chosen on": others, "held out": held_out}.items():
+                column[f"{label}, {what}"] = cell(commands.judged(prompt, part, patches, "sink-null"))
+        say(f"{name} {column}")
+        rows = [[f"LoRA of rank {RANK}", *columns]]
+        rows += [[row, *(other[row] for other in columns.values())] for row in column]
+        put("distilled", rows)
+
+
 def added(first: list[Patch], second: list[Patch]) -> list[Patch]:
     return [a.merged_with(b) for a, b in zip(first, second, strict=True)]
 
@@ -210,58 +292,166 @@ def stacked(folder: str) -> None:
         put("stacked", rows)
 
 
-def seconds(work: Callable[[], object], other: Callable[[], object], rounds: int = 7) -> tuple[float, float]:
-    """The median time of `work`, and of its ratio to `other`, timed in turns."""
+def answers(folder: str) -> None:
+    """How many greedy answers of eight tokens to 30 held-out queries are those of the prompted model: their first word,
+    and all of them."""
+    model = commands.load(folder)
+    rows = [["first word, all tokens, of 30", *(names := ("french", "capitals"))]]
+    columns: list[dict[str, str]] = []
+    for name in names:
+        prompt, (samples, _, held_out) = prompt_of(model, name), parts(model, name)
+        affine, plain = (prompt.fit(samples, form, 0.3) for form in ("affine", "sink-null"))
+        queries = [tokens[0].tolist() for batch in held_out for tokens in batch.split(1)][:30]
+        nothing = [Patch()] * len(plain)
+
+        def after_kept(tokens: Tensor, kept: Tensor = prompt.tokens[:1], prompt: Prompt = prompt) -> Tensor:
+            at = torch.cat([torch.zeros(1, dtype=torch.int64), prompt.places(tokens)])
+            return model(torch.cat([kept.expand(len(tokens), -1), tokens], 1), positions=at)[:, -1]
+
+        goals = greedy(prompt.logits, queries)
+        found = {"no prompt": greedy(partial(prompt.logits, patches=nothing), queries)}
+        found["affine by hooks"] = greedy(partial(prompt.logits, patches=affine), queries)
+        lora = {f"LoRA of rank {rank}": truncated(model, plain, rank) for rank in (RANK, RANK // 4)}
+        for how, patches in {"W + ΔW, sink-null": plain, **lora}.items():
+            with model.patched(patches):
+                found[how] = greedy(after_kept, queries)
+        said = [(model.tokenizer.decode(goal), goal) for goal in goals]
+        columns.append({})
+        for how, replies in found.items():
+            texts = [model.tokenizer.decode(reply) for reply in replies]
+            words = sum(text.split()[:1] == goal.split()[:1] for text, (goal, _) in zip(texts, said, strict=True))
+            same = sum(reply == goal for reply, (_, goal) in zip(replies, said, strict=True))
+            columns[-1][how] = f"{words}, {same}"
+            say(f"{name}, {how}: {columns[-1][how]}; {texts[:3]} instead of {[goal for goal, _ in said[:3]]}")
+    put("answers", rows + [[how, *(column[how] for column in columns)] for how in columns[0]])
+
+
+def greedy(logits: Callable[[Tensor], Tensor], queries: list[list[int]]) -> list[list[int]]:
+    """The next tokens of each query, ANSWER of them."""
+    found = []
+    for query in queries:
+        tokens = torch.tensor([query])
+        for _ in range(ANSWER):
+            tokens = torch.cat([tokens, logits(tokens).argmax(-1)[:, None]], 1)
+        found.append(tokens[0, len(query) :].tolist())
+    return found
+
+
+def seconds(work: Callable[[], object], rounds: int) -> float:
+    """The median CPU time of one thread."""
+    work()
     times = []
     for _ in range(rounds):
-        row = []
-        for each in (work, other):
-            start = time.perf_counter()
-            each()
-            row.append(time.perf_counter() - start)
-        times.append(row)
-    return median(row[0] for row in times), median(row[0] / row[1] for row in times)
+        start = time.thread_time()
+        work()
+        times.append(time.thread_time() - start)
+    return median(times)
+
+
+LENGTHS = (64, 256, 1024, 1900)
+READ, EACH, HOOKS, MERGED, CACHED = WAYS = (
+    "context read for each query",
+    "patches of each token",
+    "static patch by hooks",
+    "LoRA merged into the weights",
+    "context in a cache kept for all",
+)
 
 
 def cost(folder: str) -> None:
+    """Draws time to the first token and tokens per second against the length of the context; from how many queries on
+    a static patch pays, and what is held for it."""
     model = commands.load(folder)
-    ids = torch.tensor([commands.ids(model, TEXT * 12)])
-    one = ids[:, :1]
-    patches = model.deltas(ids[:, :32], 31)
-    rows = [["what", "against", "milliseconds", "ratio"]]
+    ids = torch.tensor([commands.ids(model, TEXT * 20)])
+    samples = batches([commands.ids(model, line) for line in read(PROMPTS / "words.txt").splitlines()[:60]])
+    query = samples[0][:1]
+    first: dict[str, list[float]] = {way: [] for way in WAYS}
+    rate: dict[str, list[float]] = {way: [] for way in WAYS}
+    rows = [["tokens of context", "fit of 60 samples, s", *WAYS, "pays, read", "pays, cached", "cache, MB"]]
+    for n in LENGTHS:
+        start = time.thread_time()
+        prompt = Prompt(model, ids[0, :n])
+        patches = prompt.fit(samples)
+        fitted = time.thread_time() - start
+        with model.patched(patches) as under:
+            merged = wrap(copy.deepcopy(under))
+        for way, (prefill, token) in ways(model, merged, prompt, query, patches).items():
+            first[way].append(seconds(prefill, 3))
+            rate[way].append(1 / seconds(token, 9 if way != EACH else 3))
+            say(f"{n} tokens, {way}: {first[way][-1]:.3f} s, then {rate[way][-1]:.1f} tokens/s")
+        answer = {way: first[way][-1] + (ANSWER - 1) / rate[way][-1] for way in WAYS}
+        pays = [answer[way] - answer[MERGED] for way in (READ, CACHED)]
+        times = [f"{first[way][-1]:.2f} s, {rate[way][-1]:.1f}/s" for way in WAYS]
+        after = [f"{fitted / gain:,.0f}" if gain > 0 else "never" for gain in pays]
+        held = megabytes(t for layer in prompt.full.layers for t in (layer.keys, layer.values))
+        rows.append([str(n), f"{fitted:.0f}", *times, *after, f"{held:.1f}"])
+        put("cost", rows)
+    lora, one = truncated(model, patches, RANK), model.deltas(ids[:, :32], 31)
+    held = {"patch of one token": one, "static patch": patches, f"LoRA of rank {RANK}": lora}
+    put("memory", [["held in float32", "MB"], *([what, f"{megabytes(numbers(p)):.1f}"] for what, p in held.items())])
 
-    def row(what: str, against: str, work: Callable[[], object], other: Callable[[], object]) -> None:
-        took, ratio = seconds(work, other)
-        rows.append([what, against, f"{1000 * took:.0f}", f"{ratio:.2f}"])
-        say(" | ".join(rows[-1]))
+    def lines(title: str, unit: str, values: dict[str, list[float]], without: str = "") -> Lines:
+        series = [Series(way, LENGTHS, values[way], control=way == READ) for way in WAYS if way != without]
+        return Lines(title, "tokens of context", unit, tuple(series), log_x=True, log_y=True)
 
-    for T in (32, 128, 512):
-        what, tokens = f"patches of one query after {T - 1} tokens", ids[:, :T]
-        row(what, "a pass over them", partial(model.deltas, tokens, T - 1), partial(model, tokens))
-    row("a token under patches, hooks", "a plain token", lambda: model(one, patches=patches), lambda: model(one))
+    panels = (
+        lines("Time to the first token", "seconds", first),
+        lines("Further tokens", "tokens per second", rate, CACHED),
+    )
+    caption = (
+        f"SmolLM2-135M, float32, one CPU thread, a query of {query.shape[1]} tokens. Under patches the first token of"
+    )
+    caption += " the context is kept. Of a context that was read, further tokens take a cache."
+    caveat = "that a static patch answers as the prompt does, see the table of prompts; nor anything of other hardware."
+    title = "A static patch saves the reading of its context, patches of each token save nothing"
+    say(str(save(Figure("hf-cost", title, panels, caption, caveat), PAGE.parent / "figures")))
 
-    def formed() -> None:
-        with model.patched(patches):
-            pass
 
-    row("W + ΔW formed, all layers", "a plain token", formed, lambda: model(one))
-    with model.patched(patches) as under:
-        prepared = wrap(under)
-        row("a token, W + ΔW formed before", "a plain token", lambda: prepared(one), lambda: prepared(one))
-    for n in (64, 256, 1024):
-        past = cache(model, ids[:, :n])
+def ways(
+    model: Wrapped, merged: Wrapped, prompt: Prompt, query: Tensor, patches: list[Patch]
+) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Of each way: what gives the first token, and what gives a further one."""
+    n, T = len(prompt.tokens), query.shape[1]
+    whole, at = torch.cat([prompt.tokens[None], query], 1), torch.arange(n, n + T)
+    kept, places = torch.cat([whole[:, :1], query], 1), torch.cat([at[:1] * 0, at])
+    removed = (torch.arange(n + T) > 0) & (torch.arange(n + T) < n)
+    last = {"logits_to_keep": 1}
 
-        def with_context(past: dict[str, Any] = past, n: int = n) -> None:
-            model(one, positions=torch.tensor([n]), **past)
-            past["past_key_values"].crop(-1)
+    def anew() -> None:
+        model(kept, patches=model.deltas(whole, removed), positions=places, **last)
 
-        row(f"a token after a cache of {n}", "a plain token", with_context, lambda: model(one))
-        row(f"reading {n} tokens", "a plain token", partial(model, ids[:, :n]), lambda: model(one))
-    put("cost", rows)
+    def after(past: Any, tokens: Tensor, place: int, own: Wrapped = model, **named: Any) -> Callable[[], object]:
+        def work() -> None:
+            own(tokens, positions=place + torch.arange(tokens.shape[1]), past_key_values=past, **named, **last)
+            past.crop(-tokens.shape[1])
+
+        return work
+
+    long, short = (cache(model, tokens)["past_key_values"] for tokens in (whole, kept))
+    under = {"patches": patches, "positions": places, **last}
+    one = query[:, :1]
+    return {
+        READ: (partial(model, whole, **last), after(long, one, n + T)),
+        CACHED: (after(prompt.full, query, n), after(long, one, n + T)),
+        EACH: (anew, anew),
+        HOOKS: (partial(model, kept, **under), after(short, one, n + T, patches=patches)),
+        MERGED: (partial(merged, kept, positions=places, **last), after(short, one, n + T, merged)),
+    }
+
+
+def numbers(patches: list[Patch]) -> Iterator[Tensor]:
+    """All tensors of patches, those of one input shift once."""
+    for patch in patches:
+        deltas = [*patch.weights.values(), *([patch.input] if patch.input else [])]
+        yield from (t for delta in deltas for t in vars(delta).values() if isinstance(t, Tensor))
+
+
+def megabytes(tensors: Iterable[Tensor]) -> float:
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) / 1e6
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (families, smollm2, law, prompts, stacked, cost)
+    each.__name__: each for each in (families, smollm2, law, sink, prompts, distilled, stacked, answers, cost)
 }
 
 if __name__ == "__main__":

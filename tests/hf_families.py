@@ -6,8 +6,6 @@ Weights are drawn anew, 1/√fan_in and norms 1 ± .2: at the library's own .02 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -195,19 +193,13 @@ def residual(wrapped: Wrapped, tokens: Tensor) -> tuple[float, float]:
     return relative(found, goal), relative(alone, goal)
 
 
-@contextmanager
-def casts(kept: bool) -> Iterator[None]:
-    with Kept64() if kept else nullcontext():
-        yield
-
-
 def experts_of(patches: list[Patch]) -> Any:
     return [sorted(p.routing.index.flatten().tolist()) for p in patches if p.routing]
 
 
 def residuals(name: str, queries: int = 30) -> Residuals:
     exact = wrap(family(name))
-    with casts(True):
+    with Kept64():
         kept, _ = residual(exact, ids())
     as_it_is, control = residual(exact, ids())
     single, _ = residual(wrap(family(name, torch.float32)), ids())

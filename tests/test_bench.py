@@ -115,7 +115,7 @@ def test_growth_is_per_token_and_its_fit_finds_the_line() -> None:
     ("arguments", "message"),
     [
         (["layer"], "section 'layer' does not exist; did you mean layers?"),
-        (["layers", "--figure", "x"], "--figure draws the section growth: name it too"),
+        (["layers", "--figure", "x"], "--figure is for the section growth: name it too"),
         (["--page", "absent.md"], "No such file or directory: 'absent.md'"),
         (["--page", __file__], "must have the lines <!-- bench --> and <!-- /bench -->"),
         (["--rounds", "0"], "rounds=0 must be above 0"),
@@ -157,7 +157,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed, text = capsys.readouterr().out, page.read_text()
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     cases = {row[0] for row in table[1:]}
-    assert len(cases) == 18 + len(MODELS)  # an extraction of each family
+    assert len(cases) == 20 + len(MODELS)  # an extraction of each family
     assert cases > {growth.EXPERTS, "default run, 10 steps", "model.deltas of one query, moe"}
     assert all(float(row[2]) > 0 and float(row[-1]) >= 0 for row in table[1:])
     assert f"torch {torch.__version__}" in printed

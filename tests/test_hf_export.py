@@ -44,11 +44,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def ours(name: str, options: dict[str, Any]) -> Any:
     model = MODELS[name]({"name": name, **SIZES, **options}, dict(TASK), {"steps": 1})
+    biases = [b for name, b in model.named_buffers() if options.get("bias_rate") and name.endswith("bias")]
     with torch.no_grad():
-        for tensor in (
-            *model.parameters(),
-            *(b for n, b in model.named_buffers() if options.get("bias_rate") and n.endswith("bias")),
-        ):
+        for tensor in (*model.parameters(), *biases):
             tensor.normal_(0, tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.3)
     return model.requires_grad_(False).eval()
 

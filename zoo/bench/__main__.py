@@ -15,6 +15,7 @@ import torch
 
 from zoo.bench.generation import generation
 from zoo.bench.growth import figure, growth
+from zoo.bench.hf import hf
 from zoo.bench.layers import layers
 from zoo.bench.processes import processes
 from zoo.bench.startup import startup
@@ -27,7 +28,7 @@ from zoo.lens.draw import save
 from zoo.memory import keep_freed_memory
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    section.__name__: section for section in (layers, growth, steps, loops, generation, startup, processes)
+    section.__name__: section for section in (layers, growth, steps, loops, generation, hf, startup, processes)
 }
 """A section yields rows; the line that --help has of it is its docstring."""
 PAGE = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -42,23 +43,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    page = "also put the table between the lines <!-- bench --> and <!-- /bench --> of FILE"
     parser.add_argument("sections", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under a minute")
     parser.add_argument("--rounds", type=int, help="pairs of measurements (default: 21, quick 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1, CPU time is taken (default: 1)")
     parser.add_argument("--device", choices=devices, default="cpu", help="default: cpu")
     parser.add_argument("--compile", action="store_true", help="also compiled steps (about a minute more)")
+    parser.add_argument("--model", metavar="DIR", help="a folder of transformers, for the section hf")
     parser.add_argument("--figure", type=Path, metavar="FOLDER", help="also draw growth.png in FOLDER")
-    parser.add_argument("--page", type=Path, metavar="FILE", help=page)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also put the table there, between its marks")
     options = parser.parse_args(argv)
     for name in options.sections:
         lookup(name, SECTIONS, "section")
     options.sections = options.sections or list(SECTIONS)
     options.rounds = (2 if options.quick else 21) if options.rounds is None else options.rounds
     require_positive("", rounds=options.rounds, threads=options.threads)
-    if options.figure and "growth" not in options.sections:
-        raise ValueError("--figure draws the section growth: name it too")
+    for name, section in (("figure", "growth"), ("model", "hf")):
+        if getattr(options, name) and section not in options.sections:
+            raise ValueError(f"--{name} is for the section {section}: name it too")
     if options.page and not PAGE.search(options.page.read_text(encoding="utf-8")):
         raise ValueError(f"--page {options.page} must have the lines <!-- bench --> and <!-- /bench -->")
     return options
@@ -70,11 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     freed = "kept" if keep_freed_memory() else "given back"  # as train.py does
     device = torch.device(options.device)
-    setting = Setting(device, options.rounds, rates(device), options.quick, options.compile)
+    setting = Setting(device, options.rounds, rates(device), options.quick, options.compile, options.model)
     about = {**machine(device, setting.rates), "freed memory": freed, "rounds": options.rounds}
-    with torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda"
-    ):  # in bfloat16, as a GPU trains here
+    # in bfloat16, as a GPU trains here
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         rows = [row for name in options.sections for row in SECTIONS[name](setting)]
     text = ", ".join(f"{key} {value}" for key, value in about.items()) + "\n\n" + table(rows)
     print(f"{text}\n\n{verdict(rows)}")

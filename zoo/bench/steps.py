@@ -94,9 +94,8 @@ def limit(model: Model) -> Callable[[], Any]:
     """The step's matrix products alone, 6·P·B·T + 12·L·D·T²·B FLOPs with P parameters of matrices, all of one size."""
     P = sum(p.numel() for name, p in model.decoder.named_parameters() if p.dim() > 1 and "embedding" not in name)
     flops = 6 * P * B * T + 12 * SIZE["layers"] * SIZE["dim"] * T**2 * B
-    x = torch.randn(B * T, SIZE["dim"], device=model.device)
+    x, out = (torch.randn(B * T, SIZE[name], device=model.device) for name in ("dim", "hidden"))
     W = torch.randn(SIZE["dim"], SIZE["hidden"], device=model.device)
-    out = x @ W
     count = round(flops / (2 * B * T * SIZE["dim"] * SIZE["hidden"]))
 
     def work() -> None:

@@ -43,13 +43,14 @@ class Rates(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How to measure: what a section is a function of. quick: fewer sizes; compiled: compiled steps too."""
+    """How to measure. quick: fewer sizes; compiled: compiled steps too; model: a folder of `transformers`."""
 
     device: torch.device
     rounds: int
     rates: Rates
     quick: bool = False
     compiled: bool = False
+    model: str | None = None
 
 
 class Row(NamedTuple):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from zoo.console import read, say
 from zoo.core.patch import Patch
-from zoo.hf.lora import save_lora
+from zoo.hf.distil import distil
+from zoo.hf.lora import save_lora, truncated
 from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, score
 from zoo.hf.wrapped import Wrapped
 from zoo.lens import report as pages
@@ -61,6 +62,8 @@ def patch(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.queries} holds {len(lines)} queries: 20 at least are split into three parts")
     if (options.lora is None) != (options.rank is None):
         raise ValueError("--lora DIR and --rank R come together")
+    if options.distil is not None and (options.lora is None or options.distil < 1):
+        raise ValueError("--distil STEPS, at least 1, trains the adapter of --lora DIR: name both")
     forms = [options.form] if options.form else PLAIN if options.lora else list(FORMS)
     model = load(options.checkpoint)
     prompt = Prompt(model, torch.tensor(ids(model, read(options.context), first=True)), options.keep_first)
@@ -70,6 +73,8 @@ def patch(options: argparse.Namespace) -> None:
     about = {"form": form, "ridge": ridge, "context": options.context.name, "tokens": len(prompt.tokens)}
     save_patch(options.out, patches, model, **about, kept=prompt.tokens[: prompt.keep].tolist())
     if options.lora:
+        if options.distil is not None:
+            patches = distil(prompt, samples, others, truncated(model, patches, options.rank), options.distil)
         held = save_lora(options.lora, model, patches, options.rank)
         rows[f"LoRA of rank {options.rank}, {options.lora}"] = judged(prompt, held_out, held, "sink-null")
     say(f"{options.out}: stands for {len(prompt.tokens) - prompt.keep} tokens, {prompt.keep} stay in front of queries")
