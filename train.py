@@ -129,8 +129,13 @@ def job(cfg: DictConfig, folder: str | None, scores: list[float | None]) -> int:
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     asked = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
-    if config.get("budget") and "model.hidden" not in asked:  # that of conf/ is nobody's wish
-        config.get("model", {}).pop("hidden", None)
+    decided: dict[str, tuple[str, ...]] = {"model": ("hidden",) if config.get("budget") else ()}
+    if config.get("model", {}).get("base"):
+        sizes = ("dim", "layers", "heads", "kv_heads", "hidden", "tied", "theta", "eps")
+        decided = {"model": sizes, "task": ("tokenizer", "vocabulary")}
+    for group, name in ((group, name) for group, names in decided.items() for name in names):
+        if f"{group}.{name}" not in asked:  # that of conf/ is nobody's wish
+            config.get(group, {}).pop(name, None)
     place: list[str] = []  # what tells a process of this job where it works
     if config["resume"] is None:
         config["out"] = out = config["out"] or folder

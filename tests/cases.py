@@ -44,7 +44,7 @@ class Family:
     starts_plain: bool = True
 
 
-SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True}
+SIZES = {"dim": 32, "layers": 1, "heads": 4, "kv_heads": 1, "hidden": 8, "tied": True, "theta": 20.0, "eps": 0.5}
 FAMILIES = {
     "transformer": Family(changes=SIZES, starts_plain=False),
     "hypernet": Family(

@@ -16,7 +16,6 @@ from hf_families import FAMILIES, POST_NORM, REFUSED, Kept64, build, family, ids
 from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
 from zoo.hf import network, wrap
-from zoo.hf.ffn import hooks
 from zoo.hf.reading import Reading
 from zoo.lens import routing, static, structure
 from zoo.lens.exact import EXACT_FORMS, exact
@@ -133,7 +132,7 @@ def test_nothing_outlives_a_call_that_fails(error: type[BaseException], monkeypa
         lambda: model(tokens[:, 23:], patches=patches),
         lambda: merged.__enter__()(input_ids=tokens),
     ):
-        with pytest.raises(error), hooks(norm.register_forward_pre_hook(broken)):
+        with pytest.raises(error), norm.register_forward_pre_hook(broken):
             call()
     merged.__exit__(None, None, None)
     assert hf.module_state(model.model) == before

@@ -25,7 +25,7 @@ SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 12}
 MOE = {"experts": 4, "top_k": 2, "balance_weight": 0.0}
 EXPORTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grouped heads": ("transformer", "llama", {"kv_heads": 1}),
-    "tied": ("transformer", "llama", {"tied": True}),
+    "tied": ("transformer", "llama", {"tied": True, "theta": 500.0, "eps": 0.01}),
     "renormalised": ("moe", "mixtral", MOE),
     "softmax": ("moe", "qwen2_moe", {**MOE, "renormalise": False}),
     "softmax, shared": ("moe", "qwen2_moe", {**MOE, "shared": 2}),
@@ -145,3 +145,18 @@ def test_other_llamas_are_refused_by_name(change: dict[str, Any], words: str, tm
         import_llama(tmp_path)
     with pytest.raises(ValueError, match="other formats are not read"):
         import_llama(tmp_path / "nothing")
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (tmp_path / "opened").touch, ()
+
+    model = build("llama", {}, torch.float32)
+    model.save_pretrained(tmp_path)
+    torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(import_llama(tmp_path).norm.weight, model.model.norm.weight)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="other formats are not read"):
+        import_llama(tmp_path)
+    assert not (tmp_path / "opened").exists()

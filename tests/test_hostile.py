@@ -73,7 +73,7 @@ def refused(files: Iterable[hostile.File], read: Callable[[Path], Any]) -> tuple
 LOADED = ("hyper_parameters", "task")
 RESUMED = ("optimizer_states", "global_step")
 # what zoo.load takes: options that nothing in the weights speaks of
-FREE = ("left out", "'points'", "'queries'", "'optim'", "'seed'", "is None")
+FREE = ("left out", "'points'", "'queries'", "'theta'", "'eps'", "'optim'", "'seed'", "is None")
 
 
 def test_archives_that_torch_does_not_write(run: Path, last: Path, tmp_path: Path) -> None:

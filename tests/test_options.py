@@ -104,8 +104,8 @@ def test_the_tables_cover_every_option() -> None:
     assert set(tables) == set(MODELS) | set(TASKS)
     tables["optim"] = (OptimConfig, OPTIM_CHANGES)
     for name, (config, table) in tables.items():
-        # `name` chooses the class itself, or the optimiser
-        assert set(table) == {field.name for field in fields(config)} - {"name"}, name
+        # `name` chooses the class itself, or the optimiser; `base` is in test_hf_base
+        assert set(table) == {field.name for field in fields(config)} - {"name", "base"}, name
 
 
 def differ(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
@@ -216,6 +216,8 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("transformer", "noise", {"model.kv_heads": 0}, ["model.heads=2", "model.kv_heads=0"]),
     ("transformer", "noise", {"model.layers": 0}, ["model.layers=0"]),
     ("transformer", "regression", {"model.tied": True}, ["model.tied=true", "task.name=regression"]),
+    ("transformer", "regression", {"model.theta": 0.0}, ["model.theta=0.0", "above 0"]),
+    ("transformer", "regression", {"model.eps": -1e-6}, ["model.eps=-1e-06", "above 0"]),
     ("hypernet", "noise", {"model.rank": 17}, ["model.rank=17", "model.dim=16", "model.hidden=24"]),
     ("hypernet", "noise", {"model.rank": 9, "model.hidden": 8}, ["model.rank=9", "model.dim=16", "model.hidden=8"]),
     ("hypernet", "noise", {"model.rank": 2, "model.emission": "full"}, ["model.rank=2", "model.emission", "full"]),

@@ -67,6 +67,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     apply.add_argument("checkpoint", metavar="RUN_OR_CKPT", help="or the folder of a transformers model, MODEL_DIR")
     apply.add_argument("--patch", required=True, type=Path, metavar="P.safetensors")
     apply.add_argument("--query", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd")
+    for each in (report, figures, patch, apply):
+        each.add_argument("--base", metavar="DIR", help="the pretrained model that is the W0 of runs with model.base")
     return parser.parse_args(argv)
 
 
@@ -91,13 +93,13 @@ def foreign(path: str) -> bool:
     return (Path(path) / "config.json").is_file() and not (Path(path) / "checkpoints").exists()
 
 
-def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
+def load_all(paths: list[str], base: str | None = None) -> tuple[dict[str, Model], dict[str, Path]]:
     """Models and their files by label: the family, with a number where one comes twice."""
     models: dict[str, Model] = {}
     sources: dict[str, Path] = {}
     seen: Counter[str] = Counter()
     for file in [checkpoint.find(path, "best") for path in paths]:
-        model = zoo.load(file).requires_grad_(False)
+        model = zoo.load(file, base).requires_grad_(False)
         family = model.config.name
         seen[family] += 1
         label = family if seen[family] == 1 else f"{family} {seen[family]}"
@@ -111,7 +113,7 @@ def load_all(paths: list[str]) -> tuple[dict[str, Model], dict[str, Path]]:
 
 
 def report(options: argparse.Namespace) -> None:
-    models, sources = load_all(options.runs)
+    models, sources = load_all(options.runs, options.base)
     first = next(iter(sources.values()))
     run = first.parent.parent if first.parent.name == "checkpoints" else first.parent
     folder = options.out or run / "report"
@@ -128,7 +130,7 @@ def figures(options: argparse.Namespace) -> None:
         return
     table, what = (trained, "figure of trained models") if options.runs else (theory, "figure without --runs")
     makers = [lookup(name, table, what) for name in options.names]
-    models = [load_all(options.runs)[0]] if options.runs else []
+    models = [load_all(options.runs, options.base)[0]] if options.runs else []
     for make in makers:
         print(draw.save(make(*models), options.out), flush=True)
 
@@ -154,7 +156,7 @@ def all_figures() -> tuple[Figures, Figures]:
 def patch(options: argparse.Namespace) -> None:
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples} must be at least 1")
-    (model,) = load_all([options.checkpoint])[0].values()
+    (model,) = load_all([options.checkpoint], options.base)[0].values()
     context = read_context(model, options.context)
     form, ridge, n = options.form or "affine", 1e-3 if options.ridge is None else options.ridge, len(context)
     samples = model.task.sample_queries(context, options.samples, "train")
@@ -168,7 +170,7 @@ def patch(options: argparse.Namespace) -> None:
 
 
 def apply(options: argparse.Namespace) -> None:
-    (model,) = load_all([options.checkpoint])[0].values()
+    (model,) = load_all([options.checkpoint], options.base)[0].values()
     patches = load_patch(options.patch, model)
     queries = read_query(model, options.query)
     with torch.no_grad():

@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = console.Parser("python -m zoo.evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("words", nargs="+", metavar="RUN|OPTION=VALUE", help="runs, checkpoints or sweeps, and options")
     parser.add_argument("--name", help="of the result (default: made of the options)")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--base", metavar="DIR", help="the pretrained model that is the W0 of runs with model.base")
+    arguments = parser.parse_intermixed_args(argv)
     words = [word for word in arguments.words if re.match(r"[\w.]+=", word) and not Path(word).exists()]
     runs = [word for word in arguments.words if word not in words]
     if not runs:
@@ -37,12 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{' '.join(words)} cannot be read: {one_line(error, 200)}") from None
     sweeps = [sorted(path.parent for path in Path(run).glob("*/checkpoints")) or [run] for run in runs]
     for job in (job for jobs in sweeps for job in jobs):
-        metrics = evaluate(str(job), asked, name)
+        metrics = evaluate(str(job), asked, name, arguments.base)
         say(f"{metrics['checkpoint']}: {metrics['main_metric']} {metrics['test'][metrics['main_metric']]:.5g}")
     return 0
 
 
-def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
+def evaluate(run: str, asked: dict[str, Any], name: str, base: str | None = None) -> dict[str, Any]:
     """Tests one run under the options asked; writes evaluations/`name`.json and .npz beside its checkpoints and returns
     what the former holds. Raises ValueError for options that are none of a test, or that the weights do not fit."""
     import lightning as L
@@ -63,15 +64,14 @@ def evaluate(run: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
     options, run_options = saved["hyper_parameters"], saved["zoo"].get("config", {})
     if own.task:  # other data than those of training, maybe
         saved["task"].pop("corpus", None)
+    of_test = {
+        "model": options["model"],
+        "task": {**options["task"], **own.task},
+        "optim": {**options["optim"], **own.optim},
+        "seed": own.seed if "seed" in asked else options["seed"],
+    }
     try:
-        model = validate.build(
-            {
-                "model": options["model"],
-                "task": {**options["task"], **own.task},
-                "optim": {**options["optim"], **own.optim},
-                "seed": own.seed if "seed" in asked else options["seed"],
-            }
-        )
+        model = validate.build(of_test, base)
         model.on_load_checkpoint(saved)
         model.load_state_dict(validate.like(saved["state_dict"], model.state_dict(), "state_dict"))
     except ValueError as error:

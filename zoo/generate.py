@@ -40,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=40, help="draw among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--base", metavar="DIR", help="the pretrained model that is its W0, where model.base names one")
     options = parser.parse_args(argv)
     if (options.prompts is None) == (options.prompt is None) or (options.prompts is None) != (options.out is None):
         parser.error("give a prompt, or --prompts FILE and --out FILE")
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints prompt and continuation as it comes, or writes those of a file, and how fast on stderr; returns the exit
     code: 2, with one line on stderr, for mistakes."""
     options = parse(argv)
-    model = zoo.load(options.checkpoint)
+    model = zoo.load(options.checkpoint, options.base)
     began, tokens = perf_counter(), of_one(model, options) if options.prompts is None else of_file(model, options)
     seconds = perf_counter() - began
     say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", sys.stderr)

@@ -15,16 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.core.cache import LayerCache
 from zoo.core.context import ContextToDelta
-from zoo.core.layers import FILLING, Block, FeedForward, Layout
+from zoo.core.layers import FILLING, Block, Layout
 from zoo.core.norm import RMSNorm
 from zoo.core.patch import Patch
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens. What families
-    decide besides: blocks, backend: of each FeedForward; attend_context: tokens after a separate context see it, if it
-    is not False."""
+    """Of a decoder; kv_heads: None for as many as heads; tied: one matrix embeds and unembeds tokens; theta: of rotary
+    positions; eps: of norms. What families decide besides: blocks, backend: of each FeedForward; attend_context: tokens
+    after a separate context see it, if it is not False."""
 
     dim: int = 64
     layers: int = 3
@@ -32,6 +32,8 @@ class Sizes:
     kv_heads: int | None = None
     hidden: int = 128
     tied: bool = False
+    theta: float = 1e4
+    eps: float = 1e-6
     blocks, backend, attend_context = 1, "auto", True
 
 
@@ -48,24 +50,18 @@ class Decoder(nn.Module):
 
     def __init__(self, sizes: Sizes, tokens: Any):
         super().__init__()
-        dim, kv_heads = sizes.dim, sizes.kv_heads or sizes.heads
-        vocabulary, token_dim = tokens.vocabulary, tokens.token_dim
+        dim, vocabulary, token_dim = sizes.dim, tokens.vocabulary, tokens.token_dim
         self.context_to_delta: ContextToDelta | None = None
         self.attend_context, self.separate_context = sizes.attend_context is not False, tokens.n_context > 0
         self.independent_queries, self.filled = tokens.independent_queries, tokens.filled
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(token_dim or 0, dim, bias=False)
-        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(dim, sizes.heads, kv_heads, FeedForward(dim, sizes.hidden, sizes.blocks, sizes.backend))
-            for _ in range(sizes.layers)
-        )
-        self.norm = RMSNorm(dim)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))  # type: ignore[assignment]
+        self.norm = RMSNorm(dim, sizes.eps)
         self.head = nn.Linear(dim, tokens.output_dim, bias=False)
         if sizes.tied:
             self.head.weight = self.embedding.weight
         # normal weights of std 1/√fan_in; matrices that write to the residual stream a further 1/√(2L) smaller
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                continue
+        for name, parameter in [(name, p) for name, p in self.named_parameters() if p.dim() > 1]:
             fan_in = self.blocks[0].ffn.hidden_per_block if name.endswith("ffn.down") else parameter.shape[1]
             writes = name.endswith(("ffn.down", "attention.o.weight"))
             nn.init.normal_(parameter, std=(fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5)

@@ -180,14 +180,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder block: `attend` gives the state v that enters the second half, v + ffn(norm2(v))."""
+    """One decoder block: `attend` gives the state v that enters the second half, v + ffn(norm2(v)); sizes: Sizes."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, ffn: FeedForward):
+    def __init__(self, sizes: Any):
         super().__init__()
-        self.norm1 = RMSNorm(dim)
-        self.attention = Attention(dim, heads, kv_heads)
-        self.norm2 = RMSNorm(dim)
-        self.ffn = ffn
+        self.norm1 = RMSNorm(sizes.dim, sizes.eps)
+        self.attention = Attention(sizes.dim, sizes.heads, sizes.kv_heads or sizes.heads, sizes.theta)
+        self.norm2 = RMSNorm(sizes.dim, sizes.eps)
+        self.ffn = FeedForward(sizes.dim, sizes.hidden, sizes.blocks, sizes.backend)
 
     def attend(self, x_BTD: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         return x_BTD + self.attention(self.norm1(x_BTD), layout, cache)

@@ -1,4 +1,4 @@
-"""Checkpoints of the zoo as folders of `transformers`, weight for weight, and Llama folders as decoders of the zoo.
+"""Checkpoints of the zoo as folders of `transformers`, weight for weight; the way back is in zoo.records.pretrained.
 
 transformer becomes Llama; mixtures of experts become Mixtral, Qwen2-MoE or GLM4-MoE, by how their router weighs.
 Axes: D model, F hidden units of an expert, E routed experts, S shared ones.
@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 import zoo
 from zoo.config import show
-from zoo.core.decoder import Decoder, Sizes
 from zoo.core.layers import FeedForward
-from zoo.core.norm import RMSNorm
+from zoo.records.pretrained import BLOCK, NAMES, import_llama
 from zoo.tasks.text.tokenizer import PATTERN, SIGNS, START, Tokenizer
 
-NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-NAMES = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in NAMES.items()}
-BLOCK = {"norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight"}
-BLOCK |= {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
+__all__ = ["converted", "export", "import_llama", "tokenizer_of"]
 SHARED = "shared_expert", "shared_experts"
 BEGIN = "<|start|>"
 
@@ -54,8 +48,8 @@ def converted(model: Any) -> Any:
         "num_key_value_heads": config.kv_heads,
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": task.tokens,
-        "rms_norm_eps": model.decoder.norm.eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.decoder.blocks[0].attention.theta},
+        "rms_norm_eps": config.eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
         "bos_token_id": START,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -154,62 +148,3 @@ def tokenizer_of(ours: Tokenizer) -> Any:
     }
     made = tokenizers.Tokenizer.from_str(json.dumps(file))
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BEGIN, clean_up_tokenization_spaces=False)
-
-
-PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None), "hidden_act": ("silu",)}
-"""Options of a Llama and their values here."""
-
-
-def import_llama(folder: str | Path) -> Decoder:
-    """The Llama model of a folder as a decoder of the zoo, which the lens reads: of safetensors, one or several, tied
-    or not. Raises ValueError, naming it, for an option that the zoo's decoder does not have."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (files := sorted(folder.glob("*.safetensors"))):
-        raise ValueError(f"{folder} holds no config.json with *.safetensors: other formats are not read")
-    config = json.loads((folder / "config.json").read_text())
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    D, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    found = {name: config.get(name) for name, values in PLAIN.items() if name in config and config[name] not in values}
-    if config.get("model_type") != "llama":
-        found["model_type"] = config.get("model_type")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        found["rope_scaling"] = rope
-    if config.get("head_dim") not in (None, D // heads):
-        found["head_dim"] = config["head_dim"]
-    if found:
-        named = ", ".join(f"{name}={show(value)}" for name, value in found.items())
-        raise ValueError(f"{folder}: {named} is not of the zoo's decoder")
-    tied, V = bool(config.get("tie_word_embeddings")), config["vocab_size"]
-    layers, kv_heads = config["num_hidden_layers"], config.get("num_key_value_heads")
-    sizes = Sizes(D, layers, heads, kv_heads, config["intermediate_size"], tied)
-    tokens = {"vocabulary": V, "token_dim": None, "output_dim": V, "n_context": 0}
-    with torch.device("meta"):
-        decoder = Decoder(sizes, SimpleNamespace(**tokens, independent_queries=False, filled=False))
-    theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
-    for module in decoder.modules():
-        if isinstance(module, RMSNorm):
-            module.eps = config.get("rms_norm_eps", 1e-6)
-    for block in decoder.blocks:
-        block.attention.theta = theta
-    names = {theirs: ours for ours, theirs in NAMES.items()}
-    for layer in range(sizes.layers):
-        own = BLOCK | {f"ffn.{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-        names |= {f"model.layers.{layer}.{theirs}": f"blocks.{layer}.{ours}" for ours, theirs in own.items()}
-    state: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if name not in names:
-                    raise ValueError(f"{file.name}: {show(name)} is no weight of a Llama of {sizes.layers} layers")
-                tensor = opened.get_tensor(name)
-                state[names[name]] = (tensor.mT if name.endswith("down_proj.weight") else tensor).contiguous()
-    if tied:
-        state["head.weight"] = state.get("embedding.weight", torch.empty(0))
-    for name, parameter in decoder.named_parameters(remove_duplicate=False):
-        if name not in state or state[name].shape != parameter.shape:
-            shape = tuple(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{folder}: {name} must be of shape {tuple(parameter.shape)}, it is {shape}")
-    decoder.load_state_dict(state, assign=True)
-    if tied:
-        decoder.head.weight = decoder.embedding.weight
-    return decoder.requires_grad_(False).eval()

@@ -29,13 +29,15 @@ from zoo.tasks import TASKS, Batch, Task
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """The sizes of the decoder, which are all there is of a plain one, and the name of the family."""
+    """The sizes of the decoder, all there is of a plain one, and the family's name; base: SHA256 of a pretrained W0."""
 
     name: str = "transformer"
+    base: str | None = None
 
     def resolve(self, task: Task) -> Self:
         """This with every open default written down; raises ValueError for sizes that do not fit each other."""
-        require_positive("model", dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden)
+        names = ("dim", "layers", "heads", "hidden", "theta", "eps")
+        require_positive("model", **{name: getattr(self, name) for name in names})
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if self.dim % (2 * self.heads):
             raise ValueError(f"model.dim={self.dim} must be a multiple of 2·model.heads={2 * self.heads}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.models import MODELS
+from zoo.records.pretrained import use
 from zoo.records.summary import title
 from zoo.tasks import Task
 
@@ -24,7 +25,7 @@ def card(metrics: dict[str, Any], task: Task) -> str:
         family,
         f"**Task.** {what}",
         f"**Data.** {task.origin()}",
-        "**Use.** `zoo.load(PATH)`, PATH being this folder or file.",
+        f"**Use.** `zoo.load(PATH{use(metrics)})`, PATH being this folder or file.",
         f"**Command.** `{metrics['command']}` (zoo {metrics['versions']['zoo']}, torch {metrics['versions']['torch']})",
         "| test | value |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows),
         "**Limits.** One seed, at these sizes and steps; nothing is known of other data, lengths or tasks than those "

@@ -10,6 +10,7 @@ import lightning as L
 from zoo.devices.plan import told
 from zoo.files import whole
 from zoo.models import Model, flops
+from zoo.records.pretrained import begun_on, use
 from zoo.tasks import TASKS
 from zoo.training.callbacks import read_rows
 
@@ -23,7 +24,7 @@ def opening(model: Model, trainer: L.Trainer, folder: Path) -> str:
     return (
         f"{config.name} on {task.config.name}: {flops.parameters(model)['total']:,} parameters\n"
         f"{optim.steps} steps of {optim.batch_size} sequences of {task.tokens} tokens on {devices}{read}"
-        f"run folder: {folder}"
+        f"run folder: {folder}{begun_on(model)}"
     )
 
 
@@ -36,7 +37,7 @@ def closing(metrics: dict[str, Any]) -> str:
         ("FLOPs per token, forward", f"{metrics['flops_per_token']:,.0f}"),
         ("training", f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
         ("run folder", str(Path(metrics["checkpoint"]).parent.parent)),
-        ("load it with", f'zoo.load("{metrics["checkpoint"]}")'),
+        ("load it with", f'zoo.load("{metrics["checkpoint"]}"{use(metrics)})'),
     ]
     width, head = max(len(name) for name, _ in rows), title(metrics)
     return "\n".join(["", head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)])

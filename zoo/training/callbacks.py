@@ -85,8 +85,7 @@ class Keeper(Checkpoint):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % min(self.config["log_every"], trainer.max_steps) == 0:
             losses = self._losses(trainer, pl_module)
-            for name, value in losses.items():  # here, not at every step: Lightning's log takes half a millisecond
-                pl_module.log(name, value, prog_bar=True, logger=False)
+            pl_module.log_dict(losses, prog_bar=True, logger=False)  # not at every step: it takes half a millisecond
             self._append(trainer, {**losses, "lr": self.lr})
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # the last step is validated even if validate_every does not divide the steps

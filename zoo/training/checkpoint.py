@@ -107,12 +107,12 @@ def _at_schema(content: Any) -> dict[str, Any]:
     return content
 
 
-def load(path: str | Path | Mapping[str, Any]) -> Model:
+def load(path: str | Path | Mapping[str, Any], base: str | Path | None = None) -> Model:
     """The model of a checkpoint file, or the best one of a run, in eval mode on the CPU; path: as of find, e.g.
-    hypernet-regression for the latest run of it, or regression/hypernet, which comes with the package. Raises
-    ValueError as find and read do."""
+    hypernet-regression for the latest run, or regression/hypernet, which comes with the package; base: the folder of
+    its W0, where that is a pretrained model. Raises ValueError as find and read do."""
     checkpoint = read(find(path, "best"))
-    model = validate.build(checkpoint["hyper_parameters"])
+    model = validate.build(checkpoint["hyper_parameters"], base)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()

@@ -15,6 +15,7 @@ import torch
 from zoo.config import flat, from_dict, plain, require_positive, show
 from zoo.files import home
 from zoo.models.optim import OptimConfig
+from zoo.records import pretrained
 from zoo.tasks.text import sources
 from zoo.training import checkpoint
 
@@ -62,7 +63,7 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     asked = from_dict(RunConfig, config, "")
     asked = replace(asked, task=sources.absolute(asked.task))
     if asked.resume is None:
-        return asked, {}
+        return replace(asked, **pretrained.decided(asked)), {}
     if not asked.resume:
         raise ValueError("resume= names no run: give its folder or a checkpoint")
     file = checkpoint.find(asked.resume, "last")
@@ -74,6 +75,7 @@ def of_run(config: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     saved = checkpoint.read(file, resume=True)
     options = asdict(from_dict(RunConfig, saved["zoo"]["config"], ""))
     options["task"] = sources.moved(options["task"], asked.task)  # see zoo.training.run
+    asked = replace(asked, **pretrained.decided(asked, options["model"]))
     old = flat(options)
     new = flat({key: getattr(asked, key) for key in config.keys() - {"resume", "out"}})
     changed = {  # null leaves an option open: it is what the run made of it

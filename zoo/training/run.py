@@ -61,7 +61,7 @@ def train(
     log = of_logger(named, before["logger"])  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    network = _model(config, saved)
+    network = _model(config, saved, options.get("model", {}).get("base"))
     if config.shuffle_context and not network.task.n_context:
         raise ValueError(f"shuffle_context=true needs a separate context: task={network.task.config.name} has none")
     if config.init and not saved:
@@ -105,9 +105,9 @@ def train(
             return _test(network, test, engine, keeper)
 
 
-def _model(options: RunConfig, saved: dict[str, Any]) -> Model:
+def _model(options: RunConfig, saved: dict[str, Any], base: Any) -> Model:
     """The model before training, and its task: of a run that goes on with the data it was begun with, or not at all."""
-    model = validate.build({name: getattr(options, name) for name in validate.OPTIONS})
+    model = validate.build({name: getattr(options, name) for name in validate.OPTIONS}, base)
     if saved:
         if options.task == saved["zoo"]["config"]["task"]:  # else what lies at the new place must be the same
             model.task.load_state_dict(saved["task"])

@@ -13,17 +13,17 @@ from torch import Tensor
 from zoo.config import lookup, show
 from zoo.models import MODELS, Model
 from zoo.models.optim import OptimConfig
+from zoo.records import pretrained
 from zoo.training.untrusted import finite
 
 OPTIONS: dict[str, Any] = {"model": {}, "task": {}, "optim": {}, "seed": 0}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYER = 4  # weights of a layer, at least
 KINDS = {int: "a whole number from 0 on", float: "a finite number", bool: "true or false", str: "text", dict: "a dict"}
 
 
-def build(options: dict[str, Any]) -> Model:
-    """The model of the options model, task, optim and seed; raises ValueError for wrong ones."""
-    return lookup(options["model"].get("name"), MODELS, "model")(**options)
+def build(options: dict[str, Any], base: Any = None) -> Model:
+    """The model of the options model, task, optim and seed, on its base's folder; raises ValueError for wrong ones."""
+    return pretrained.built(lookup(options["model"].get("name"), MODELS, "model"), options, base)
 
 
 def model(checkpoint: dict[str, Any]) -> Model:
@@ -31,8 +31,8 @@ def model(checkpoint: dict[str, Any]) -> Model:
     ValueError for unknown options, and for weights of other names, shapes or dtypes."""
     options, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     like(options, OPTIONS, "hyper_parameters")
-    layers = options["model"].get("layers")
-    if isinstance(layers, int | float) and layers * LAYER > len(weights):  # the only option that makes more modules
+    layers, most = options["model"].get("layers"), 1000 if options["model"].get("base") else len(weights) // 4
+    if isinstance(layers, int | float) and layers > most:  # the only option that makes more modules
         raise ValueError(f"model.layers={show(layers)} is more than its {len(weights)} weights can make")
     with torch.device("meta"):
         meta = build(options)

@@ -29,7 +29,7 @@ TEXTS = ("", ".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", 
 BATCH = 1000  # rows that are read at once, and after which a column that none of them has is missed
 TIMEOUT = 5  # seconds for the hub to answer
 PLACES = ("files", "hub", "tokenizer")  # the options of a task that may name paths
-KINDS = ("bytes", "bpe")  # of tokenizers, beside those of files
+KINDS = ("bytes", "bpe", "base")  # of tokenizers, beside those of files
 ADVICE = (
     "connect once (later starts read ZOO_CACHE), give the folder of a copy as task.hub=FOLDER, or other text as "
     "task.files=[…]; HF_HUB_OFFLINE=1 looks for a copy in the Hugging Face cache"

@@ -200,7 +200,7 @@ def read(path: str) -> Tokenizer:
     file = home(path)
     with named(f"task.tokenizer={file}"):
         if not file.is_file() or file.stat().st_size > LARGEST:
-            raise ValueError(f"this is no file of {LARGEST:,} bytes at most: give a tokenizer.json")
+            raise ValueError(f"this is no file of {LARGEST:,} bytes at most: give a tokenizer.json, or model.base")
         content = json.loads(file.read_bytes())
         try:
             model = content["model"]
