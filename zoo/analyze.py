@@ -39,8 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     report = commands.add_parser("report", help="figures and numbers of one or several checkpoints")
-    report.add_argument("runs", nargs="+", metavar="RUN_OR_CKPT", help="run folders (their best checkpoint) or files")
-    report.add_argument("--text", type=Path, metavar="FILE", help="of the folder of a transformers model, MODEL_DIR")
+    report.add_argument("runs", nargs="+", metavar="RUN_OR_CKPT", help="run folders, files, or a MODEL_DIR")
+    report.add_argument("--text", type=Path, metavar="FILE", help="what a MODEL_DIR, a folder of transformers, reads")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report of the first run)")
 
     figures = commands.add_parser("figures", help="single figures; those of theory need no checkpoint")
@@ -66,7 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     apply = commands.add_parser("apply", help="answer queries under a patch file, without the context")
     apply.add_argument("checkpoint", metavar="RUN_OR_CKPT", help="or the folder of a transformers model, MODEL_DIR")
     apply.add_argument("--patch", required=True, type=Path, metavar="P.safetensors")
-    apply.add_argument("--query", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd")
+    apply.add_argument("--query", required=True, type=Path, metavar="FILE", help="text, or lines x1,…,xd; "
+                       "of a MODEL_DIR: one text on each line")  # fmt: skip
     for each in (report, figures, patch, apply):
         each.add_argument("--base", metavar="DIR", help="the pretrained model that is the W0 of runs with model.base")
     return parser.parse_args(argv)

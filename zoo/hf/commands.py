@@ -35,7 +35,7 @@ def load(folder: str | Path, kind: type[Wrapped] = Wrapped) -> Any:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise ValueError("models of transformers need it: pip install 'zoo[hf]'") from None
+        raise ValueError("models of transformers need: python -m pip install -c constraints.txt -e '.[hf]'") from None
     own: Any = {"local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **own)
     return kind(model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, **own))
