@@ -202,6 +202,8 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
         save_lora(tmp_path / "lora", model, model.deltas(tokens, 20), 1)
     with pytest.raises(ValueError, match="biases"):
         save_lora(tmp_path / "lora", model, [Patch(biases={"down_proj": torch.ones(1, 32)})] * 3, 1)
+    with pytest.raises(ValueError, match="layer 0 has no c_proj: the patch is of another model"):
+        save_lora(tmp_path / "lora", model, wrap(family("GPT-2")).deltas(tokens, 23), 1)
     assert not (tmp_path / "lora").exists()
 
 
