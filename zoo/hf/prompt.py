@@ -66,6 +66,8 @@ class Prompt:
             return None
         cache = DynamicCache(config=self.model.model.config)
         self.model(tokens[None], patches=patches, past_key_values=cache)
+        if strange := [type(own).__name__ for own in cache.layers if not hasattr(own, "batch_repeat_interleave")]:
+            raise ValueError(f"prompts need keys and values in the cache of every layer, this model has {strange[0]}")
         return cache
 
     def places(self, queries_BT: Tensor) -> Tensor:
