@@ -19,11 +19,13 @@ from zoo.hf.ffn import POST, ForeignFFN, wide
 from zoo.hf.wrapped import Wrapped
 
 
+@torch.no_grad()
 def truncated(model: Wrapped, patches: Sequence[Patch], rank: int) -> list[Patch]:
     """Each ΔW, an input shift included, as its best approximation of the rank (Eckart & Young 1936). Raises ValueError
     for what no LoRA can be: biases, scales of norms, changes of experts and routers, patches of several tokens."""
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
+    model.decoder.check(patches)
     return [
         _truncated(index, block.ffn, patch, rank)
         for index, (block, patch) in enumerate(zip(model.decoder.blocks, patches, strict=True))

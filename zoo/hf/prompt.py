@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,11 @@ class Prompt:
         n = len(self.tokens)
         if not 0 <= self.keep < n:
             raise ValueError(f"keep_first={self.keep} must lie between 0 and the {n} tokens of the prompt, less one")
-        with torch.no_grad():
-            self.full = self._prefill(self.tokens, None)
-            self.kept = self._prefill(self.tokens[: self.keep], None)
+        self.kept = self._prefill(self.tokens[: self.keep], None)
+
+    @cached_property
+    def full(self) -> Any:
+        return self._prefill(self.tokens, None)
 
     def _prefill(self, tokens: Tensor, patches: Sequence[Patch] | None) -> Any:
         from transformers import DynamicCache
@@ -63,16 +66,23 @@ class Prompt:
             return None
         cache = DynamicCache(config=self.model.model.config)
         self.model(tokens[None], patches=patches, past_key_values=cache)
+        if strange := [type(own).__name__ for own in cache.layers if not hasattr(own, "batch_repeat_interleave")]:
+            raise ValueError(f"prompts need keys and values in the cache of every layer, this model has {strange[0]}")
         return cache
 
     def places(self, queries_BT: Tensor) -> Tensor:
-        """Where the tokens of queries stand, (T)."""
+        """Where the tokens of queries stand, (T); raises ValueError where the model has no such places."""
+        n, T = len(self.tokens), queries_BT.shape[1]
+        limit = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and n + T > limit:
+            raise ValueError(f"a prompt of {n} tokens and a query of {T}: the model has {limit} places")
         return torch.arange(queries_BT.shape[1], device=queries_BT.device) + len(self.tokens)
 
     @torch.no_grad()
     def logits(self, queries_BT: Tensor, patches: Sequence[Patch] | None = None, plain: bool = False) -> Tensor:
         """Of the token after each query, (B,V): after the whole prompt, or after its kept tokens under patches, which
         plain weights apply to these too."""
+        places = self.places(queries_BT)
         cache = copy.deepcopy(self.full if patches is None else self.kept)
         if plain and patches and self.keep:
             cache = self._prefill(self.tokens[: self.keep], patches)
@@ -80,7 +90,7 @@ class Prompt:
         if cache is not None:
             cache.batch_repeat_interleave(len(queries_BT))
             named = {"past_key_values": cache}
-        return self.model(queries_BT, added=patches, positions=self.places(queries_BT), **named)[:, -1]
+        return self.model(queries_BT, added=patches, positions=places, **named)[:, -1]
 
     def sink(self, index: int) -> tuple[Tensor, Tensor]:
         """What the network of a layer, and its output matrix, read at the kept tokens: (k,D) and (k,F)."""
@@ -93,8 +103,8 @@ class Prompt:
         """One static patch per layer that stands for the prompt on sample queries, batches of tokens (B,T), all of
         whose tokens count alike. Raises ValueError for an unknown form, a ridge that is not positive, or no samples."""
         what, network = lookup(form, FORMS, "form of a patch of a prompt"), self.model.decoder
-        if not ridge > 0:
-            raise ValueError(f"ridge={ridge} must be above 0")
+        if not 0 < ridge < float("inf"):
+            raise ValueError(f"ridge={ridge} must be above 0, and finite")
         if not samples:
             raise ValueError("no sample queries to fit a patch on")
         x_ctx: list[Any] = [None] * len(samples)

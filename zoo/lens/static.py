@@ -81,7 +81,8 @@ class Moments:
         gram_ii = self.sums[2] - self.count * mean_i.outer(mean_i)
         cross_oi = self.sums[3] - self.count * mean_o.outer(mean_i)
         i = len(gram_ii)
-        penalty = ridge * gram_ii.trace() / max(min(self.count - form.bias, i), 1)
+        rounding = (1e-12 / i * self.sums[2].trace()).clamp(min=1e-300)  # all that is left where all samples are equal
+        penalty = max(ridge * gram_ii.trace() / max(min(self.count - form.bias, i), 1), rounding)
         if null is not None:
             basis_ki = torch.linalg.svd(null.double(), full_matrices=False).Vh
             gram_ii = gram_ii - basis_ki.mT @ (basis_ki @ gram_ii)
@@ -167,7 +168,7 @@ def update_of(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: L
     """The patch of `matrices` from the map of z to what `z_ctx − z` adds (gate, up), or to the output (down)."""
     weights, biases = {}, {}
     for name in matrices:
-        W = ffn.weight(name)
+        W = ffn.dense(Patch())[name]  # in the type of patches
         u, b = (low_rank.u, bias) if name == ffn.output_matrix else (W.double() @ low_rank.u, bias @ W.double().mT)
         if form.matrix:
             weights[name] = LowRank(u.to(W.dtype).contiguous(), low_rank.v.to(W.dtype).contiguous())
