@@ -240,15 +240,11 @@ class ForeignFFN:
             if POST in patch.weights:
                 yield self.post.register_forward_hook(scale)
 
-        names = {*patch.weights, *patch.biases} - {POST}
-        hooked = {name for name in names if name in self.plain or name == self.output_matrix}
+        hooked = {*patch.weights, *patch.biases} & {*self.plain, self.output_matrix}
         if unplaced := patch.biases.keys() - hooked:
             raise ValueError(f"{', '.join(unplaced)} has no bias in this model: take the form matrix or output")
-        with ExitStack() as stack:
-            if others := names - hooked:
-                part = {name: delta for name, delta in patch.weights.items() if name in others}
-                stack.enter_context(self.merged(Patch(weights=part, chunk=patch.chunk)))
-            stack.enter_context(hooks(registered()))
+        others = {name: delta for name, delta in patch.weights.items() if name not in {*hooked, POST}}
+        with self.merged(Patch(weights=others)), hooks(registered()):
             yield
 
     @contextmanager
@@ -280,14 +276,10 @@ class ForeignFFN:
 @contextmanager
 def hooks(registered: Iterable[Any]) -> Iterator[None]:
     """Hooks, registered as the handles are asked for, that are removed at its end, also if that fails halfway."""
-    handles = []
-    try:
+    with ExitStack() as stack:
         for handle in registered:
-            handles.append(handle)
+            stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from zoo.core.delta import Scale
 from zoo.core.exact import LayerStates, kept_places, replace_context, shear_and_down
 from zoo.core.patch import Patch, Routing
 from zoo.hf.ffn import POST, Seen, first, wide
-from zoo.hf.probe import Place, ffn_of, layers_of
+from zoo.hf.probe import ffn_of, layers_of
 from zoo.lens.exact import for_down, rescaled
 
 Visit = Callable[..., Any]
@@ -88,7 +88,7 @@ class Network:
         self.model = model
         self.layers = layers_of(model)
         self.accepts = inspect.signature(type(model).forward).parameters
-        self.blocks: list[Place] = []
+        self.blocks: list[Any] = []  # whose ffn is as that of zoo.core.layers.Block
         self.returns: list[int] = []  # the length of the tuple that a layer returns, 0 for a tensor
         embedding = self.model.get_input_embeddings().weight
         (self.vocabulary, self.width), self.device = embedding.shape, embedding.device
@@ -98,7 +98,7 @@ class Network:
 
         def visit(index: int, forward: Any, *args: Any, **named: Any) -> Any:
             z, layer = torch.randn(*tokens.shape, self.width).to(first(args)), self.layers[index]
-            self.blocks.append(Place(layer, ffn_of(index, layer, z, lambda: forward(*args, **named))))
+            self.blocks.append(SimpleNamespace(ffn=ffn_of(index, layer, z, lambda: forward(*args, **named))))
             raw = forward(*args, **named)
             self.returns.append(0 if isinstance(raw, Tensor) else len(raw))
             return raw
@@ -168,25 +168,25 @@ class Network:
 
     def step(
         self, index: int, tokens: Tensor, x: Tensor | None, positions: Tensor, cache: Any
-    ) -> tuple[Tensor, Seen, Tensor, Tensor]:
-        """One layer alone, on its input x (B,T,D), or what the layers before it give if None: what `watch` returns of
-        it, and the states that it returns. cache: of the tokens before, left as it was."""
+    ) -> tuple[Seen, Tensor, Tensor]:
+        """One layer alone, on its input x (B,T,D), or what the layers before it give if None: what its network showed,
+        and its output in units of the network's and as it is. cache: of the tokens before, left as it was."""
 
         def visit(at: int, forward: Any, *args: Any, **named: Any) -> Any:
             if at < index and x is not None:
                 return args[0] if not self.returns[at] else (args[0], *[None] * (self.returns[at] - 1))
             if at < index:
                 return forward(*args, **named)
-            found.append(self.watch(at, forward, args[0] if x is None else x.to(args[0]), *args[1:], **named))
+            found[:] = self.watch(at, forward, args[0] if x is None else x.to(args[0]), *args[1:], **named)
             raise Done
 
-        found: list[tuple[Any, Seen, Tensor]] = []
+        found: list[Any] = []
         own = {} if cache is None else {"past_key_values": _of_layer(cache, index, len(tokens)), "use_cache": True}
         past = 0 if cache is None else cache.get_seq_length()
         mask = torch.ones(len(tokens), past + tokens.shape[1], dtype=torch.int64, device=tokens.device)
         self.run(tokens, visit, mask, positions, **own)
-        raw, seen, out = found[0]
-        return raw, seen, out, first(raw)
+        raw, seen, out = found
+        return seen, out, first(raw)
 
     @contextmanager
     def patched(self, patches: Sequence[Patch], merged: bool = False) -> Iterator[None]:

@@ -53,39 +53,43 @@ class Prompt:
         if not 0 <= self.keep < n:
             raise ValueError(f"keep_first={self.keep} must lie between 0 and the {n} tokens of the prompt, less one")
         with torch.no_grad():
-            self.full = self._prefill(self.tokens, None)
-            self.kept = self._prefill(self.tokens[: self.keep], None)
+            self.full, self.kept = self._prefill(self.tokens), self._prefill(self.tokens[: self.keep])
 
-    def _prefill(self, tokens: Tensor, patches: Sequence[Patch] | None) -> Any:
+    def _prefill(self, tokens: Tensor) -> Any:
         from transformers import DynamicCache
 
         if not len(tokens):
             return None
         cache = DynamicCache(config=self.model.model.config)
-        self.model(tokens[None], patches=patches, past_key_values=cache)
+        self.model(tokens[None], past_key_values=cache)
         return cache
 
     def places(self, queries_BT: Tensor) -> Tensor:
         """Where the tokens of queries stand, (T)."""
         return torch.arange(queries_BT.shape[1], device=queries_BT.device) + len(self.tokens)
 
+    def after_kept(self, queries_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept tokens and queries as one pass takes them, and where each stands."""
+        kept = self.tokens[: self.keep]
+        positions = torch.cat([torch.arange(self.keep, device=kept.device), self.places(queries_BT)])
+        return torch.cat([kept.expand(len(queries_BT), -1), queries_BT], 1), positions
+
     @torch.no_grad()
     def logits(self, queries_BT: Tensor, patches: Sequence[Patch] | None = None, plain: bool = False) -> Tensor:
         """Of the token after each query, (B,V): after the whole prompt, or after its kept tokens under patches, which
         plain weights apply to these too."""
+        if plain:
+            tokens, positions = self.after_kept(queries_BT)
+            return self.model(tokens, added=patches, positions=positions)[:, -1]
         cache = copy.deepcopy(self.full if patches is None else self.kept)
-        if plain and patches and self.keep:
-            cache = self._prefill(self.tokens[: self.keep], patches)
-        named = {}
         if cache is not None:
             cache.batch_repeat_interleave(len(queries_BT))
-            named = {"past_key_values": cache}
-        return self.model(queries_BT, added=patches, positions=self.places(queries_BT), **named)[:, -1]
+        return self.model(queries_BT, added=patches, positions=self.places(queries_BT), past_key_values=cache)[:, -1]
 
     def sink(self, index: int) -> tuple[Tensor, Tensor]:
         """What the network of a layer, and its output matrix, read at the kept tokens: (k,D) and (k,F)."""
         places = torch.arange(self.keep, device=self.tokens.device)
-        z = wide(self.model.decoder.step(index, self.tokens[None, : self.keep], None, places, None)[1].z)
+        z = wide(self.model.decoder.step(index, self.tokens[None, : self.keep], None, places, None)[0].z)
         return z[0], self.model.decoder.blocks[index].ffn.hidden(z, Patch())[0]
 
     @torch.no_grad()
@@ -106,8 +110,8 @@ class Prompt:
             states, into, out_of, patch = [], Moments(), Moments(), Patch()
             for b, tokens in enumerate(samples):
                 places = self.places(tokens)
-                _, seen_ctx, out_ctx, x_ctx[b] = network.step(index, tokens, x_ctx[b], places, self.full)
-                _, seen, out, _ = network.step(index, tokens, x[b], places, self.kept)
+                seen_ctx, out_ctx, x_ctx[b] = network.step(index, tokens, x_ctx[b], places, self.full)
+                seen, out, _ = network.step(index, tokens, x[b], places, self.kept)
                 z_ctx, z = wide(seen_ctx.z), wide(seen.z)
                 if what.input:
                     into.add(z, z_ctx - z)
@@ -135,13 +139,18 @@ class Score(NamedTuple):
     top1: float
 
 
+def kl_of(goal: Tensor, other: Tensor) -> Tensor:
+    """KL in nats from one distribution to another, by their logits (B,V): (B)."""
+    p, q = (wide(logits).log_softmax(-1) for logits in (goal, other))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def score(goals: Sequence[Tensor], logits: Iterable[Tensor]) -> Score:
     """Of logits against those of the prompted model, both by batch."""
     kl, same = [], []
     for goal, other in zip(goals, logits, strict=True):
-        p, q = (wide(t).log_softmax(-1) for t in (goal, other))
-        kl.append((p.exp() * (p - q)).sum(-1))
-        same.append((p.argmax(-1) == q.argmax(-1)).double())
+        kl.append(kl_of(goal, other))
+        same.append((goal.argmax(-1) == other.argmax(-1)).double())
     return Score(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
 
 
