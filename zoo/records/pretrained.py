@@ -139,7 +139,7 @@ def read(folder: str | Path, layers: int | None = None) -> Base:
 def _ids(folder: Path, words: Tokenizer, config: dict[str, Any]) -> list[int]:
     """The id there of each of ours."""
     theirs = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
-    texts = ["".join(chr(SIGNS.get(byte, byte)) for byte in token) for token in words.spelled]
+    texts = [token.decode("latin-1").translate(SIGNS) for token in words.spelled]
     start = next((config[name] for name in ("bos_token_id", "eos_token_id") if type(config.get(name)) is int), None)
     if start is None:
         raise ValueError("config.json has no bos_token_id, which texts begin with")
