@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,16 @@ def apply(options: argparse.Namespace) -> None:
     say(f"patch of {about.get('context', 'an unnamed prompt')}, after {model.tokenizer.decode(kept)!r}", sys.stderr)
     prompt = Prompt(model, torch.tensor([*kept, *[kept[0] if kept else 0] * (places - len(kept))]), len(kept))
     for line in read(options.query).splitlines():
-        answers = [_greedy(prompt, ids(model, line), under) for under in (patches, [Patch()] * len(patches))]
+        query = torch.tensor([ids(model, line)])
+        answers = [
+            greedy(partial(prompt.logits, patches=under), query) for under in (patches, [Patch()] * len(patches))
+        ]
         say("\t".join(f"{how} {model.tokenizer.decode(answer)!r}" for how, answer in zip(HOW, answers, strict=True)))
 
 
-def _greedy(prompt: Prompt, query: list[int], patches: Sequence[Patch]) -> list[int]:
-    tokens = list(query)
+def greedy(logits: Callable[[Tensor], Tensor], query_1T: Tensor) -> list[int]:
+    """The SAY tokens that follow a query, the likeliest at each step; logits: of the token after queries."""
+    tokens = query_1T
     for _ in range(SAY):
-        tokens.append(int(prompt.logits(torch.tensor([tokens]), patches).argmax()))
-    return tokens[len(query) :]
+        tokens = torch.cat([tokens, logits(tokens).argmax(-1, keepdim=True)], 1)
+    return tokens[0, query_1T.shape[1] :].tolist()

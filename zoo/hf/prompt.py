@@ -40,6 +40,17 @@ def batches(queries: Iterable[Sequence[int]], device: Any = None) -> list[Tensor
     return [part for same in rows for part in same.split(ROWS)]
 
 
+def prefilled(model: Wrapped, tokens: Tensor) -> Any:
+    """A key/value cache of tokens (B,T), or None of none."""
+    from transformers import DynamicCache
+
+    if not tokens.shape[1]:
+        return None
+    cache = DynamicCache(config=model.model.config)
+    model(tokens, past_key_values=cache)
+    return cache
+
+
 @dataclass
 class Prompt:
     """The caches of a prompt (n) and of its first tokens, `keep` of them, after which queries run."""
@@ -53,16 +64,7 @@ class Prompt:
         if not 0 <= self.keep < n:
             raise ValueError(f"keep_first={self.keep} must lie between 0 and the {n} tokens of the prompt, less one")
         with torch.no_grad():
-            self.full, self.kept = self._prefill(self.tokens), self._prefill(self.tokens[: self.keep])
-
-    def _prefill(self, tokens: Tensor) -> Any:
-        from transformers import DynamicCache
-
-        if not len(tokens):
-            return None
-        cache = DynamicCache(config=self.model.model.config)
-        self.model(tokens[None], past_key_values=cache)
-        return cache
+            self.full, self.kept = (prefilled(self.model, self.tokens[None, :k]) for k in (n, self.keep))
 
     def places(self, queries_BT: Tensor) -> Tensor:
         """Where the tokens of queries stand, (T)."""
