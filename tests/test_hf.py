@@ -83,18 +83,6 @@ def test_gaps_padding_and_unequal_prompts(name: str) -> None:
 
 
 @torch.no_grad()
-def test_without_a_mask_gaps_are_taken_for_packed_texts() -> None:
-    """Why the wrapper always passes one."""
-    model, tokens, kept = wrap(family("Llama")), ids(), torch.tensor([0, 1, 9, 23])
-    removed = torch.ones(24, dtype=torch.bool).index_fill(0, kept, False)
-    goal = model(tokens)[:, kept]
-    with model.decoder.patched(model.deltas(tokens, removed)):
-        inputs = {"input_ids": tokens[:, kept], "position_ids": kept[None], "use_cache": False}
-        assert relative(model.model(**inputs).logits, goal) > 0.1
-        assert relative(model.model(**inputs, attention_mask=torch.ones(1, 4)).logits, goal) <= 1e-12
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["Mistral", "GPT-2", "Mixtral"])
 def test_tokens_from_a_cache_of_what_was_kept(name: str) -> None:
     from transformers import DynamicCache

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zoo.core.delta import Scale
 from zoo.core.exact import LayerStates, kept_places, replace_context, shear_and_down
+from zoo.core.layers import Layout
 from zoo.core.patch import Patch, Routing
 from zoo.hf.ffn import POST, Seen, first, wide
 from zoo.hf.probe import ffn_of, layers_of
@@ -87,7 +88,7 @@ class Network:
     def __init__(self, model: Any):
         self.model = model
         self.layers = layers_of(model)
-        self.accepts = inspect.signature(type(model).forward).parameters
+        self.accepts = {*inspect.signature(type(model).forward).parameters}
         self.blocks: list[Any] = []  # whose ffn is as that of zoo.core.layers.Block
         self.returns: list[int] = []  # the length of the tuple that a layer returns, 0 for a tensor
         embedding = self.model.get_input_embeddings().weight
@@ -113,6 +114,9 @@ class Network:
 
     def real(self, tokens: Tensor) -> None:
         """Which places hold a token: all do."""
+
+    def layout(self, tokens: int, n_context: int = 0) -> Layout:
+        return Layout(torch.arange(tokens, device=self.device), None)
 
     def emit(self, z_BTD: Tensor, layer: int, n_context: int = 0) -> Patch:
         """The choice of experts for states z, and no update."""

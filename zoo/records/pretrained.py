@@ -228,12 +228,17 @@ def _not_missed(model: Any, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if name.startswith(OWN)]
 
 
+def trained_part(model: Model) -> str:
+    """How much of a model is trained, "" where all of it is."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, free in sizes if free)
+    return f"; {trained:,} of {total:,} parameters are trained" if trained < total else ""
+
+
 def begun_on(model: Model) -> str:
     """A line on the base of a model, "" for one that has none."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    said = f"\nW0 is pretrained, SHA256 {show(model.config.base)}; {trained:,} of {total:,} parameters are trained"
-    return said if model.config.base else ""
+    base = model.config.base
+    return f"\nW0 is pretrained, SHA256 {show(base)}{trained_part(model)}" if base else ""
 
 
 def use(metrics: dict[str, Any]) -> str:
