@@ -225,7 +225,7 @@ def test_a_patch_stands_for_its_context(
     assert "affine patch for" in capsys.readouterr().out
     assert analyze.main(["apply", str(run), "--patch", str(file), "--query", str(query)]) == 0
     printed = capsys.readouterr()
-    assert "patch of context" in printed.err
+    assert "patch of 'context" in printed.err
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", printed.out)]
     model = zoo.load(run)
     if task == "regression":

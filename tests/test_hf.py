@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import Mock
 
@@ -285,3 +287,64 @@ def test_a_patch_of_another_model_is_refused() -> None:
     for patch, what in ((Patch(biases={"gate": torch.zeros(48)}), "gate"), (Patch(routing=Mock()), "experts")):
         with pytest.raises(ValueError, match=f"layer 0 has no {what}: the patch is of another model"):
             model(ids(), patches=[patch] * len(model.decoder.blocks))
+
+
+def test_threads_wait_for_each_other() -> None:
+    model, tokens = wrap(family("Llama")), ids(1, 8)
+    before, goal = hf.module_state(model.model), model(tokens)[:, 5:]
+    wrong: list[Any] = []
+
+    def work() -> None:
+        try:
+            for _ in range(10):
+                found = model(tokens[:, 5:], patches=model.deltas(tokens, 5), positions=torch.arange(5, 8))
+                wrong.extend(error for error in [relative(found, goal)] if error > 1e-12)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert hf.module_state(model.model) == before
+
+
+def test_ctrl_c_at_any_line_leaves_the_model_as_it_was() -> None:
+    model, tokens = wrap(family("Llama")), ids(1, 8)
+    before, lines = hf.module_state(model.model), [0, 0]
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        lines[0] += event == "line" and frame.f_code.co_name == "run"
+        if lines[0] == lines[1]:
+            raise KeyboardInterrupt
+        return trace
+
+    for lines[1] in range(1, 40, 2):
+        lines[0] = 0
+        old = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                model.deltas(tokens, 5)
+        finally:
+            sys.settrace(old)
+        assert hf.module_state(model.model) == before
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    model, tokens = wrap(family("Llama")), ids(2, 8)
+    patches, query = model.deltas(tokens, 5), tokens[:, 5:]
+    first = (torch.arange(8) < 5)[None]
+    for call, words in (
+        (lambda: model.deltas(tokens[0], 5), r"tokens of shape \(8,\): pass \(B,T\)"),
+        (lambda: model(tokens[:, :0]), r"tokens of shape \(2, 0\)"),
+        (lambda: model.deltas(tokens, first), r"keeps \[3\] tokens by row, of 2 rows"),
+        (lambda: model(tokens, attention_mask=first.long()), r"attention_mask of shape \(1, 8\) for 2 sequences of 8"),
+        (lambda: model(query[:, :2], patches=patches), "a patch of 2 sequences of 3 tokens or chunks for 2 of 2"),
+        (lambda: model(query[:1], patches=patches), "a patch of 2 sequences of 3 tokens or chunks for 1 of 3"),
+        (lambda: model.model.train() and model.deltas(tokens, 5), "LlamaForCausalLM is in training mode"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

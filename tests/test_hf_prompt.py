@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from zoo.hf.export import tokenizer_of
 from zoo.hf.lora import save_lora, truncated
 from zoo.hf.prompt import FORMS, Prompt, batches, choose, score
 from zoo.lens import static
-from zoo.lens.patch_file import describe, load_patch
+from zoo.lens.patch_file import describe, load_patch, save_patch
 from zoo.tasks.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -123,6 +124,8 @@ def test_mistakes_are_named() -> None:
         prompt.fit([sentences(4)], "matrix", 0)
     with pytest.raises(ValueError, match="no sample queries"):
         prompt.fit([])
+    equal = prompt.fit([sentences(1, 1).expand(20, 1)], "vector", 1.0)
+    assert all(bias.isfinite().all() for patch in equal for bias in patch.biases.values())
     experts = Prompt(wrap(family("Mixtral")), context)
     with pytest.raises(ValueError, match="has no bias in this model: take the form matrix or output"):
         experts.fit([sentences(4)], "affine")
@@ -202,6 +205,8 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
         save_lora(tmp_path / "lora", model, model.deltas(tokens, 20), 1)
     with pytest.raises(ValueError, match="biases"):
         save_lora(tmp_path / "lora", model, [Patch(biases={"down_proj": torch.ones(1, 32)})] * 3, 1)
+    with pytest.raises(ValueError, match="layer 0 has no c_proj: the patch is of another model"):
+        save_lora(tmp_path / "lora", model, wrap(family("GPT-2")).deltas(tokens, 23), 1)
     assert not (tmp_path / "lora").exists()
 
 
@@ -212,7 +217,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build("llama", {"vocab_size": 257}, torch.float32).save_pretrained(place)
     tokenizer_of(Tokenizer()).save_pretrained(place)
     (place / "context.txt").write_text("ab -> ba\ncd -> dc\n")
-    (place / "queries.txt").write_text("".join(f"{a}{b} ->\n" for a in "abcdefgh" for b in "ijklm"))
+    (place / "queries.txt").write_text("".join(f"{a}{b} ->\n\n" for a in "abcdefgh" for b in "ijklm"))
     (place / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
     return place
 
@@ -250,11 +255,39 @@ def test_a_prompt_becomes_a_patch_and_a_lora_on_the_command_line(
     assert relative(adapted(tokens).logits, goal) <= 1e-5
     assert relative(model(tokens), goal) > 1e-2
 
-    (tmp_path / "query.txt").write_text("xy ->\nab\n")
+    (tmp_path / "query.txt").write_text("xy ->\n\nab\n")
     code, said, _ = command(capsys, "apply", folder, "--patch", out, "--query", tmp_path / "query.txt")
     assert code == 0
     assert len(said.splitlines()) == 2
     assert all(line.startswith("with the patch '") and "\twithout '" in line for line in said.splitlines())
+
+
+def test_a_patch_file_that_names_strange_tokens(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, file = commands.load(folder), tmp_path / "p.safetensors"
+    for kept in ("a", 257, -1, 256):
+        words = "a prompt of 100000 tokens" if kept == 256 else "it is no patch of a prompt"
+        save_patch(file, [Patch(chunk=1)] * 3, model, kept=[kept], tokens=100_000, context="\x1b[2J")
+        code, _, error = command(capsys, "apply", folder, "--patch", file, "--query", folder / "context.txt")
+        assert code == 2
+        assert words in error
+        assert "\x1b" not in error
+
+
+def test_weights_that_are_missing_are_not_drawn(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: 1 weights .* are missing, as model.layers.1.mlp.up_proj.weight"):
+        commands.load(tmp_path / "model")
+    file.write_bytes(file.read_bytes()[:900])
+    with pytest.raises(ValueError, match="model cannot be read: SafetensorError"):
+        commands.load(tmp_path / "model")
 
 
 def test_the_benchmark_times_patches_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +318,13 @@ def test_a_report_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Captu
         (f"patch . {FILES} --rank 3", "--lora DIR and --rank R come together"),
         (f"patch . {FILES} --distil 3", "--distil STEPS, at least 1, trains"),
         (f"patch . {FILES} --lora P --rank 2 --distil 0", "--distil STEPS, at least 1, trains"),
+        (f"patch . {FILES} --lora config.json --rank 2", "--lora DIR is a folder"),
+        (f"patch . {FILES} --lora lora --rank 0", "of --rank 1 or more"),
+        (f"patch . {FILES} --lora lora --rank 2 --form affine", "a --form without biases"),
+        (f"patch . {FILES} --ridge 0", "ridge=0.0 must be above 0, and finite"),
+        (f"patch . {FILES} --form matrix --ridge inf", "ridge=inf must be above 0, and finite"),
+        (f"patch . {FILES.replace('context.', 'text.')}", "a prompt of 181 tokens and a query of 5: the model has 64"),
+        (f"patch . {FILES[:-1]}.", "is a folder"),
         (f"patch . {FILES} --keep-first 19", "keep_first=19 must lie between 0 and the 19"),
         ("report .", "takes one MODEL_DIR and --text FILE"),
     ],

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 import zoo
-from zoo.config import lookup
+from zoo.config import lookup, show
 from zoo.console import Parser, command, read
 from zoo.lens import draw
 from zoo.lens import report as pages
@@ -176,7 +176,7 @@ def apply(options: argparse.Namespace) -> None:
     with torch.no_grad():
         output = answer(model.decoder, queries, patches)
         alone = model(queries)
-    print(f"patch of {describe(options.patch)['about'].get('context', 'an unnamed context')}", file=sys.stderr)
+    print(f"patch of {show(describe(options.patch)['about'].get('context'))}", file=sys.stderr)
     if model.task.vocabulary is None:
         for patched, plain in zip(output[0, :, 0].tolist(), alone[0, :, 0].tolist(), strict=True):
             print(f"with the patch {patched:.4f}\twithout {plain:.4f}")

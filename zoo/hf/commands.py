@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.config import lookup, show
 from zoo.console import read, say
 from zoo.core.patch import Patch
+from zoo.files import named
 from zoo.hf.distil import distil
 from zoo.hf.lora import save_lora, truncated
 from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, score
 from zoo.hf.wrapped import Wrapped
 from zoo.lens import report as pages
 from zoo.lens.patch_file import describe, load_patch, save_patch
+from zoo.tasks.text.sources import named as readable
 
 SAY = 8
 """Tokens of an answer."""
@@ -38,13 +41,27 @@ def load(folder: str | Path, kind: type[Wrapped] = Wrapped) -> Any:
     except ImportError:
         raise ValueError("models of transformers need it: pip install 'zoo[hf]'") from None
     own: Any = {"local_files_only": True, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **own)
-    return kind(model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, **own))
+    how: Any = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
+    with readable(str(folder)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **how, **own)
+        model, found = loaded
+        if lost := sorted(found["missing_keys"]):  # which the library draws at random
+            raise ValueError(f"{len(lost)} weights of the model of its config.json are missing, as {lost[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+    return kind(model.requires_grad_(False).eval(), tokenizer)
 
 
 def ids(model: Wrapped, text: str, first: bool = False) -> list[int]:
     """The tokens of a text; first: with those that the tokenizer puts in front of all."""
-    return model.tokenizer(text, add_special_tokens=first)["input_ids"]
+    tokens: list[int] = model.tokenizer(text, add_special_tokens=first)["input_ids"]
+    if (highest := max(tokens, default=0)) >= model.decoder.vocabulary:
+        raise ValueError(f"the tokenizer has ids up to {highest}, the model has {model.decoder.vocabulary}")
+    return tokens
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    return [line for line in read(path).splitlines() if line.strip()]
 
 
 def split(queries: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -58,18 +75,22 @@ def split(queries: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
 def patch(options: argparse.Namespace) -> None:
     if options.queries is None:
         raise ValueError("--queries FILE is missing: sample queries of the prompt, one on each line")
-    lines = read(options.queries).splitlines()
-    if len(lines) < 20:
-        raise ValueError(f"{options.queries} holds {len(lines)} queries: 20 at least are split into three parts")
+    queries = lines(options.queries)
+    if len(queries) < 20:
+        raise ValueError(f"{options.queries} holds {len(queries)} queries: 20 at least are split into three parts")
     if (options.lora is None) != (options.rank is None):
         raise ValueError("--lora DIR and --rank R come together")
+    plain = not options.form or not lookup(options.form, FORMS, "form of a patch of a prompt").bias
+    if options.lora and (options.rank < 1 or not plain or options.lora.is_file()):  # said before the fit
+        raise ValueError("--lora DIR is a folder, of --rank 1 or more, and takes a --form without biases")
+    named(options.out)
     if options.distil is not None and (options.lora is None or options.distil < 1):
         raise ValueError("--distil STEPS, at least 1, trains the adapter of --lora DIR: name both")
     forms = [options.form] if options.form else PLAIN if options.lora else list(FORMS)
     model = load(options.checkpoint)
     prompt = Prompt(model, torch.tensor(ids(model, read(options.context), first=True)), options.keep_first)
-    samples, others, held_out = (batches(part) for part in split([ids(model, line) for line in lines]))
-    form, ridge, patches = choose(prompt, samples, others, forms, [options.ridge] if options.ridge else RIDGES)
+    samples, others, held_out = (batches(part) for part in split([ids(model, line) for line in queries]))
+    form, ridge, patches = choose(prompt, samples, others, forms, RIDGES if options.ridge is None else [options.ridge])
     rows = compare(prompt, samples, held_out) | {f"{form}, ridge {ridge:g}": judged(prompt, held_out, patches, form)}
     about = {"form": form, "ridge": ridge, "context": options.context.name, "tokens": len(prompt.tokens)}
     save_patch(options.out, patches, model, **about, kept=prompt.tokens[: prompt.keep].tolist())
@@ -125,15 +146,15 @@ def apply(options: argparse.Namespace) -> None:
     model = load(options.checkpoint)
     about, patches = describe(options.patch)["about"], load_patch(options.patch, model)
     kept, places = about.get("kept"), about.get("tokens")
-    if not isinstance(kept, list) or not isinstance(places, int):
+    known = isinstance(kept, list) and all(type(k) is int and 0 <= k < model.decoder.vocabulary for k in kept)
+    if not known or type(places) is not int:
         raise ValueError(f"{options.patch} does not say which tokens stay in front: it is no patch of a prompt")
-    say(f"patch of {about.get('context', 'an unnamed prompt')}, after {model.tokenizer.decode(kept)!r}", sys.stderr)
+    say(f"patch of {show(about.get('context'))}, after {model.tokenizer.decode(kept)!r}", sys.stderr)
     prompt = Prompt(model, torch.tensor([*kept, *[kept[0] if kept else 0] * (places - len(kept))]), len(kept))
-    for line in read(options.query).splitlines():
+    nothing = [Patch()] * len(patches)
+    for line in lines(options.query):
         query = torch.tensor([ids(model, line)])
-        answers = [
-            greedy(partial(prompt.logits, patches=under), query) for under in (patches, [Patch()] * len(patches))
-        ]
+        answers = [greedy(partial(prompt.logits, patches=under), query) for under in (patches, nothing)]
         say("\t".join(f"{how} {model.tokenizer.decode(answer)!r}" for how, answer in zip(HOW, answers, strict=True)))
 
 

@@ -7,10 +7,11 @@ Axes: B batch, T tokens, N = B·T, D model, F hidden units of an expert, E exper
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from threading import RLock
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,19 @@ from zoo.core.patch import Patch, Routing
 
 POST = "post"
 """The name of the scale of a norm behind the network: a diagonal matrix."""
+LOCK = RLock()
+P = ParamSpec("P")
+
+
+def alone(make: Callable[P, Iterator[None]]) -> Callable[P, AbstractContextManager[None]]:
+    """A context manager, as `contextmanager` makes it, in which a model is changed: other threads wait for its end."""
+
+    @contextmanager
+    def held(*args: P.args, **named: P.kwargs) -> Iterator[None]:
+        with LOCK, contextmanager(make)(*args, **named):
+            yield
+
+    return held
 
 
 @dataclass
@@ -202,6 +216,11 @@ class ForeignFFN:
 
         def enter(module: nn.Module, args: Any) -> Any:
             shape[:] = args[0].shape[:2]
+            if patch.input and patch.chunk:
+                own, here = patch.input.a.shape[:2], split(args[0]).shape[:2]
+                if any(n not in (1, m) for n, m in zip(own, here, strict=True)):
+                    what = f"a patch of {own[0]} sequences of {own[1]} tokens or chunks for {here[0]} of {here[1]}"
+                    raise ValueError(f"{what}: pass those that it is of")
             z = joined(patch.input.apply(split(args[0])), args[0]) if patch.input else args[0]
             return (z, *args[1:])
 
@@ -247,7 +266,7 @@ class ForeignFFN:
         with self.merged(Patch(weights=others)), hooks(registered()):
             yield
 
-    @contextmanager
+    @alone
     def merged(self, patch: Patch) -> Iterator[None]:
         """The network with W + ΔW and its biases in the place of its own; raises ValueError for a patch of several
         tokens, or a bias that the model has no place for."""
@@ -273,7 +292,7 @@ class ForeignFFN:
                 module._parameters[own] = parameter
 
 
-@contextmanager
+@alone
 def hooks(registered: Iterable[Any]) -> Iterator[None]:
     """Hooks, registered as the handles are asked for, that are removed at its end, also if that fails halfway."""
     with ExitStack() as stack:

@@ -20,11 +20,13 @@ from zoo.hf.ffn import POST, ForeignFFN, wide
 from zoo.hf.wrapped import Wrapped
 
 
+@torch.no_grad()
 def truncated(model: Wrapped, patches: Sequence[Patch], rank: int) -> list[Patch]:
     """Each ΔW, an input shift included, as its best approximation of the rank (Eckart & Young 1936). Raises ValueError
     for what no LoRA can be: biases, scales of norms, changes of experts and routers, patches of several tokens."""
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
+    model.decoder.check(patches)
     layers = enumerate(zip(model.decoder.blocks, patches, strict=True))
     return [_truncated(index, block.ffn, patch, rank) for index, (block, patch) in layers]
 
@@ -51,7 +53,7 @@ def _truncated(index: int, ffn: ForeignFFN, patch: Patch, rank: int) -> Patch:
 
 def _factors(index: int, ffn: ForeignFFN, name: str, patch: Patch) -> tuple[Tensor, Tensor]:
     """u (o,r) and v (i,r) of all that the patch does to a matrix."""
-    W = wide(ffn.weight(name).detach())
+    W = wide(ffn.weight(name))
     parts: list[Any] = [(W[:, :0], W[:0].mT)]
     if (delta := patch.weights.get(name)) is not None:
         parts.append(delta.factors(W))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -24,8 +24,8 @@ from zoo.core.delta import Scale
 from zoo.core.exact import LayerStates, kept_places, replace_context, shear_and_down
 from zoo.core.layers import Layout
 from zoo.core.patch import Patch, Routing
-from zoo.hf.ffn import POST, Seen, first, wide
-from zoo.hf.probe import ffn_of, layers_of
+from zoo.hf.ffn import LOCK, POST, Seen, alone, first, wide
+from zoo.hf.probe import TRAINING, ffn_of, layers_of
 from zoo.lens.exact import for_down, rescaled
 
 Visit = Callable[..., Any]
@@ -125,9 +125,13 @@ class Network:
 
     def inputs(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, past: int = 0) -> dict[str, Any]:
         """The model's arguments: a mask, of ones if there is none, and the places at which the tokens stand."""
+        if tokens.dim() != 2 or not tokens.numel():
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B,T), at least one sequence of one token")
         B, T = tokens.shape
         if mask is None:
             mask = torch.ones(B, past + T, dtype=torch.int64, device=tokens.device)
+        if len(mask) != B or (positions is None and mask.shape[1] != past + T):
+            raise ValueError(f"attention_mask of shape {tuple(mask.shape)} for {B} sequences of {past + T} tokens")
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
         named = {"attention_mask": mask, "position_ids": positions.expand(B, T)}
@@ -137,10 +141,12 @@ class Network:
         self, tokens: Tensor, visit: Visit, mask: Tensor | None = None, positions: Tensor | None = None, **named: Any
     ) -> Any:
         """One pass of the model in which `visit` stands in the place of every layer; None where it ended in Done."""
-        with ExitStack() as stack:
+        if self.model.training:
+            raise ValueError(f"{type(self.model).__name__} {TRAINING}")
+        with LOCK, ExitStack() as stack:
             for index, layer in enumerate(self.layers):
-                own = vars(layer).get("forward")
-                stack.callback(*((delattr, layer, "forward") if own is None else (setattr, layer, "forward", own)))
+                own, undo = vars(layer).get("forward"), vars(layer).pop
+                stack.callback(*((undo, "forward", None) if own is None else (setattr, layer, "forward", own)))
                 layer.forward = partial(visit, index, layer.forward)
             try:
                 return self.model(**{"use_cache": False, **self.inputs(tokens, mask, positions), **named})
@@ -161,7 +167,7 @@ class Network:
         cache = named.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         inputs = self.inputs(tokens, attention_mask, positions, past)
-        with self.patched(patches or added or []), ExitStack() as stack:
+        with LOCK, self.patched(patches or added or []), ExitStack() as stack:
             seen = [stack.enter_context(block.ffn.observed()) for block in self.blocks if block.ffn.experts]
             logits = self.model(**{"use_cache": cache is not None, **inputs, **named}).logits
         if patches is not None:
@@ -192,16 +198,21 @@ class Network:
         raw, seen, out = found
         return seen, out, first(raw)
 
-    @contextmanager
-    def patched(self, patches: Sequence[Patch], merged: bool = False) -> Iterator[None]:
-        """The model under patches, one per layer, until the context ends; merged: with W + ΔW formed."""
-        if patches and len(patches) != len(self.blocks):
+    def check(self, patches: Sequence[Patch]) -> None:
+        """Raises ValueError unless there is one patch for each layer, of matrices that it has."""
+        if len(patches) != len(self.blocks):
             raise ValueError(f"{len(patches)} patches for {len(self.blocks)} layers: pass one patch per layer")
-        for index, (block, patch) in enumerate(zip(self.blocks, patches, strict=False)):  # before anything is changed
+        for index, (block, patch) in enumerate(zip(self.blocks, patches, strict=True)):
             strange = sorted({*patch.weights, *patch.biases} - {*block.ffn.matrices})
             if strange or (patch.routing and block.ffn.experts is None):
                 what = ", ".join(strange) or "experts"
                 raise ValueError(f"layer {index} has no {what}: the patch is of another model")
+
+    @alone
+    def patched(self, patches: Sequence[Patch], merged: bool = False) -> Iterator[None]:
+        """The model under patches, one per layer or none, until the context ends; merged: with W + ΔW formed."""
+        if patches:
+            self.check(patches)  # before anything is changed
         with ExitStack() as stack:
             for block, patch in zip(self.blocks, patches, strict=False):
                 stack.enter_context(block.ffn.merged(patch) if merged else block.ffn.patched(patch))
@@ -233,6 +244,7 @@ def _(
     n_context: int | None = None,
     attention_mask: Tensor | None = None,
 ) -> list[Patch]:
+    decoder.inputs(tokens, attention_mask, None)  # refuses other shapes
     kept_BK = _kept(tokens, removed)
     row_B1 = torch.arange(len(tokens), device=tokens.device)[:, None]
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
@@ -270,8 +282,9 @@ def _kept(tokens: Tensor, removed: Tensor | int) -> Tensor:
     if isinstance(removed, int) or removed.dim() < 2:
         return kept_places(tokens, removed).expand(len(tokens), -1)
     places = [kept_places(tokens, row) for row in removed]
-    if len(places) != len(tokens) or len(counts := {len(row) for row in places}) > 1:
-        raise ValueError(f"removed keeps {sorted(counts)} tokens of {len(tokens)} rows: keep as many in each")
+    counts = [len(row) for row in places]
+    if len(places) != len(tokens) or len({*counts}) > 1:
+        raise ValueError(f"removed keeps {counts} tokens by row, of {len(tokens)} rows: keep as many in each")
     return torch.stack(places)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from zoo.hf.ffn import ForeignFFN, first, hooks, wide
 
+TRAINING = "is in training mode, in which it draws at random: call eval() first"
+
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two results of a model are the same but for rounding in its own type."""
@@ -51,7 +53,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     wrong = {
         "has an encoder and a decoder: wrap takes decoders alone": getattr(config, "is_encoder_decoder", False),
         "is quantised: load it with whole weights, patches are relative to them": quantised,
-        "is in training mode, in which it draws at random: call eval() first": model.training,
+        TRAINING: model.training,
         "lies on several devices: load it on one": len({p.device for p in parameters}) > 1,
         f"has no list of {count} different layers": not lists,
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -63,11 +64,18 @@ class Prompt:
         n = len(self.tokens)
         if not 0 <= self.keep < n:
             raise ValueError(f"keep_first={self.keep} must lie between 0 and the {n} tokens of the prompt, less one")
-        with torch.no_grad():
-            self.full, self.kept = (prefilled(self.model, self.tokens[None, :k]) for k in (n, self.keep))
+        self.kept = prefilled(self.model, self.tokens[None, : self.keep])
+
+    @cached_property
+    def full(self) -> Any:
+        return prefilled(self.model, self.tokens[None])
 
     def places(self, queries_BT: Tensor) -> Tensor:
-        """Where the tokens of queries stand, (T)."""
+        """Where the tokens of queries stand, (T); raises ValueError where the model has no such places."""
+        n, T = len(self.tokens), queries_BT.shape[1]
+        limit = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and n + T > limit:
+            raise ValueError(f"a prompt of {n} tokens and a query of {T}: the model has {limit} places")
         return torch.arange(queries_BT.shape[1], device=queries_BT.device) + len(self.tokens)
 
     def after_kept(self, queries_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,10 +91,11 @@ class Prompt:
         if plain:
             tokens, positions = self.after_kept(queries_BT)
             return self.model(tokens, added=patches, positions=positions)[:, -1]
+        places = self.places(queries_BT)
         cache = copy.deepcopy(self.full if patches is None else self.kept)
         if cache is not None:
             cache.batch_repeat_interleave(len(queries_BT))
-        return self.model(queries_BT, added=patches, positions=self.places(queries_BT), past_key_values=cache)[:, -1]
+        return self.model(queries_BT, added=patches, positions=places, past_key_values=cache)[:, -1]
 
     def sink(self, index: int) -> tuple[Tensor, Tensor]:
         """What the network of a layer, and its output matrix, read at the kept tokens: (k,D) and (k,F)."""
@@ -99,8 +108,8 @@ class Prompt:
         """One static patch per layer that stands for the prompt on sample queries, batches of tokens (B,T), all of
         whose tokens count alike. Raises ValueError for an unknown form, a ridge that is not positive, or no samples."""
         what, network = lookup(form, FORMS, "form of a patch of a prompt"), self.model.decoder
-        if not ridge > 0:
-            raise ValueError(f"ridge={ridge} must be above 0")
+        if not 0 < ridge < float("inf"):
+            raise ValueError(f"ridge={ridge} must be above 0, and finite")
         if not samples:
             raise ValueError("no sample queries to fit a patch on")
         x_ctx: list[Any] = [None] * len(samples)

@@ -81,7 +81,8 @@ class Moments:
         gram_ii = self.sums[2] - self.count * mean_i.outer(mean_i)
         cross_oi = self.sums[3] - self.count * mean_o.outer(mean_i)
         i = len(gram_ii)
-        penalty = ridge * gram_ii.trace() / max(min(self.count - form.bias, i), 1)
+        rounding = (1e-12 / i * self.sums[2].trace()).clamp(min=1e-300)  # all that is left where all samples are equal
+        penalty = max(ridge * gram_ii.trace() / max(min(self.count - form.bias, i), 1), rounding)
         if null is not None:
             basis_ki = torch.linalg.svd(null.double(), full_matrices=False).Vh
             gram_ii = gram_ii - basis_ki.mT @ (basis_ki @ gram_ii)

@@ -129,8 +129,7 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 
 def pipeline(words: Any, **model: Any) -> Any:
-    """One of the library `tokenizers` that cuts text by `words` and joins bytes as the options of its BPE say; raises
-    ValueError where that is missing."""
+    """BPE of the library `tokenizers` on text that is cut by `words`; raises ValueError where that is missing."""
     try:
         import tokenizers
     except ImportError:
