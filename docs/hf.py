@@ -276,34 +276,38 @@ def stacked(folder: str) -> None:
         put("stacked", rows)
 
 
-def answers(folder: str) -> None:
-    """How many greedy answers of eight tokens to 30 held-out queries are those of the prompted model: their first word,
-    and all of them."""
+def answers(folder: str, *names: str) -> None:
+    """How many greedy answers of eight tokens to 30 held-out queries are those of the prompted model: by their first
+    word, and by all tokens. Patches are fitted on queries alone, and on queries with the prompted model's answers."""
     model = commands.load(folder)
-    columns: dict[str, dict[str, str]] = {}
-    for name in ("french", "capitals"):
+    columns = columns_of("answers")
+    for name in names or ("french", "capitals"):
         prompt, (samples, _, held_out) = prompt_of(model, name), parts(model, name)
-        affine, plain = (prompt.fit(samples, form, 0.3) for form in ("affine", "sink-null"))
-        queries = [tokens for batch in held_out for tokens in batch.split(1)][:30]
-        nothing = [Patch()] * len(plain)
-        found = {
-            how: [commands.greedy(partial(prompt.logits, patches=patches), query) for query in queries]
-            for how, patches in {"the prompt": None, "no prompt": nothing, "affine by hooks": affine}.items()
-        }
-        lora = {f"LoRA of rank {rank}": truncated(model, plain, rank) for rank in (RANK, RANK // 4)}
-        for how, patches in {"W + ΔW, sink-null": plain, **lora}.items():
-            with model.patched(patches):
-                without = partial(prompt.logits, plain=True)
-                found[how] = [commands.greedy(without, query) for query in queries]
-        said = [(model.tokenizer.decode(goal), goal) for goal in found.pop("the prompt")]
-        columns[name] = {}
+        queries = batches([row.tolist() for tokens in held_out for row in tokens][:30])
+        nothing = [Patch()] * len(model.decoder.blocks)
+        found = {"no prompt": greedy(partial(prompt.logits, patches=nothing), queries)}
+        answered = [torch.cat(pair, 1) for pair in zip(samples, greedy(prompt.logits, samples), strict=True)]
+        for what, fitted_on in {"": samples, ", with answers": answered}.items():
+            affine, plain = (prompt.fit(fitted_on, form, 0.3) for form in ("affine", "sink-null"))
+            found[f"affine by hooks{what}"] = greedy(partial(prompt.logits, patches=affine), queries)
+            lora = {f"LoRA of rank {RANK}": truncated(model, plain, RANK)}
+            for how, patches in {"sink-null, merged": plain, **lora}.items():
+                with model.patched(patches):
+                    found[how + what] = greedy(partial(prompt.logits, plain=True), queries)
+        goals = [row for batch in greedy(prompt.logits, queries) for row in batch.tolist()]
+        column = columns[name] = {}
         for how, replies in found.items():
-            texts = [model.tokenizer.decode(reply) for reply in replies]
-            words = sum(text.split()[:1] == goal.split()[:1] for text, (goal, _) in zip(texts, said, strict=True))
-            same = sum(reply == goal for reply, (_, goal) in zip(replies, said, strict=True))
-            columns[name][how] = f"{words}, {same}"
-            say(f"{name}, {how}: {columns[name][how]}; {texts[:3]} instead of {[goal for goal, _ in said[:3]]}")
-    put_columns("answers", "first word, all tokens, of 30", columns)
+            rows = [row for batch in replies for row in batch.tolist()]
+            words = [[model.tokenizer.decode(row).split()[:1] for row in each] for each in (rows, goals)]
+            same = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in (words, (rows, goals))]
+            column[how] = f"{same[0]}, {same[1]}"
+            say(f"{name}, {how}: {column[how]}; {words[0][:9]} instead of {words[1][:9]}")
+        put_columns("answers", "first word, all eight tokens, of 30", columns)
+
+
+def greedy(logits: Callable[..., Tensor], queries: list[Tensor]) -> list[Tensor]:
+    """The answers (B,8) to each batch of queries (B,T)."""
+    return [commands.greedy(logits, tokens) for tokens in queries]
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:

@@ -51,6 +51,9 @@ def test_a_family_has_its_own_part_of_the_rate_beside_muon(family: str, task: st
         rates = {id(p): group["initial_lr"] for group in groups if "betas" in group for p in group["params"]}
         assert {rates[i] for i in own} <= {factor * lr}
         assert {rates[i] for i in rates.keys() - own} == {lr} == {groups[0]["initial_lr"]}  # the one that rows tell
+    if adapter:  # trained alone, without a matrix for Muon
+        model.freeze_decoder()
+        assert {g["initial_lr"] for g in optimizer(model, lr=lr).param_groups} == {adapter.lr_factor * lr}
 
 
 @pytest.mark.parametrize("family", ["transformer", "moe"])

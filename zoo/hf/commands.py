@@ -154,13 +154,13 @@ def apply(options: argparse.Namespace) -> None:
     nothing = [Patch()] * len(patches)
     for line in lines(options.query):
         query = torch.tensor([ids(model, line)])
-        answers = [greedy(partial(prompt.logits, patches=under), query) for under in (patches, nothing)]
+        answers = [greedy(partial(prompt.logits, patches=under), query)[0] for under in (patches, nothing)]
         say("\t".join(f"{how} {model.tokenizer.decode(answer)!r}" for how, answer in zip(HOW, answers, strict=True)))
 
 
-def greedy(logits: Callable[[Tensor], Tensor], query_1T: Tensor) -> list[int]:
-    """The SAY tokens that follow a query, the likeliest at each step; logits: of the token after queries."""
-    tokens = query_1T
+def greedy(logits: Callable[[Tensor], Tensor], queries_BT: Tensor) -> Tensor:
+    """The next tokens (B,SAY) of queries, each the likeliest; logits: of the token after queries, as Prompt's."""
+    tokens = queries_BT
     for _ in range(SAY):
         tokens = torch.cat([tokens, logits(tokens).argmax(-1, keepdim=True)], 1)
-    return tokens[0, query_1T.shape[1] :].tolist()
+    return tokens[:, queries_BT.shape[1] :]

@@ -172,7 +172,7 @@ def optimizer_of(decoder: Decoder, config: OptimConfig) -> tuple[Optimizer, Lamb
     ffns = [p for block in decoder.blocks for p in block.ffn.parameters() if p.requires_grad]
     matrices = {id(p) for p in [*attention, *ffns] if config.muon_lr is not None}
     family = decoder.context_to_delta
-    factors = {id(p): family.lr_factor for p in family.parameters()} if family and matrices else {}
+    factors = {id(p): family.lr_factor for p in family.parameters()} if family and config.muon_lr is not None else {}
     rest: dict[tuple[float, bool], list[Tensor]] = {}
     for p in decoder.parameters():
         if p.requires_grad and id(p) not in matrices:
