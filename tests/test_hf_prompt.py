@@ -21,7 +21,7 @@ from zoo.core.patch import Patch
 from zoo.hf import commands, distil, wrap
 from zoo.hf.export import tokenizer_of
 from zoo.hf.lora import save_lora, truncated
-from zoo.hf.prompt import FORMS, Prompt, batches, choose, score
+from zoo.hf.prompt import FORMS, Prompt, batches, choose, judged, score
 from zoo.lens import static
 from zoo.lens.patch_file import describe, load_patch, save_patch
 from zoo.tasks.text.tokenizer import Tokenizer
@@ -105,9 +105,8 @@ def test_the_form_is_chosen_on_other_queries() -> None:
     form, _, patches = choose(prompt, samples, others, FORMS, (0.03, 0.3))
     assert form in FORMS
     goals = [prompt.logits(tokens) for tokens in held_out]
-    found = score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in held_out])
-    nothing = score(goals, [prompt.logits(tokens, [Patch()] * 3) for tokens in held_out])
-    assert found.kl < 0.5 * nothing.kl
+    found = judged(prompt, held_out, patches, form)
+    assert found.kl < 0.5 * judged(prompt, held_out, [Patch()] * 3).kl
     assert score(goals, goals) == (0.0, 1.0)
     wrong = Prompt(model, context.flip(0))
     assert found.kl < score(goals, [wrong.logits(tokens) for tokens in held_out]).kl

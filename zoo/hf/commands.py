@@ -21,7 +21,7 @@ from zoo.core.patch import Patch
 from zoo.files import named
 from zoo.hf.distil import distil
 from zoo.hf.lora import save_lora, truncated
-from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, score
+from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, judged, score
 from zoo.hf.wrapped import Wrapped
 from zoo.lens import report as pages
 from zoo.lens.patch_file import describe, load_patch, save_patch
@@ -29,8 +29,6 @@ from zoo.tasks.text.sources import named as readable
 
 SAY = 8
 """Tokens of an answer."""
-PLAIN = ["sink-null"]
-"""Forms that a LoRA holds and that spare the tokens in front."""
 HOW = ("with the patch", "without")
 
 
@@ -86,7 +84,7 @@ def patch(options: argparse.Namespace) -> None:
     named(options.out)
     if options.distil is not None and (options.lora is None or options.distil < 1):
         raise ValueError("--distil STEPS, at least 1, trains the adapter of --lora DIR: name both")
-    forms = [options.form] if options.form else PLAIN if options.lora else list(FORMS)
+    forms = [options.form] if options.form else ["sink-null"] if options.lora else [*FORMS]
     model = load(options.checkpoint)
     prompt = Prompt(model, torch.tensor(ids(model, read(options.context), first=True)), options.keep_first)
     samples, others, held_out = (batches(part) for part in split([ids(model, line) for line in queries]))
@@ -104,12 +102,6 @@ def patch(options: argparse.Namespace) -> None:
     say(f"{f'on {sum(map(len, held_out))} held-out queries':{width}}  KL, nats  same first token")
     for name, (kl, top1) in rows.items():
         say(f"{name:{width}}  {kl:8.3f}  {top1:.2f}")
-
-
-def judged(prompt: Prompt, queries: Sequence[Tensor], patches: Sequence[Patch], form: str = "") -> Score:
-    """A patch against the prompt; as plain weights, which the kept tokens meet too, where the form spares these."""
-    goals = [prompt.logits(tokens) for tokens in queries]
-    return score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in queries])
 
 
 def compare(prompt: Prompt, samples: Sequence[Tensor], queries: Sequence[Tensor]) -> dict[str, Score]:

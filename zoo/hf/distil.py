@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.config import require_positive
 from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
-from zoo.hf.prompt import Prompt, kl_of, score
+from zoo.hf.prompt import Prompt, judged, kl_of
 
 ROWS, EVERY, RATE = 32, 10, 2e-4
 """Queries of a step at most; steps between looks at other queries; of Adam."""
@@ -29,12 +29,11 @@ def distil(
     leaves = [t for patch in lora for delta in patch.weights.values() for t in _balanced(delta)]
     under = _patches(lora, leaves)
     parts = [(tokens, prompt.logits(tokens)) for batch in samples for tokens in batch.split(ROWS)]
-    goals = [prompt.logits(tokens) for tokens in others]
     optimizer, generator = torch.optim.Adam(leaves, RATE), torch.Generator().manual_seed(0)
     best, found = float("inf"), leaves
     for step in range(steps + 1):
         if step % EVERY == 0 or step == steps:
-            kl = score(goals, [prompt.logits(tokens, under, plain=True) for tokens in others]).kl
+            kl = judged(prompt, others, under, "sink-null").kl
             if kl < best:
                 best, found = kl, [leaf.detach().clone() for leaf in leaves]
         queries, goal = parts[int(torch.randint(len(parts), (), generator=generator))]

@@ -32,13 +32,12 @@ RIDGES = (0.03, 0.3)
 ROWS = 64
 
 
-def batches(queries: Iterable[Sequence[int]], device: Any = None) -> list[Tensor]:
+def batches(queries: Iterable[Sequence[int]]) -> list[Tensor]:
     """Queries of equal length as tokens (B,T), ROWS at most in each."""
     lengths: dict[int, list[Sequence[int]]] = {}
     for query in queries:
         lengths.setdefault(len(query), []).append(query)
-    rows = [torch.tensor(same, device=device) for _, same in sorted(lengths.items())]
-    return [part for same in rows for part in same.split(ROWS)]
+    return [part for _, same in sorted(lengths.items()) for part in torch.tensor(same).split(ROWS)]
 
 
 def prefilled(model: Wrapped, tokens: Tensor) -> Any:
@@ -165,18 +164,17 @@ def score(goals: Sequence[Tensor], logits: Iterable[Tensor]) -> Score:
     return Score(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
 
 
+def judged(prompt: Prompt, queries: Sequence[Tensor], patches: Sequence[Patch], form: str = "") -> Score:
+    """A patch against the prompt; as plain weights, which the kept tokens meet too, where the form spares these."""
+    goals = [prompt.logits(tokens) for tokens in queries]
+    return score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in queries])
+
+
 def choose(
     prompt: Prompt, samples: Sequence[Tensor], others: Sequence[Tensor], forms: Iterable[str], ridges: Iterable[float]
 ) -> tuple[str, float, list[Patch]]:
     """The form and the ridge, of these, whose patch, fitted on the samples, has the least KL on other queries."""
-    goals = [prompt.logits(tokens) for tokens in others]
-    best: tuple[float, str, float, list[Patch]] | None = None
-    for form in forms:
-        for ridge in ridges if lookup(form, FORMS, "form of a patch of a prompt").matrix else (1.0,):
-            patches = prompt.fit(samples, form, ridge)
-            kl = score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in others]).kl
-            if best is None or kl < best[0]:
-                best = kl, form, ridge, patches
-    if best is None:
-        raise ValueError("no form to choose from")
-    return best[1:]
+    which = {form: lookup(form, FORMS, "form of a patch of a prompt") for form in forms}
+    tried = [(form, ridge) for form, what in which.items() for ridge in (ridges if what.matrix else (1.0,))]
+    fitted = ((form, ridge, prompt.fit(samples, form, ridge)) for form, ridge in tried)
+    return min(fitted, key=lambda found: judged(prompt, others, found[2], found[0]).kl)
