@@ -223,16 +223,6 @@ def test_the_sink_of_a_trained_model_is_said(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.count("a folder: the first token, where trained models rest") == 1
 
 
-@torch.no_grad()
-def test_half_a_patch_misses() -> None:
-    model, tokens = wrap(family("Llama")), ids()
-    goal, query, at = model(tokens)[:, -1:], tokens[:, -1:], torch.tensor([23])
-    patches = model.deltas(tokens, 23)
-    halves = [[Patch(input=p.input, chunk=1) for p in patches], [Patch(weights=p.weights, chunk=1) for p in patches]]
-    for half in halves:
-        assert relative(model(query, patches=half, positions=at), goal) > 0.05
-
-
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2", "Mixtral"])
 @torch.no_grad()
