@@ -97,16 +97,15 @@ def _matrices(where: str, module: nn.Module, z_BTD: Tensor) -> ForeignFFN:
         module(z_BTD)
     if missing := modules.keys() - calls.keys():
         raise ValueError(f"{where}: {', '.join(sorted(missing))} is not used as a part of its own")
-    turned: set[str] = set()
-    plain: set[str] = set()
-    for name, (x, out) in calls.items():
-        W, bias = (modules[name]._parameters.get(own) for own in ("weight", "bias"))
-        assert W is not None
-        for matrix, kinds in ((W.mT, (plain, turned)), (W, (plain,))):
-            fits = isinstance(out, Tensor) and matrix.shape[1] == x.shape[-1]
-            if fits and name not in plain and close(F.linear(x, matrix, bias), out):
-                for kind in kinds:
-                    kind.add(name)
+
+    def gives(name: str, W_oi: Any) -> bool:
+        """Whether a part gives W x + b."""
+        x, out = calls[name]
+        fits = isinstance(out, Tensor) and W_oi.shape[1] == x.shape[-1]
+        return fits and close(F.linear(x, W_oi, modules[name]._parameters.get("bias")), out)
+
+    turned = {name for name in calls if gives(name, modules[name].weight.mT)}
+    plain = turned | {name for name in calls if gives(name, modules[name].weight)}
     rows = {name: x.reshape(-1, x.shape[-1]) for name, (x, _) in calls.items()}
     readers = [name for name, x in rows.items() if close(x, z_BTD.flatten(0, 1))]
     writers = [name for name in rows if name not in readers]
