@@ -215,6 +215,7 @@ NUMBERS = [
     ({}, {}, {"task": "regression"}, "not task.name=regression"),
     ({}, {}, {"budget": "flops"}, "budget=null"),
     ({"base": "nowhere"}, {}, {}, "nowhere: no config.json"),
+    ({"base": 5}, {}, {}, "5: no config.json"),
 ]
 
 
@@ -234,6 +235,7 @@ def test_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     for change, words in (
         ({"<|end|>": 2, "the": 900}, "has ids up to 900, the model has 260"),
+        ({"<|end|>": 2, "the": 7.0}, "has no id for 'the'"),
         ({"thx": content["model"]["vocab"].pop("the")}, "has no id for 'the'"),
     ):
         model = content["model"] | {"vocab": content["model"]["vocab"] | change}
@@ -242,6 +244,9 @@ def test_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> None:
     file.unlink()
     (folder / "config.json").write_text("{}")
     assert f"{folder} cannot be read: KeyError: 'hidden_size'" in one_line(lambda: pretrained.read(folder))
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "names 1000000000 layers, and the files hold 29 weights" in one_line(lambda: pretrained.read(folder))
     shutil.copy(base / "config.json", folder)
     assert "give a tokenizer.json" in one_line(lambda: pretrained.read(folder))
     task = TASK | {"tokenizer": "base"}

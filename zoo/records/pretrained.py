@@ -51,6 +51,9 @@ def _decoder(folder: Path, config: dict[str, Any], sizes: dict[str, Any], layers
     kept, V = sizes["layers"] if layers is None else layers, config["vocab_size"]
     if not 0 < kept <= sizes["layers"]:
         raise ValueError(f"model.layers={kept} must be 1 to {sizes['layers']}, the layers it has")
+    files = sorted(folder.glob("*.safetensors"))
+    if sizes["layers"] > (held := sum(len([*safe_open(file, "pt").keys()]) for file in files)):
+        raise ValueError(f"config.json names {sizes['layers']} layers, and the files hold {held} weights")
     tokens = {"vocabulary": V, "token_dim": None, "output_dim": V, "n_context": 0}
     tokens |= {"independent_queries": False, "filled": False}
     with torch.device("meta"):
@@ -61,7 +64,7 @@ def _decoder(folder: Path, config: dict[str, Any], sizes: dict[str, Any], layers
         names |= {f"model.layers.{layer}.{theirs}": f"blocks.{layer}.{ours}" for ours, theirs in own}
     shapes = {name: p.shape for name, p in decoder.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 if name not in names:
@@ -121,11 +124,11 @@ class Base(NamedTuple):
 
 def read(folder: str | Path, layers: int | None = None) -> Base:
     """The model of a folder, or its first layers, with rows by our ids; raises ValueError where it has another form."""
-    folder = home(folder)
+    folder = home(str(folder))  # a folder may be called 5
     with named(str(folder)):
         config, sizes = _config(folder)
         decoder, words = _decoder(folder, config, sizes, layers), tokenizer.read(str(folder / "tokenizer.json"))
-        ids_V = torch.tensor(_ids(folder, words, config))
+        ids_V = torch.tensor(_ids(folder, words, config), dtype=torch.int64)
     sizes["layers"] = len(decoder.blocks)
     weights = {name: tensor.detach().float() for name, tensor in decoder.named_parameters()}  # a tied head once
     weights |= {name: weights[name][ids_V] for name in ("embedding.weight", "head.weight") if name in weights}
@@ -143,7 +146,7 @@ def _ids(folder: Path, words: Tokenizer, config: dict[str, Any]) -> list[int]:
     start = next((config[name] for name in ("bos_token_id", "eos_token_id") if type(config.get(name)) is int), None)
     if start is None:
         raise ValueError("config.json has no bos_token_id, which texts begin with")
-    if lost := [text for text in texts[START + 1 :] if text not in theirs]:
+    if lost := [text for text in texts[START + 1 :] if type(theirs.get(text)) is not int]:
         raise ValueError(f"tokenizer.json has no id for {show(lost[0])}")
     ids = [theirs.get(text, start) for text in texts]
     if (highest := max(ids)) >= config["vocab_size"] or min(ids) < 0:
