@@ -34,8 +34,6 @@ NAMES = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in NAMES.items()}
 BLOCK = {"norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight"}
 BLOCK |= {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
 FFN = {f"ffn.{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None), "hidden_act": ("silu",)}
-"""Options of a Llama and their values here."""
 OWN = "decoder.context_to_delta."
 
 
@@ -91,13 +89,11 @@ def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     D, heads = config["hidden_size"], config["num_attention_heads"]
-    found = {name: config.get(name) for name, values in PLAIN.items() if name in config and config[name] not in values}
-    if config.get("model_type") != "llama":
-        found["model_type"] = config.get("model_type")
+    plain: dict[str, Any] = {"model_type": ("llama",), "hidden_act": ("silu", None), "head_dim": (D // heads, None)}
+    plain |= {"attention_bias": (False, None), "mlp_bias": (False, None)}
+    found = {name: config.get(name) for name, values in plain.items() if config.get(name) not in values}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         found["rope_scaling"] = rope
-    if config.get("head_dim") not in (None, D // heads):
-        found["head_dim"] = config["head_dim"]
     if found:
         differs = ", ".join(f"{name}={show(value)}" for name, value in found.items())
         raise ValueError(f"{differs} is not of the zoo's decoder")
