@@ -83,6 +83,16 @@ def test_ten_thousand_samples_leave_sums_alone() -> None:
     assert grown(10_000) < held / 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["affine", "output", "sink-null"])
+def test_a_prompt_of_a_model_of_16_bits(form: str, dtype: torch.dtype) -> None:
+    model, queries = wrap(family("Llama", dtype)), [sentences(40)]
+    prompt = Prompt(model, ids(1, N)[0])
+    patches = prompt.fit(queries, form, 0.03)
+    nothing, found = (commands.judged(prompt, queries, under, form).kl for under in ([Patch()] * 3, patches))
+    assert found < 0.5 * nothing
+
+
 @torch.no_grad()
 def test_a_patch_that_is_null_at_the_sink_leaves_it_alone_as_plain_weights() -> None:
     model, context = wrap(family("Llama")), ids(1, N)[0]
@@ -120,6 +130,7 @@ def test_mistakes_are_named() -> None:
         (lambda: prompt.fit([sentences(4)], "afine"), "form of a patch of a prompt 'afine' .* did you mean affine"),
         (lambda: prompt.fit([sentences(4)], "matrix", 0), "ridge=0 must be above 0"),
         (lambda: prompt.fit([]), "no sample queries"),
+        (lambda: Prompt(wrap(family("LFM2")), context), "in the cache of every layer.* LinearAttentionLayer"),
         (lambda: experts.fit([sentences(4)], "affine"), "has no bias in this model: take the form matrix or output"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -189,6 +200,8 @@ def test_distillation_trains_a_lora_on_until_other_queries_suffer(name: str, mon
     assert all(p.grad is None for p in model.model.parameters())
     with pytest.raises(ValueError, match="steps=0 must be above 0"):
         distil.distil(prompt, samples, others, lora, 0)
+    with pytest.raises(ValueError, match="no queries to train on"):
+        distil.distil(prompt, [], others, lora, 1)
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ def distil(
     prompt: Prompt, samples: Sequence[Tensor], others: Sequence[Tensor], lora: Sequence[Patch], steps: int
 ) -> list[Patch]:
     """Patches as `truncated` gives them after at most `steps` of Adam on the KL in nats from the prompted model at the
-    token after sample queries (B,T): after those that serve other queries best. Raises ValueError for no steps."""
+    token after sample queries (B,T): after those that serve other queries best. Raises ValueError for no
+    steps or queries."""
     require_positive("", steps=steps)
+    if not samples or not others:
+        raise ValueError("no queries to train on, or none to choose the step on")
     leaves = [t for patch in lora for delta in patch.weights.values() for t in _balanced(delta)]
     under = _patches(lora, leaves)
     parts = [(tokens, prompt.logits(tokens)) for batch in samples for tokens in batch.split(ROWS)]

@@ -41,13 +41,15 @@ def batches(queries: Iterable[Sequence[int]]) -> list[Tensor]:
 
 
 def prefilled(model: Wrapped, tokens: Tensor) -> Any:
-    """A key/value cache of tokens (B,T), or None of none."""
+    """A key/value cache of tokens (B,T), or None of none; raises ValueError where the model has no such cache."""
     from transformers import DynamicCache
 
     if not tokens.shape[1]:
         return None
     cache = DynamicCache(config=model.model.config)
     model(tokens, past_key_values=cache)
+    if strange := [type(own).__name__ for own in cache.layers if not hasattr(own, "batch_repeat_interleave")]:
+        raise ValueError(f"prompts need keys and values in the cache of every layer, this model has {strange[0]}")
     return cache
 
 

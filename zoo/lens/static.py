@@ -168,7 +168,7 @@ def update_of(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: L
     """The patch of `matrices` from the map of z to what `z_ctx − z` adds (gate, up), or to the output (down)."""
     weights, biases = {}, {}
     for name in matrices:
-        W = ffn.weight(name)
+        W = ffn.dense(Patch())[name]  # in the type of patches
         u, b = (low_rank.u, bias) if name == ffn.output_matrix else (W.double() @ low_rank.u, bias @ W.double().mT)
         if form.matrix:
             weights[name] = LowRank(u.to(W.dtype).contiguous(), low_rank.v.to(W.dtype).contiguous())
