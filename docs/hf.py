@@ -31,15 +31,15 @@ from zoo.files import write
 from zoo.hf import commands, wrap
 from zoo.hf.distil import distil
 from zoo.hf.lora import truncated
-from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches
+from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches, prefilled
 from zoo.hf.wrapped import Wrapped
 from zoo.lens.draw import save
 from zoo.lens.figure import Figure, Lines, Series
 
 PAGE, PROMPTS = Path(__file__).with_suffix(".md"), Path(__file__).parent / "prompts"
 TASKS = {"french": "words", "capitals": "countries", "plurals": "words", "letters": "words"}
-ANSWER, RANK = 8, 64
-"""Tokens of an answer; of a LoRA."""
+RANK = 64
+"""Of a LoRA."""
 TEXT = """The captain looked at the harbour, where three ships lay at anchor, and told the crew to wait until the tide
 had turned before they raised the sails. Nobody spoke. In the distance the bells of the old church began to ring for the
 morning service, and the gulls rose from the quay as one. She had seen it a hundred times, and every time she thought
@@ -64,6 +64,12 @@ def columns_of(section: str) -> dict[str, dict[str, str]]:
         return {}
     (_, *heads), _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")[1:-1])
     return {head: {row[0]: row[k] for row in rows} for k, head in enumerate(heads, 1)}
+
+
+def put_columns(section: str, head: str, columns: dict[str, dict[str, str]]) -> None:
+    """The same of a table of columns."""
+    rows = [[row, *(column[row] for column in columns.values())] for row in next(iter(columns.values()))]
+    put(section, [[head, *columns], *rows])
 
 
 def families() -> None:
@@ -109,29 +115,18 @@ def last_alone(model: Wrapped, tokens: Tensor, keep: int) -> tuple[Tensor, Tenso
     query, place = tokens[:, n:], torch.tensor([n])
 
     def answer() -> Tensor:
-        return model(query, positions=place, **past)[:, -1]
+        return model(query, positions=place, past_key_values=past)[:, -1]
 
-    past = cache(model, tokens[:, :keep])
+    past = prefilled(model, tokens[:, :keep])
     with model.patched(patches):
         found = answer()
-    past = cache(model, tokens[:, :keep])
+    past = prefilled(model, tokens[:, :keep])
     return found, answer()
 
 
-def cache(model: Wrapped, tokens: Tensor) -> dict[str, Any]:
-    from transformers import DynamicCache
-
-    if not tokens.shape[1]:
-        return {}
-    kept = DynamicCache(config=model.model.config)
-    model(tokens, past_key_values=kept)
-    return {"past_key_values": kept}
-
-
 def law(folder: str) -> None:
-    rows = [
-        ["kept beside the query", "type", "largest error", "no patch, smallest", "same first token of 100", "greedy"]
-    ]
+    heads = "kept beside the query", "type", "largest error", "no patch, smallest", "same first token of 100", "greedy"
+    rows = [[*heads]]
     for dtype in (torch.float32, torch.bfloat16):
         model = commands.load(folder)
         model = wrap(model.model.to(dtype), model.tokenizer)
@@ -171,12 +166,8 @@ def sink(folder: str) -> None:
             places = list(range(len(middle)))
             series.append(Series(f"{title}, {label}", places, middle, *band, control=each is not model))
     panel = Lines("24 tokens of prose", "layer", "|ΔW|/|W|, largest of gate, up, down", tuple(series), log_y=True)
-    caption = (
-        "Patches of the last token that stand for those before it, all or all but the first. Lines: medians over 20 "
-    )
-    caption += (
-        "stretches of text; bands: the least to the largest. Both kinds of patch are exact; the smaller is less work."
-    )
+    caption = "Patches of the last token that stand for those before it, all or all but the first. Lines: medians over "
+    caption += "20 stretches of text; bands: least to largest. Both kinds of patch are exact; the smaller is less work."
     caveat = "what other trained models do, or that a smaller patch is better for queries other than its own."
     title = "A patch that must make up for the sink as well is larger in a trained model"
     say(str(save(Figure("hf-sink", title, (panel,), caption, caveat), PAGE.parent / "figures")))
@@ -225,9 +216,7 @@ def prompts(folder: str, *names: str) -> None:
     for name in names or TASKS:
         prompt, (samples, others, held_out) = prompt_of(model, name), parts(model, name)
         column = {row: cell(value) for row, value in commands.compare(prompt, samples, held_out).items()}
-        found: dict[
-            str, tuple[float, float, Any, list[Patch]]
-        ] = {}  # of each form: KL on others, ridge, score, patches
+        found: dict[str, tuple[float, float, Any, list[Patch]]] = {}  # KL on others, ridge, score, patches
         for form, ridge in product([form for form in FORMS if form != "vector"], RIDGES):
             patches = prompt.fit(samples, form, ridge)
             kl, judged = (commands.judged(prompt, part, patches, form) for part in (others, held_out))
@@ -241,14 +230,11 @@ def prompts(folder: str, *names: str) -> None:
             held = truncated(model, found["sink-null"][3], rank)
             column[f"LoRA of sink-null, rank {rank}"] = cell(commands.judged(prompt, held_out, held, "sink-null"))
         alone = prompt_of(model, name, keep=0)
-        column["*nothing kept*, matrix"] = cell(
-            commands.judged(alone, held_out, alone.fit(samples, "matrix", RIDGES[-1]))
-        )
+        matrix = alone.fit(samples, "matrix", RIDGES[-1])
+        column["*nothing kept*, matrix"] = cell(commands.judged(alone, held_out, matrix))
         columns[name] = column
         say(f"{name} {column}")
-        rows = [["KL, same first token (ridge)", *columns]]
-        rows += [[row, *(column[row] for column in columns.values())] for row in next(iter(columns.values()))]
-        put("prompts", rows)
+        put_columns("prompts", "KL, same first token (ridge)", columns)
 
 
 def distilled(folder: str, *names: str) -> None:
@@ -264,9 +250,7 @@ def distilled(folder: str, *names: str) -> None:
             for what, part in {"fitted on": samples, "chosen on": others, "held out": held_out}.items():
                 column[f"{label}, {what}"] = cell(commands.judged(prompt, part, patches, "sink-null"))
         say(f"{name} {column}")
-        rows = [[f"LoRA of rank {RANK}", *columns]]
-        rows += [[row, *(other[row] for other in columns.values())] for row in column]
-        put("distilled", rows)
+        put_columns("distilled", f"LoRA of rank {RANK}", columns)
 
 
 def added(first: list[Patch], second: list[Patch]) -> list[Patch]:
@@ -300,12 +284,7 @@ def answers(folder: str, *names: str) -> None:
     for name in names or ("french", "capitals"):
         prompt, (samples, _, held_out) = prompt_of(model, name), parts(model, name)
         queries = batches([row.tolist() for tokens in held_out for row in tokens][:30])
-        kept, nothing = prompt.tokens[:1], [Patch()] * len(model.decoder.blocks)
-
-        def after_kept(tokens: Tensor, prompt: Prompt = prompt, kept: Tensor = kept) -> Tensor:
-            at = torch.cat([torch.zeros(1, dtype=torch.int64), prompt.places(tokens)])
-            return model(torch.cat([kept.expand(len(tokens), -1), tokens], 1), positions=at)[:, -1]
-
+        nothing = [Patch()] * len(model.decoder.blocks)
         found = {"no prompt": greedy(partial(prompt.logits, patches=nothing), queries)}
         answered = [torch.cat(pair, 1) for pair in zip(samples, greedy(prompt.logits, samples), strict=True)]
         for what, fitted_on in {"": samples, ", with answers": answered}.items():
@@ -314,7 +293,7 @@ def answers(folder: str, *names: str) -> None:
             lora = {f"LoRA of rank {RANK}": truncated(model, plain, RANK)}
             for how, patches in {"sink-null, merged": plain, **lora}.items():
                 with model.patched(patches):
-                    found[how + what] = greedy(after_kept, queries)
+                    found[how + what] = greedy(partial(prompt.logits, plain=True), queries)
         goals = [row for batch in greedy(prompt.logits, queries) for row in batch.tolist()]
         column = columns[name] = {}
         for how, replies in found.items():
@@ -323,19 +302,12 @@ def answers(folder: str, *names: str) -> None:
             same = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in (words, (rows, goals))]
             column[how] = f"{same[0]}, {same[1]}"
             say(f"{name}, {how}: {column[how]}; {words[0][:9]} instead of {words[1][:9]}")
-        heads = [["first word, all eight tokens, of 30", *columns]]
-        put("answers", heads + [[how, *(other[how] for other in columns.values())] for how in column])
+        put_columns("answers", "first word, all eight tokens, of 30", columns)
 
 
-def greedy(logits: Callable[[Tensor], Tensor], queries: list[Tensor]) -> list[Tensor]:
-    """The next tokens (B,ANSWER) of each batch of queries (B,T)."""
-    found = []
-    for tokens in queries:
-        T = tokens.shape[1]
-        for _ in range(ANSWER):
-            tokens = torch.cat([tokens, logits(tokens).argmax(-1)[:, None]], 1)
-        found.append(tokens[:, T:])
-    return found
+def greedy(logits: Callable[..., Tensor], queries: list[Tensor]) -> list[Tensor]:
+    """The answers (B,8) to each batch of queries (B,T)."""
+    return [commands.greedy(logits, tokens) for tokens in queries]
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
@@ -380,7 +352,7 @@ def cost(folder: str) -> None:
             first[way].append(seconds(prefill, 3))
             rate[way].append(1 / seconds(token, 9 if way != EACH else 3))
             say(f"{n} tokens, {way}: {first[way][-1]:.3f} s, then {rate[way][-1]:.1f} tokens/s")
-        answer = {way: first[way][-1] + (ANSWER - 1) / rate[way][-1] for way in WAYS}
+        answer = {way: first[way][-1] + (commands.SAY - 1) / rate[way][-1] for way in WAYS}
         pays = [answer[way] - answer[MERGED] for way in (READ, CACHED)]
         times = [f"{first[way][-1]:.2f} s, {rate[way][-1]:.1f}/s" for way in WAYS]
         after = [f"{fitted / gain:,.0f}" if gain > 0 else "never" for gain in pays]
@@ -399,10 +371,8 @@ def cost(folder: str) -> None:
         lines("Time to the first token", "seconds", first),
         lines("Further tokens", "tokens per second", rate, CACHED),
     )
-    caption = (
-        f"SmolLM2-135M, float32, one CPU thread, a query of {query.shape[1]} tokens. Under patches the first token of"
-    )
-    caption += " the context is kept. Of a context that was read, further tokens take a cache."
+    caption = f"SmolLM2-135M, float32, one CPU thread, a query of {query.shape[1]} tokens. Under patches the first "
+    caption += "token of the context is kept. Of a context that was read, further tokens take a cache."
     caveat = "that a static patch answers as the prompt does, see the table of prompts; nor anything of other hardware."
     title = "A static patch saves the reading of its context, patches of each token save nothing"
     say(str(save(Figure("hf-cost", title, panels, caption, caveat), PAGE.parent / "figures")))
@@ -428,7 +398,7 @@ def ways(
 
         return work
 
-    long, short = (cache(model, tokens)["past_key_values"] for tokens in (whole, kept))
+    long, short = (prefilled(model, tokens) for tokens in (whole, kept))
     under = {"patches": patches, "positions": places, **last}
     one = query[:, :1]
     return {

@@ -85,18 +85,6 @@ def test_gaps_padding_and_unequal_prompts(name: str) -> None:
 
 
 @torch.no_grad()
-def test_without_a_mask_gaps_are_taken_for_packed_texts() -> None:
-    """Why the wrapper always passes one."""
-    model, tokens, kept = wrap(family("Llama")), ids(), torch.tensor([0, 1, 9, 23])
-    removed = torch.ones(24, dtype=torch.bool).index_fill(0, kept, False)
-    goal = model(tokens)[:, kept]
-    with model.decoder.patched(model.deltas(tokens, removed)):
-        inputs = {"input_ids": tokens[:, kept], "position_ids": kept[None], "use_cache": False}
-        assert relative(model.model(**inputs).logits, goal) > 0.1
-        assert relative(model.model(**inputs, attention_mask=torch.ones(1, 4)).logits, goal) <= 1e-12
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["Mistral", "GPT-2", "Mixtral"])
 def test_tokens_from_a_cache_of_what_was_kept(name: str) -> None:
     from transformers import DynamicCache
@@ -233,16 +221,6 @@ def test_the_sink_of_a_trained_model_is_said(capsys: pytest.CaptureFixture[str])
     for _ in range(2):
         model.deltas(ids(), 23)
     assert capsys.readouterr().err.count("a folder: the first token, where trained models rest") == 1
-
-
-@torch.no_grad()
-def test_half_a_patch_misses() -> None:
-    model, tokens = wrap(family("Llama")), ids()
-    goal, query, at = model(tokens)[:, -1:], tokens[:, -1:], torch.tensor([23])
-    patches = model.deltas(tokens, 23)
-    halves = [[Patch(input=p.input, chunk=1) for p in patches], [Patch(weights=p.weights, chunk=1) for p in patches]]
-    for half in halves:
-        assert relative(model(query, patches=half, positions=at), goal) > 0.05
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])

@@ -21,7 +21,7 @@ from zoo.core.patch import Patch
 from zoo.hf import commands, distil, wrap
 from zoo.hf.export import tokenizer_of
 from zoo.hf.lora import save_lora, truncated
-from zoo.hf.prompt import FORMS, Prompt, batches, choose, score
+from zoo.hf.prompt import FORMS, Prompt, batches, choose, judged, score
 from zoo.lens import static
 from zoo.lens.patch_file import describe, load_patch, save_patch
 from zoo.tasks.text.tokenizer import Tokenizer
@@ -115,9 +115,8 @@ def test_the_form_is_chosen_on_other_queries() -> None:
     form, _, patches = choose(prompt, samples, others, FORMS, (0.03, 0.3))
     assert form in FORMS
     goals = [prompt.logits(tokens) for tokens in held_out]
-    found = score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in held_out])
-    nothing = score(goals, [prompt.logits(tokens, [Patch()] * 3) for tokens in held_out])
-    assert found.kl < 0.5 * nothing.kl
+    found = judged(prompt, held_out, patches, form)
+    assert found.kl < 0.5 * judged(prompt, held_out, [Patch()] * 3).kl
     assert score(goals, goals) == (0.0, 1.0)
     wrong = Prompt(model, context.flip(0))
     assert found.kl < score(goals, [wrong.logits(tokens) for tokens in held_out]).kl
@@ -125,22 +124,19 @@ def test_the_form_is_chosen_on_other_queries() -> None:
 
 def test_mistakes_are_named() -> None:
     model, context = wrap(family("Llama")), ids(1, N)[0]
-    with pytest.raises(ValueError, match="keep_first=10 must lie between 0 and the 10 tokens"):
-        Prompt(model, context, keep=N)
-    prompt = Prompt(model, context)
-    with pytest.raises(ValueError, match="form of a patch of a prompt 'afine' does not exist; did you mean affine"):
-        prompt.fit([sentences(4)], "afine")
-    with pytest.raises(ValueError, match="ridge=0 must be above 0"):
-        prompt.fit([sentences(4)], "matrix", 0)
-    with pytest.raises(ValueError, match="no sample queries"):
-        prompt.fit([])
+    prompt, experts = Prompt(model, context), Prompt(wrap(family("Mixtral")), context)
+    for call, words in (
+        (lambda: Prompt(model, context, keep=N), "keep_first=10 must lie between 0 and the 10 tokens"),
+        (lambda: prompt.fit([sentences(4)], "afine"), "form of a patch of a prompt 'afine' .* did you mean affine"),
+        (lambda: prompt.fit([sentences(4)], "matrix", 0), "ridge=0 must be above 0"),
+        (lambda: prompt.fit([]), "no sample queries"),
+        (lambda: Prompt(wrap(family("LFM2")), context), "in the cache of every layer.* LinearAttentionLayer"),
+        (lambda: experts.fit([sentences(4)], "affine"), "has no bias in this model: take the form matrix or output"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
     equal = prompt.fit([sentences(1, 1).expand(20, 1)], "vector", 1.0)
     assert all(bias.isfinite().all() for patch in equal for bias in patch.biases.values())
-    with pytest.raises(ValueError, match=r"in the cache of every layer.* LinearAttentionLayer"):
-        Prompt(wrap(family("LFM2")), context)
-    experts = Prompt(wrap(family("Mixtral")), context)
-    with pytest.raises(ValueError, match="has no bias in this model: take the form matrix or output"):
-        experts.fit([sentences(4)], "affine")
 
 
 @pytest.mark.parametrize("name", ["Llama", "Phi3", "GPT-2", "GPT-NeoX", "Falcon"])

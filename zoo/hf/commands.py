@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from zoo.core.patch import Patch
 from zoo.files import named
 from zoo.hf.distil import distil
 from zoo.hf.lora import save_lora, truncated
-from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, score
+from zoo.hf.prompt import FORMS, RIDGES, Prompt, Score, batches, choose, judged, score
 from zoo.hf.wrapped import Wrapped
 from zoo.lens import report as pages
 from zoo.lens.patch_file import describe, load_patch, save_patch
@@ -28,8 +29,6 @@ from zoo.tasks.text.sources import named as readable
 
 SAY = 8
 """Tokens of an answer."""
-PLAIN = ["sink-null"]
-"""Forms that a LoRA holds and that spare the tokens in front."""
 HOW = ("with the patch", "without")
 
 
@@ -85,7 +84,7 @@ def patch(options: argparse.Namespace) -> None:
     named(options.out)
     if options.distil is not None and (options.lora is None or options.distil < 1):
         raise ValueError("--distil STEPS, at least 1, trains the adapter of --lora DIR: name both")
-    forms = [options.form] if options.form else PLAIN if options.lora else list(FORMS)
+    forms = [options.form] if options.form else ["sink-null"] if options.lora else [*FORMS]
     model = load(options.checkpoint)
     prompt = Prompt(model, torch.tensor(ids(model, read(options.context), first=True)), options.keep_first)
     samples, others, held_out = (batches(part) for part in split([ids(model, line) for line in queries]))
@@ -103,12 +102,6 @@ def patch(options: argparse.Namespace) -> None:
     say(f"{f'on {sum(map(len, held_out))} held-out queries':{width}}  KL, nats  same first token")
     for name, (kl, top1) in rows.items():
         say(f"{name:{width}}  {kl:8.3f}  {top1:.2f}")
-
-
-def judged(prompt: Prompt, queries: Sequence[Tensor], patches: Sequence[Patch], form: str = "") -> Score:
-    """A patch against the prompt; as plain weights, which the kept tokens meet too, where the form spares these."""
-    goals = [prompt.logits(tokens) for tokens in queries]
-    return score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in queries])
 
 
 def compare(prompt: Prompt, samples: Sequence[Tensor], queries: Sequence[Tensor]) -> dict[str, Score]:
@@ -150,13 +143,16 @@ def apply(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.patch} does not say which tokens stay in front: it is no patch of a prompt")
     say(f"patch of {show(about.get('context'))}, after {model.tokenizer.decode(kept)!r}", sys.stderr)
     prompt = Prompt(model, torch.tensor([*kept, *[kept[0] if kept else 0] * (places - len(kept))]), len(kept))
+    nothing = [Patch()] * len(patches)
     for line in lines(options.query):
-        answers = [_greedy(prompt, ids(model, line), under) for under in (patches, [Patch()] * len(patches))]
+        query = torch.tensor([ids(model, line)])
+        answers = [greedy(partial(prompt.logits, patches=under), query)[0] for under in (patches, nothing)]
         say("\t".join(f"{how} {model.tokenizer.decode(answer)!r}" for how, answer in zip(HOW, answers, strict=True)))
 
 
-def _greedy(prompt: Prompt, query: list[int], patches: Sequence[Patch]) -> list[int]:
-    tokens = list(query)
+def greedy(logits: Callable[[Tensor], Tensor], queries_BT: Tensor) -> Tensor:
+    """The next tokens (B,SAY) of queries, each the likeliest; logits: of the token after queries, as Prompt's."""
+    tokens = queries_BT
     for _ in range(SAY):
-        tokens.append(int(prompt.logits(torch.tensor([tokens]), patches).argmax()))
-    return tokens[len(query) :]
+        tokens = torch.cat([tokens, logits(tokens).argmax(-1, keepdim=True)], 1)
+    return tokens[:, queries_BT.shape[1] :]

@@ -14,8 +14,7 @@ from torch import Tensor
 from zoo.config import require_positive
 from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
-from zoo.hf.ffn import wide
-from zoo.hf.prompt import Prompt, score
+from zoo.hf.prompt import Prompt, judged, kl_of
 
 ROWS, EVERY, RATE = 32, 10, 2e-4
 """Queries of a step at most; steps between looks at other queries; of Adam."""
@@ -31,22 +30,19 @@ def distil(
     if not samples or not others:
         raise ValueError("no queries to train on, or none to choose the step on")
     leaves = [t for patch in lora for delta in patch.weights.values() for t in _balanced(delta)]
-    under, kept = _patches(lora, leaves), prompt.tokens[: prompt.keep]
+    under = _patches(lora, leaves)
     parts = [(tokens, prompt.logits(tokens)) for batch in samples for tokens in batch.split(ROWS)]
-    goals = [prompt.logits(tokens) for tokens in others]
     optimizer, generator = torch.optim.Adam(leaves, RATE), torch.Generator().manual_seed(0)
     best, found = float("inf"), leaves
     for step in range(steps + 1):
         if step % EVERY == 0 or step == steps:
-            kl = score(goals, [prompt.logits(tokens, under, plain=True) for tokens in others]).kl
+            kl = judged(prompt, others, under, "sink-null").kl
             if kl < best:
                 best, found = kl, [leaf.detach().clone() for leaf in leaves]
         queries, goal = parts[int(torch.randint(len(parts), (), generator=generator))]
-        tokens = torch.cat([kept.expand(len(queries), -1), queries], 1)  # kept ones meet the weights too
-        positions = torch.cat([torch.arange(len(kept), device=kept.device), prompt.places(queries)])
+        tokens, positions = prompt.after_kept(queries)  # which meet the weights too
         logits = prompt.model.decoder(tokens, added=under, positions=positions)[0][:, -1]
-        p, q = (wide(t).log_softmax(-1) for t in (goal, logits))
-        gradients = torch.autograd.grad((p.exp() * (p - q)).sum() / ROWS, leaves)
+        gradients = torch.autograd.grad(kl_of(goal, logits).sum() / ROWS, leaves)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / (steps + 1))

@@ -6,7 +6,6 @@ Axes: D model, F hidden units of an expert, E routed experts, S shared ones.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import zoo
 from zoo.config import show
 from zoo.core.layers import FeedForward
 from zoo.records.pretrained import BLOCK, NAMES, import_llama
-from zoo.tasks.text.tokenizer import PATTERN, SIGNS, START, Tokenizer
+from zoo.tasks.text.tokenizer import PATTERN, SIGNS, START, WORDS, Tokenizer, pipeline
 
 __all__ = ["converted", "export", "import_llama", "tokenizer_of"]
-SHARED = "shared_expert", "shared_experts"
 BEGIN = "<|start|>"
 
 
@@ -79,17 +77,15 @@ def _kind(config: Any) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{', '.join(found)} has no place in Mixtral, Qwen2-MoE or GLM4-MoE")
     routed = {"num_experts_per_tok": config.top_k, "norm_topk_prob": config.renormalise}
     inner = {"moe_intermediate_size": config.hidden, "intermediate_size": config.hidden}
+    shared = max(config.shared, 1)  # both of the next two must have one
     if config.score == "sigmoid":
         groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0}
         own = {"use_qk_norm": False, "partial_rotary_factor": 1.0, "attention_bias": False}
-        shared = {"n_routed_experts": config.experts, "n_shared_experts": max(config.shared, 1)}
-        return "glm4_moe", {**routed, **inner, **groups, **own, **shared, "head_dim": config.dim // config.heads}
+        experts = {"n_routed_experts": config.experts, "n_shared_experts": shared}
+        return "glm4_moe", {**routed, **inner, **groups, **own, **experts, "head_dim": config.dim // config.heads}
     if config.shared or not config.renormalise:
-        shared = {
-            "num_experts": config.experts,
-            "shared_expert_intermediate_size": config.hidden * max(config.shared, 1),
-        }
-        return "qwen2_moe", {**routed, **inner, **shared, "qkv_bias": False, "decoder_sparse_step": 1}
+        experts = {"num_experts": config.experts, "shared_expert_intermediate_size": config.hidden * shared}
+        return "qwen2_moe", {**routed, **inner, **experts, "qkv_bias": False, "decoder_sparse_step": 1}
     sizes = {"intermediate_size": config.hidden, "num_local_experts": config.experts}
     return "mixtral", {**sizes, "num_experts_per_tok": config.top_k}
 
@@ -100,51 +96,40 @@ def _ffn(kind: str, config: Any, ffn: FeedForward, router: Any) -> dict[str, Ten
         return {"gate_proj.weight": ffn.gate, "up_proj.weight": ffn.up, "down_proj.weight": ffn.down.mT}
     E, F = config.experts, config.hidden
     gate, up, down = (W.unflatten(0, (ffn.blocks, -1))[:E] for W in (ffn.gate, ffn.up, ffn.down))
-    weights = {
-        "gate.weight": router.weight,
-        "experts.gate_up_proj": torch.cat([gate, up], 1),
-        "experts.down_proj": down.mT,
-    }
+    weights = {"experts.gate_up_proj": torch.cat([gate, up], 1), "experts.down_proj": down.mT}
+    weights["gate.weight"] = router.weight
     if kind != "glm4_moe" and router.bias.any():
         raise ValueError("model.score=softmax with a selection bias has no place in Mixtral or Qwen2-MoE")
     if kind == "mixtral":
         return weights
     # those that a model without shared experts must have give nothing
     gate, up, down = (W[E * F :] if config.shared else torch.zeros_like(W[:F]) for W in (ffn.gate, ffn.up, ffn.down))
-    name, twice = (SHARED[1], 1) if kind == "glm4_moe" else (SHARED[0], 2)  # its gate of zero gives one half
-    own = {"gate_proj": gate, "up_proj": up, "down_proj": twice * down.mT}
-    weights |= {f"{name}.{matrix}.weight": W for matrix, W in own.items()}
+    own = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down.mT}
     if kind == "glm4_moe":
-        return {**weights, "gate.e_score_correction_bias": router.bias}
-    return {**weights, "shared_expert_gate.weight": torch.zeros(1, config.dim)}
+        weights["gate.e_score_correction_bias"], name = router.bias, "shared_experts"
+    else:
+        weights["shared_expert_gate.weight"], name = torch.zeros(1, config.dim), "shared_expert"
+        own["down_proj.weight"] = 2 * down.mT  # a gate of zero gives one half
+    return weights | {f"{name}.{matrix}": W for matrix, W in own.items()}
 
 
 def tokenizer_of(ours: Tokenizer) -> Any:
     """The tokenizer as a fast one of `transformers`, with the start of a document before each text."""
-    import tokenizers
+    from tokenizers import decoders, processors
     from transformers import PreTrainedTokenizerFast
 
-    spelled = ["".join(chr(SIGNS.get(byte, byte)) for byte in token) for token in ours.spelled]
-    vocabulary = {text: index for index, text in enumerate(spelled) if text}
-    merges = [[spelled[a], spelled[b]] for a, b in ours.merges]
+    texts = [token.decode("latin-1").translate(SIGNS) for token in ours.spelled]
+    vocabulary = {text: index for index, text in enumerate(texts) if text} | {BEGIN: START}
     # what bytes of more than one letter are to us, letters from 128 on are here
-    pattern = {"Regex": PATTERN.replace(r"\x80-\xff", r"\x{80}-\x{10ffff}")}
-    split = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": pattern}
+    split = WORDS | {"pattern": {"Regex": PATTERN.replace(r"\x80-\xff", r"\x{80}-\x{10ffff}")}}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    own = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    first = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    file = {
-        "added_tokens": [{"id": START, "content": BEGIN, **own}],
-        "pre_tokenizer": ours.words or {"type": "Sequence", "pretokenizers": [split, level]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [first, texts[0]],
-            "pair": [first, *texts],
-            "special_tokens": {BEGIN: {"id": BEGIN, "ids": [START], "tokens": [BEGIN]}},
-        },
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": {**vocabulary, BEGIN: START}, "merges": merges, "ignore_merges": ours.whole},
-    }
-    made = tokenizers.Tokenizer.from_str(json.dumps(file))
+    made = pipeline(
+        ours.words or {"type": "Sequence", "pretokenizers": [split, level]},
+        vocab=vocabulary,
+        merges=[(texts[a], texts[b]) for a, b in ours.merges],
+        ignore_merges=ours.whole,
+    )
+    made.add_special_tokens([BEGIN])
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", f"{BEGIN} $A $B", [(BEGIN, START)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BEGIN, clean_up_tokenization_spaces=False)

@@ -7,11 +7,11 @@ Axes: B batch, T tokens, N = B·T, D model, F hidden units of an expert, E exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +24,7 @@ from zoo.core.patch import Patch, Routing
 POST = "post"
 """The name of the scale of a norm behind the network: a diagonal matrix."""
 LOCK = RLock()
-P = ParamSpec("P")
-
-
-def alone(make: Callable[P, Iterator[None]]) -> Callable[P, AbstractContextManager[None]]:
-    """A context manager, as `contextmanager` makes it, in which a model is changed: other threads wait for its end."""
-
-    @contextmanager
-    def held(*args: P.args, **named: P.kwargs) -> Iterator[None]:
-        with LOCK, contextmanager(make)(*args, **named):
-            yield
-
-    return held
+"""Of whoever changes a model or reads what may be changed: other threads wait for its end."""
 
 
 @dataclass
@@ -259,54 +248,43 @@ class ForeignFFN:
             if POST in patch.weights:
                 yield self.post.register_forward_hook(scale)
 
-        names = {*patch.weights, *patch.biases} - {POST}
-        hooked = {name for name in names if name in self.plain or name == self.output_matrix}
+        hooked = {*patch.weights, *patch.biases} & {*self.plain, self.output_matrix}
         if unplaced := patch.biases.keys() - hooked:
             raise ValueError(f"{', '.join(unplaced)} has no bias in this model: take the form matrix or output")
-        with ExitStack() as stack:
-            if others := names - hooked:
-                part = {name: delta for name, delta in patch.weights.items() if name in others}
-                stack.enter_context(self.merged(Patch(weights=part, chunk=patch.chunk)))
-            stack.enter_context(hooks(registered()))
+        others = {name: delta for name, delta in patch.weights.items() if name not in {*hooked, POST}}
+        with self.merged(Patch(weights=others)), hooks(registered()):
             yield
 
-    @alone
+    @contextmanager
     def merged(self, patch: Patch) -> Iterator[None]:
         """The network with W + ΔW and its biases in the place of its own; raises ValueError for a patch of several
         tokens, or a bias that the model has no place for."""
         new: list[tuple[nn.Module, str, Tensor]] = []
-        changed = [name for name in self.matrices if name in patch.weights or (patch.input and self.reads(name))]
-        for name, W in self.dense(patch, changed).items():
-            if W.dim() > 2 and W.shape[:-2].numel() != 1:
-                raise ValueError(f"{name}: updates of {W.shape[:-2].numel()} tokens or sequences are no one matrix")
-            new.append((*self.slot(name), self.as_stored(name, W.reshape(W.shape[-2:]))))
-        for name, bias in patch.biases.items():
-            if name not in self.plain or "bias" not in self.modules[name]._parameters:
-                raise ValueError(f"{name} has no bias in this model: take the form matrix or output")
-            stored: Any = self.modules[name]._parameters["bias"]
-            total = bias.reshape(-1) if stored is None else wide(stored) + bias.reshape(-1)
-            new.append((self.modules[name], "bias", total.to(self.dtype)))
-        old = [(module, own, module._parameters[own]) for module, own, _ in new]
-        try:
+        with LOCK, ExitStack() as stack:
+            changed = [name for name in self.matrices if name in patch.weights or (patch.input and self.reads(name))]
+            for name, W in self.dense(patch, changed).items():
+                if (count := W.shape[:-2].numel()) != 1:
+                    raise ValueError(f"{name}: updates of {count} tokens or sequences are no one matrix")
+                new.append((*self.slot(name), self.as_stored(name, W.reshape(W.shape[-2:]))))
+            for name, bias in patch.biases.items():
+                if name not in self.plain or "bias" not in self.modules[name]._parameters:
+                    raise ValueError(f"{name} has no bias in this model: take the form matrix or output")
+                stored: Any = self.modules[name]._parameters["bias"]
+                total = bias.reshape(-1) if stored is None else wide(stored) + bias.reshape(-1)
+                new.append((self.modules[name], "bias", total.to(self.dtype)))
             for module, own, value in new:
+                stack.callback(module._parameters.update, {own: module._parameters[own]})
                 module._parameters[own] = nn.Parameter(value, requires_grad=False)
             yield
-        finally:
-            for module, own, parameter in old:
-                module._parameters[own] = parameter
 
 
-@alone
+@contextmanager
 def hooks(registered: Iterable[Any]) -> Iterator[None]:
     """Hooks, registered as the handles are asked for, that are removed at its end, also if that fails halfway."""
-    handles = []
-    try:
+    with LOCK, ExitStack() as stack:
         for handle in registered:
-            handles.append(handle)
+            stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def wide(x: Tensor) -> Tensor:

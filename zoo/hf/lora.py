@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,10 +27,8 @@ def truncated(model: Wrapped, patches: Sequence[Patch], rank: int) -> list[Patch
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
     model.decoder.check(patches)
-    return [
-        _truncated(index, block.ffn, patch, rank)
-        for index, (block, patch) in enumerate(zip(model.decoder.blocks, patches, strict=True))
-    ]
+    layers = enumerate(zip(model.decoder.blocks, patches, strict=True))
+    return [_truncated(index, block.ffn, patch, rank) for index, (block, patch) in layers]
 
 
 def _truncated(index: int, ffn: ForeignFFN, patch: Patch, rank: int) -> Patch:
@@ -55,20 +54,14 @@ def _truncated(index: int, ffn: ForeignFFN, patch: Patch, rank: int) -> Patch:
 def _factors(index: int, ffn: ForeignFFN, name: str, patch: Patch) -> tuple[Tensor, Tensor]:
     """u (o,r) and v (i,r) of all that the patch does to a matrix."""
     W = wide(ffn.weight(name))
-    parts = []
+    parts: list[Any] = [(W[:, :0], W[:0].mT)]
     if (delta := patch.weights.get(name)) is not None:
         parts.append(delta.factors(W))
     if patch.input and name in ffn.input_matrices:
-        total = W if delta is None else W + delta.dense(W).reshape(W.shape)
-        parts.append(patch.input.factors(total))
-    flat = []
-    for part in parts:
-        if part is None or any(t.shape[:-2].numel() != 1 for t in part):
-            raise ValueError(f"layer {index}, {name}: a LoRA is one update, not one for each of many tokens")
-        flat.append([t.reshape(t.shape[-2:]) for t in part])
-    if not flat:
-        return W[:, :0], W[:0].mT
-    u_or, v_ir = (torch.cat(side, 1) for side in zip(*flat, strict=True))
+        parts.append(patch.input.factors(W if delta is None else W + delta.dense(W)))
+    if any(part is None or part[0].shape[:-2].numel() != 1 for part in parts):
+        raise ValueError(f"layer {index}, {name}: a LoRA is one update, not one for each of many tokens")
+    u_or, v_ir = (torch.cat([t.reshape(t.shape[-2:]) for t in side], 1) for side in zip(*parts, strict=True))
     return u_or, v_ir
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from zoo.core.delta import Scale
 from zoo.core.exact import LayerStates, kept_places, replace_context, shear_and_down
+from zoo.core.layers import Layout
 from zoo.core.patch import Patch, Routing
-from zoo.hf.ffn import LOCK, POST, Seen, alone, first, wide
-from zoo.hf.probe import TRAINING, Place, ffn_of, layers_of
+from zoo.hf.ffn import LOCK, POST, Seen, first, wide
+from zoo.hf.probe import TRAINING, ffn_of, layers_of
 from zoo.lens.exact import for_down, rescaled
 
-Visit = Callable[..., Any]
-"""Stands in the place of a layer: visit(index, forward, *args, **named) returns what forward(*args, **named) would."""
 SMALLEST = 0.1  # of a scale's change, which is then at most 1/SMALLEST of its usual size
 
 
@@ -87,8 +86,8 @@ class Network:
     def __init__(self, model: Any):
         self.model = model
         self.layers = layers_of(model)
-        self.accepts = inspect.signature(type(model).forward).parameters
-        self.blocks: list[Place] = []
+        self.accepts = {*inspect.signature(type(model).forward).parameters}
+        self.blocks: list[Any] = []  # whose ffn is as that of zoo.core.layers.Block
         self.returns: list[int] = []  # the length of the tuple that a layer returns, 0 for a tensor
         embedding = self.model.get_input_embeddings().weight
         (self.vocabulary, self.width), self.device = embedding.shape, embedding.device
@@ -98,7 +97,7 @@ class Network:
 
         def visit(index: int, forward: Any, *args: Any, **named: Any) -> Any:
             z, layer = torch.randn(*tokens.shape, self.width).to(first(args)), self.layers[index]
-            self.blocks.append(Place(layer, ffn_of(index, layer, z, lambda: forward(*args, **named))))
+            self.blocks.append(SimpleNamespace(ffn=ffn_of(index, layer, z, lambda: forward(*args, **named))))
             raw = forward(*args, **named)
             self.returns.append(0 if isinstance(raw, Tensor) else len(raw))
             return raw
@@ -113,6 +112,9 @@ class Network:
 
     def real(self, tokens: Tensor) -> None:
         """Which places hold a token: all do."""
+
+    def layout(self, tokens: int, n_context: int = 0) -> Layout:
+        return Layout(torch.arange(tokens, device=self.device), None)
 
     def emit(self, z_BTD: Tensor, layer: int, n_context: int = 0) -> Patch:
         """The choice of experts for states z, and no update."""
@@ -134,20 +136,26 @@ class Network:
         return {"input_ids": tokens, **{name: value for name, value in named.items() if name in self.accepts}}
 
     def run(
-        self, tokens: Tensor, visit: Visit, mask: Tensor | None = None, positions: Tensor | None = None, **named: Any
-    ) -> Any:
-        """One pass of the model in which `visit` stands in the place of every layer; None where it ended in Done."""
+        self, tokens: Tensor, visit: Any, mask: Tensor | None = None, positions: Tensor | None = None, **named: Any
+    ) -> None:
+        """One pass through the layers, or until Done is raised; visit(index, forward, *args, **named), in the place of
+        each, returns what its forward(*args, **named) would."""
+
+        def visited(index: int, forward: Any, *args: Any, **named: Any) -> Any:
+            out = visit(index, forward, *args, **named)
+            if index == len(self.layers) - 1:
+                raise Done
+            return out
+
         if self.model.training:
             raise ValueError(f"{type(self.model).__name__} {TRAINING}")
         with LOCK, ExitStack() as stack:
             for index, layer in enumerate(self.layers):
                 own, undo = vars(layer).get("forward"), vars(layer).pop
                 stack.callback(*((undo, "forward", None) if own is None else (setattr, layer, "forward", own)))
-                layer.forward = partial(visit, index, layer.forward)
-            try:
-                return self.model(**{"use_cache": False, **self.inputs(tokens, mask, positions), **named})
-            except Done:
-                return None
+                layer.forward = partial(visited, index, layer.forward)
+            with suppress(Done):
+                self.model(**{"use_cache": False, **self.inputs(tokens, mask, positions), **named})
 
     def __call__(
         self,
@@ -174,25 +182,25 @@ class Network:
 
     def step(
         self, index: int, tokens: Tensor, x: Tensor | None, positions: Tensor, cache: Any
-    ) -> tuple[Tensor, Seen, Tensor, Tensor]:
-        """One layer alone, on its input x (B,T,D), or what the layers before it give if None: what `watch` returns of
-        it, and the states that it returns. cache: of the tokens before, left as it was."""
+    ) -> tuple[Seen, Tensor, Tensor]:
+        """One layer alone, on its input x (B,T,D), or what the layers before it give if None: what its network showed,
+        and its output in units of the network's and as it is. cache: of the tokens before, left as it was."""
 
         def visit(at: int, forward: Any, *args: Any, **named: Any) -> Any:
             if at < index and x is not None:
                 return args[0] if not self.returns[at] else (args[0], *[None] * (self.returns[at] - 1))
             if at < index:
                 return forward(*args, **named)
-            found.append(self.watch(at, forward, args[0] if x is None else x.to(args[0]), *args[1:], **named))
+            found[:] = self.watch(at, forward, args[0] if x is None else x.to(args[0]), *args[1:], **named)
             raise Done
 
-        found: list[tuple[Any, Seen, Tensor]] = []
+        found: list[Any] = []
         own = {} if cache is None else {"past_key_values": _of_layer(cache, index, len(tokens)), "use_cache": True}
         past = 0 if cache is None else cache.get_seq_length()
         mask = torch.ones(len(tokens), past + tokens.shape[1], dtype=torch.int64, device=tokens.device)
         self.run(tokens, visit, mask, positions, **own)
-        raw, seen, out = found[0]
-        return raw, seen, out, first(raw)
+        raw, seen, out = found
+        return seen, out, first(raw)
 
     def check(self, patches: Sequence[Patch]) -> None:
         """Raises ValueError unless there is one patch for each layer, of matrices that it has."""
@@ -204,12 +212,12 @@ class Network:
                 what = ", ".join(strange) or "experts"
                 raise ValueError(f"layer {index} has no {what}: the patch is of another model")
 
-    @alone
+    @contextmanager
     def patched(self, patches: Sequence[Patch], merged: bool = False) -> Iterator[None]:
         """The model under patches, one per layer or none, until the context ends; merged: with W + ΔW formed."""
         if patches:
             self.check(patches)  # before anything is changed
-        with ExitStack() as stack:
+        with LOCK, ExitStack() as stack:
             for block, patch in zip(self.blocks, patches, strict=False):
                 stack.enter_context(block.ffn.merged(patch) if merged else block.ffn.patched(patch))
             yield
@@ -256,7 +264,7 @@ def _(
             routing = Routing(*(t[row_B1, kept_BK].unsqueeze(2) for t in vars(routing).values()))
         emitted = Patch(routing=routing, chunk=1)
         records.append({"emitted": emitted, **{name: t[row_B1, kept_BK] for name, t in states.items()}})
-        return _go_on(decoder, index, raw)
+        return raw
 
     def reduced(index: int, forward: Any, *args: Any, **named: Any) -> Any:
         _, seen, out = decoder.watch(index, forward, *args, **named)
@@ -265,7 +273,7 @@ def _(
         own = {"v": out - wide(seen.f), "z": wide(seen.z), **records[index]}
         patches.append(patch_of(ForeignStates(index, ffn, emit_without_context=lambda: alone, **own)))
         with ffn.patched(patches[-1]):
-            return _go_on(decoder, index, forward(*args, **named))
+            return forward(*args, **named)
 
     with torch.no_grad():
         decoder.run(tokens, record, mask)
@@ -282,10 +290,3 @@ def _kept(tokens: Tensor, removed: Tensor | int) -> Tensor:
     if len(places) != len(tokens) or len({*counts}) > 1:
         raise ValueError(f"removed keeps {counts} tokens by row, of {len(tokens)} rows: keep as many in each")
     return torch.stack(places)
-
-
-def _go_on(decoder: Network, index: int, raw: Any) -> Any:
-    """What a layer returned, but after the last one the pass ends."""
-    if index == len(decoder.layers) - 1:
-        raise Done
-    return raw

@@ -7,8 +7,9 @@ Axes: B batch, T tokens, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +21,6 @@ from zoo.hf.ffn import ForeignFFN, first, hooks, wide
 TRAINING = "is in training mode, in which it draws at random: call eval() first"
 
 
-@dataclass(frozen=True)
-class Place:
-    """One layer of the model and its network, as zoo.core.layers.Block has one."""
-
-    layer: nn.Module
-    ffn: ForeignFFN
-
-
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two results of a model are the same but for rounding in its own type."""
     tolerance = {torch.float64: 1e-5, torch.float32: 2e-3}.get(a.dtype, 0.1)
@@ -37,6 +30,18 @@ def close(a: Tensor, b: Tensor) -> bool:
 def noise(like: Tensor, size_of: Tensor) -> Tensor:
     """Random numbers of the shape of `like` and the size of the other."""
     return (torch.randn_like(like) * wide(size_of).square().mean().sqrt()).to(size_of.dtype)
+
+
+@contextmanager
+def watched(parts: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Any, Any]]]:
+    """What each part that is called reads, and what it gives."""
+    calls: dict[str, tuple[Any, Any]] = {}
+
+    def note(name: str) -> Any:
+        return lambda part, args, out: calls.update({name: (args[0] if args else None, out)})
+
+    with hooks(part.register_forward_hook(note(name)) for name, part in parts.items()):
+        yield calls
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -88,25 +93,19 @@ def _matrices(where: str, module: nn.Module, z_BTD: Tensor) -> ForeignFFN:
     named = {name.replace(".", "/"): part for name, part in module.named_modules()}
     modules = {name: part for name, part in named.items() if getattr(part, "weight", z_BTD).dim() == 2}
     stacks = {name: part for name, part in named.items() if getattr(part, "down_proj", None).__class__ is nn.Parameter}
-    calls: dict[str, tuple[Tensor, Any]] = {}
-
-    def note(name: str) -> Any:
-        return lambda part, args, out: calls.update({name: (args[0], out)})
-
-    with hooks(part.register_forward_hook(note(name)) for name, part in modules.items()):
+    with watched(modules) as calls:
         module(z_BTD)
     if missing := modules.keys() - calls.keys():
         raise ValueError(f"{where}: {', '.join(sorted(missing))} is not used as a part of its own")
-    turned: set[str] = set()
-    plain: set[str] = set()
-    for name, (x, out) in calls.items():
-        W, bias = (modules[name]._parameters.get(own) for own in ("weight", "bias"))
-        assert W is not None
-        for matrix, kinds in ((W.mT, (plain, turned)), (W, (plain,))):
-            fits = isinstance(out, Tensor) and matrix.shape[1] == x.shape[-1]
-            if fits and name not in plain and close(F.linear(x, matrix, bias), out):
-                for kind in kinds:
-                    kind.add(name)
+
+    def gives(name: str, W_oi: Any) -> bool:
+        """Whether a part gives W x + b."""
+        x, out = calls[name]
+        fits = isinstance(out, Tensor) and W_oi.shape[1] == x.shape[-1]
+        return fits and close(F.linear(x, W_oi, modules[name]._parameters.get("bias")), out)
+
+    turned = {name for name in calls if gives(name, modules[name].weight.mT)}
+    plain = turned | {name for name in calls if gives(name, modules[name].weight)}
     rows = {name: x.reshape(-1, x.shape[-1]) for name, (x, _) in calls.items()}
     readers = [name for name, x in rows.items() if close(x, z_BTD.flatten(0, 1))]
     writers = [name for name in rows if name not in readers]
@@ -146,12 +145,7 @@ def _writes(where: str, ffn: ForeignFFN, z_BTD: Tensor) -> None:
 
 def _output(where: str, ffn: ForeignFFN, children: dict[str, nn.Module], run: Callable[[], Any]) -> ForeignFFN:
     """The network with the norm that follows it and the factor at which the layer adds its output to the stream."""
-    given: dict[str, tuple[Any, Any]] = {}
-
-    def note(name: str) -> Any:
-        return lambda part, args, out: given.update({name: (args[0] if args else None, out)})
-
-    with ffn.observed() as seen, hooks(part.register_forward_hook(note(n)) for n, part in children.items()):
+    with ffn.observed() as seen, watched(children) as given:
         before = first(run())
     tensors = {name: pair for name, pair in given.items() if all(isinstance(t, Tensor) for t in pair)}
     behind = [name for name, (x, out) in tensors.items() if torch.equal(x, seen.y) and not torch.equal(x, out)]

@@ -32,13 +32,25 @@ RIDGES = (0.03, 0.3)
 ROWS = 64
 
 
-def batches(queries: Iterable[Sequence[int]], device: Any = None) -> list[Tensor]:
+def batches(queries: Iterable[Sequence[int]]) -> list[Tensor]:
     """Queries of equal length as tokens (B,T), ROWS at most in each."""
     lengths: dict[int, list[Sequence[int]]] = {}
     for query in queries:
         lengths.setdefault(len(query), []).append(query)
-    rows = [torch.tensor(same, device=device) for _, same in sorted(lengths.items())]
-    return [part for same in rows for part in same.split(ROWS)]
+    return [part for _, same in sorted(lengths.items()) for part in torch.tensor(same).split(ROWS)]
+
+
+def prefilled(model: Wrapped, tokens: Tensor) -> Any:
+    """A key/value cache of tokens (B,T), or None of none; raises ValueError where the model has no such cache."""
+    from transformers import DynamicCache
+
+    if not tokens.shape[1]:
+        return None
+    cache = DynamicCache(config=model.model.config)
+    model(tokens, past_key_values=cache)
+    if strange := [type(own).__name__ for own in cache.layers if not hasattr(own, "batch_repeat_interleave")]:
+        raise ValueError(f"prompts need keys and values in the cache of every layer, this model has {strange[0]}")
+    return cache
 
 
 @dataclass
@@ -53,22 +65,11 @@ class Prompt:
         n = len(self.tokens)
         if not 0 <= self.keep < n:
             raise ValueError(f"keep_first={self.keep} must lie between 0 and the {n} tokens of the prompt, less one")
-        self.kept = self._prefill(self.tokens[: self.keep], None)
+        self.kept = prefilled(self.model, self.tokens[None, : self.keep])
 
     @cached_property
     def full(self) -> Any:
-        return self._prefill(self.tokens, None)
-
-    def _prefill(self, tokens: Tensor, patches: Sequence[Patch] | None) -> Any:
-        from transformers import DynamicCache
-
-        if not len(tokens):
-            return None
-        cache = DynamicCache(config=self.model.model.config)
-        self.model(tokens[None], patches=patches, past_key_values=cache)
-        if strange := [type(own).__name__ for own in cache.layers if not hasattr(own, "batch_repeat_interleave")]:
-            raise ValueError(f"prompts need keys and values in the cache of every layer, this model has {strange[0]}")
-        return cache
+        return prefilled(self.model, self.tokens[None])
 
     def places(self, queries_BT: Tensor) -> Tensor:
         """Where the tokens of queries stand, (T); raises ValueError where the model has no such places."""
@@ -78,24 +79,29 @@ class Prompt:
             raise ValueError(f"a prompt of {n} tokens and a query of {T}: the model has {limit} places")
         return torch.arange(queries_BT.shape[1], device=queries_BT.device) + len(self.tokens)
 
+    def after_kept(self, queries_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept tokens and queries as one pass takes them, and where each stands."""
+        kept = self.tokens[: self.keep]
+        positions = torch.cat([torch.arange(self.keep, device=kept.device), self.places(queries_BT)])
+        return torch.cat([kept.expand(len(queries_BT), -1), queries_BT], 1), positions
+
     @torch.no_grad()
     def logits(self, queries_BT: Tensor, patches: Sequence[Patch] | None = None, plain: bool = False) -> Tensor:
         """Of the token after each query, (B,V): after the whole prompt, or after its kept tokens under patches, which
         plain weights apply to these too."""
+        if plain:
+            tokens, positions = self.after_kept(queries_BT)
+            return self.model(tokens, added=patches, positions=positions)[:, -1]
         places = self.places(queries_BT)
         cache = copy.deepcopy(self.full if patches is None else self.kept)
-        if plain and patches and self.keep:
-            cache = self._prefill(self.tokens[: self.keep], patches)
-        named = {}
         if cache is not None:
             cache.batch_repeat_interleave(len(queries_BT))
-            named = {"past_key_values": cache}
-        return self.model(queries_BT, added=patches, positions=places, **named)[:, -1]
+        return self.model(queries_BT, added=patches, positions=places, past_key_values=cache)[:, -1]
 
     def sink(self, index: int) -> tuple[Tensor, Tensor]:
         """What the network of a layer, and its output matrix, read at the kept tokens: (k,D) and (k,F)."""
         places = torch.arange(self.keep, device=self.tokens.device)
-        z = wide(self.model.decoder.step(index, self.tokens[None, : self.keep], None, places, None)[1].z)
+        z = wide(self.model.decoder.step(index, self.tokens[None, : self.keep], None, places, None)[0].z)
         return z[0], self.model.decoder.blocks[index].ffn.hidden(z, Patch())[0]
 
     @torch.no_grad()
@@ -116,8 +122,8 @@ class Prompt:
             states, into, out_of, patch = [], Moments(), Moments(), Patch()
             for b, tokens in enumerate(samples):
                 places = self.places(tokens)
-                _, seen_ctx, out_ctx, x_ctx[b] = network.step(index, tokens, x_ctx[b], places, self.full)
-                _, seen, out, _ = network.step(index, tokens, x[b], places, self.kept)
+                seen_ctx, out_ctx, x_ctx[b] = network.step(index, tokens, x_ctx[b], places, self.full)
+                seen, out, _ = network.step(index, tokens, x[b], places, self.kept)
                 z_ctx, z = wide(seen_ctx.z), wide(seen.z)
                 if what.input:
                     into.add(z, z_ctx - z)
@@ -145,28 +151,32 @@ class Score(NamedTuple):
     top1: float
 
 
+def kl_of(goal: Tensor, other: Tensor) -> Tensor:
+    """KL in nats from one distribution to another, by their logits (B,V): (B)."""
+    p, q = (wide(logits).log_softmax(-1) for logits in (goal, other))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def score(goals: Sequence[Tensor], logits: Iterable[Tensor]) -> Score:
     """Of logits against those of the prompted model, both by batch."""
     kl, same = [], []
     for goal, other in zip(goals, logits, strict=True):
-        p, q = (wide(t).log_softmax(-1) for t in (goal, other))
-        kl.append((p.exp() * (p - q)).sum(-1))
-        same.append((p.argmax(-1) == q.argmax(-1)).double())
+        kl.append(kl_of(goal, other))
+        same.append((goal.argmax(-1) == other.argmax(-1)).double())
     return Score(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
+
+
+def judged(prompt: Prompt, queries: Sequence[Tensor], patches: Sequence[Patch], form: str = "") -> Score:
+    """A patch against the prompt; as plain weights, which the kept tokens meet too, where the form spares these."""
+    goals = [prompt.logits(tokens) for tokens in queries]
+    return score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in queries])
 
 
 def choose(
     prompt: Prompt, samples: Sequence[Tensor], others: Sequence[Tensor], forms: Iterable[str], ridges: Iterable[float]
 ) -> tuple[str, float, list[Patch]]:
     """The form and the ridge, of these, whose patch, fitted on the samples, has the least KL on other queries."""
-    goals = [prompt.logits(tokens) for tokens in others]
-    best: tuple[float, str, float, list[Patch]] | None = None
-    for form in forms:
-        for ridge in ridges if lookup(form, FORMS, "form of a patch of a prompt").matrix else (1.0,):
-            patches = prompt.fit(samples, form, ridge)
-            kl = score(goals, [prompt.logits(tokens, patches, form == "sink-null") for tokens in others]).kl
-            if best is None or kl < best[0]:
-                best = kl, form, ridge, patches
-    if best is None:
-        raise ValueError("no form to choose from")
-    return best[1:]
+    which = {form: lookup(form, FORMS, "form of a patch of a prompt") for form in forms}
+    tried = [(form, ridge) for form, what in which.items() for ridge in (ridges if what.matrix else (1.0,))]
+    fitted = ((form, ridge, prompt.fit(samples, form, ridge)) for form, ridge in tried)
+    return min(fitted, key=lambda found: judged(prompt, others, found[2], found[0]).kl)

@@ -5,15 +5,13 @@ Axes: B sequences, T tokens.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Self
 
 import torch
 
-from zoo.core.layers import Layout
 from zoo.hf.wrapped import Wrapped
 from zoo.lens import figures
 from zoo.tasks import Batch
@@ -32,7 +30,7 @@ FIGURES = {
 class Text:
     """Stretches of a text as batches; the context is the first half of each."""
 
-    n_context, independent_queries, has_text, vocabulary = 0, False, True, None
+    n_context, independent_queries, has_text = 0, False, True
 
     def __init__(self, model: Wrapped, ids: list[int], name: str):
         self.config, self.model = SimpleNamespace(name=f"text {name}"), model
@@ -40,9 +38,6 @@ class Text:
         if self.tokens < 16:
             raise ValueError(f"--text {name} is of {len(ids)} tokens: 32 at least are needed")
         self.ids = torch.tensor(ids, device=model.device)
-
-    def prepare(self) -> None:
-        """Nothing to do."""
 
     def batch(self, split: str, k: int, size: int) -> Batch:
         """Stretches at even distances, others for each k."""
@@ -62,13 +57,7 @@ class Reading(Wrapped):
 
     def about(self, ids: list[int], name: str) -> Self:
         self.task = Text(self, ids, name)
-        self.config = SimpleNamespace(layers=len(self.decoder.blocks), name=self.model.config.model_type)
-        self.decoder.layout = lambda tokens, n: Layout(torch.arange(tokens, device=self.device), None)  # type: ignore
         return self
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        other = type(self)(copy.deepcopy(self.model), self.tokenizer)
-        return other.about(self.task.ids.tolist(), self.task.config.name)
 
     def to(self, dtype: torch.dtype) -> Self:
         self.model.to(dtype).set_experts_implementation("eager")  # whose other kernels know no float64

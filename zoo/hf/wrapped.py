@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zoo.console import warn
 from zoo.core.exact import replace_context
 from zoo.core.patch import Patch
+from zoo.hf.ffn import first, hooks, wide
 from zoo.hf.network import Network
 
 LAW = {torch.float64: 1e-5, torch.float32: 1e-2}
@@ -76,23 +77,21 @@ class Wrapped:
         network = self.decoder
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(network.vocabulary, (1, 4), generator=generator).to(self.device)
-        goal: list[Tensor] = []
-        found: list[Tensor] = []
 
-        def outputs(into: list[Tensor]) -> Any:
-            def visit(index: int, forward: Any, *args: Any, **named: Any) -> Any:
-                raw, _, out = network.watch(index, forward, *args, **named)
-                into.append(out[:, -1:])
-                return raw
+        def outputs(*args: Any) -> list[Tensor]:
+            found: list[Tensor] = []
+            with hooks(
+                layer.register_forward_hook(lambda layer, args, out: found.append(wide(first(out))[:, -1:]))
+                for layer in network.layers
+            ):
+                network(*args)
+            return found
 
-            return visit
-
-        network.run(tokens, outputs(goal))
+        goal = outputs(tokens)
         patches = replace_context(network, tokens, 3)
-        position = torch.tensor([[3]], device=self.device)
         precise = self.model.dtype in LAW  # else a router near a tie may choose anew
         with network.patched(patches, merged=precise):
-            network.run(tokens[:, 3:], outputs(found), positions=position)
+            found = outputs(tokens[:, 3:], 0, None, torch.tensor([3], device=self.device))
         for index, (a, b) in enumerate(zip(found, goal, strict=True)):
             error = float((a - b).abs().max() / b.abs().max())
             if not error <= LAW.get(self.model.dtype, 0.3):

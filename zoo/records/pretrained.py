@@ -34,8 +34,6 @@ NAMES = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in NAMES.items()}
 BLOCK = {"norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight"}
 BLOCK |= {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
 FFN = {f"ffn.{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None), "hidden_act": ("silu",)}
-"""Options of a Llama and their values here."""
 OWN = "decoder.context_to_delta."
 
 
@@ -91,13 +89,11 @@ def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     D, heads = config["hidden_size"], config["num_attention_heads"]
-    found = {name: config.get(name) for name, values in PLAIN.items() if name in config and config[name] not in values}
-    if config.get("model_type") != "llama":
-        found["model_type"] = config.get("model_type")
+    plain: dict[str, Any] = {"model_type": ("llama",), "hidden_act": ("silu", None), "head_dim": (D // heads, None)}
+    plain |= {"attention_bias": (False, None), "mlp_bias": (False, None)}
+    found = {name: config.get(name) for name, values in plain.items() if config.get(name) not in values}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         found["rope_scaling"] = rope
-    if config.get("head_dim") not in (None, D // heads):
-        found["head_dim"] = config["head_dim"]
     if found:
         differs = ", ".join(f"{name}={show(value)}" for name, value in found.items())
         raise ValueError(f"{differs} is not of the zoo's decoder")
@@ -142,7 +138,7 @@ def read(folder: str | Path, layers: int | None = None) -> Base:
 def _ids(folder: Path, words: Tokenizer, config: dict[str, Any]) -> list[int]:
     """The id there of each of ours."""
     theirs = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
-    texts = ["".join(chr(SIGNS.get(byte, byte)) for byte in token) for token in words.spelled]
+    texts = [token.decode("latin-1").translate(SIGNS) for token in words.spelled]
     start = next((config[name] for name in ("bos_token_id", "eos_token_id") if type(config.get(name)) is int), None)
     if start is None:
         raise ValueError("config.json has no bos_token_id, which texts begin with")
@@ -231,12 +227,17 @@ def _not_missed(model: Any, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if name.startswith(OWN)]
 
 
+def trained_part(model: Model) -> str:
+    """How much of a model is trained, "" where all of it is."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, free in sizes if free)
+    return f"; {trained:,} of {total:,} parameters are trained" if trained < total else ""
+
+
 def begun_on(model: Model) -> str:
     """A line on the base of a model, "" for one that has none."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    said = f"\nW0 is pretrained, SHA256 {show(model.config.base)}; {trained:,} of {total:,} parameters are trained"
-    return said if model.config.base else ""
+    base = model.config.base
+    return f"\nW0 is pretrained, SHA256 {show(base)}{trained_part(model)}" if base else ""
 
 
 def use(metrics: dict[str, Any]) -> str:

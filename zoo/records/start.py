@@ -6,6 +6,7 @@ import torch
 
 from zoo.config import show
 from zoo.models import Model
+from zoo.records.pretrained import trained_part
 from zoo.training import checkpoint, validate
 
 
@@ -39,10 +40,7 @@ def take_weights(model: Model, path: str) -> str:
     if said:
         _check_sum(model, path)
     own = f"; the {len(new)} weights of {model.config.name} alone are new" if new else ""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = f"; {trained:,} of {total:,} parameters are trained" if trained < total else ""
-    return f"begins with the weights of {file}{said}{own}{frozen}"
+    return f"begins with the weights of {file}{said}{own}{trained_part(model)}"
 
 
 def _shape(weight: torch.Tensor | None) -> str:

@@ -89,7 +89,7 @@ class Tokenizer:
         texts = [token.decode("latin-1").translate(signs) for token in self.spelled]
         vocabulary = {text: index for index, text in enumerate(texts) if text}
         merges = [(texts[a], texts[b]) for a, b in self.merges]
-        return _pipeline(words, vocab=vocabulary, merges=merges, ignore_merges=self.whole)
+        return pipeline(words, vocab=vocabulary, merges=merges, ignore_merges=self.whole)
 
     def encode(self, texts: Iterable[bytes]) -> Iterator[np.ndarray]:
         """The ids of documents one after the other, each after its start, in parts of any length; raises ValueError
@@ -128,7 +128,8 @@ def _pieces(text: bytes) -> Iterator[bytes]:
     return (text[at : at + PIECE] for at in range(0, len(text) or 1, PIECE))
 
 
-def _pipeline(words: Any, **model: Any) -> Any:
+def pipeline(words: Any, **model: Any) -> Any:
+    """BPE of the library `tokenizers` on text that is cut by `words`; raises ValueError where that is missing."""
     try:
         import tokenizers
     except ImportError:
@@ -144,15 +145,15 @@ def train(texts: Iterable[bytes], vocabulary: int) -> list[list[int]]:
     """The merges that give at most `vocabulary` ids, START among them: each joins the most frequent pair of `texts`,
     of those that come twice at least. Raises ValueError if the package `tokenizers` is missing."""
     short = {**WORDS, "pattern": {"Regex": PATTERN.replace("+", f"{{1,{WORD}}}")}}
-    pipeline = _pipeline(short, vocab={}, merges=[])
+    empty = pipeline(short, vocab={}, merges=[])
     from tokenizers.trainers import BpeTrainer
 
     ids = {chr(byte): byte for byte in range(START)}
     limits: dict[str, Any] = {"vocab_size": vocabulary - 1, "min_frequency": 2, "max_token_length": LONGEST}
     trainer = BpeTrainer(initial_alphabet=[*ids], show_progress=False, **limits)
     pieces = (piece.decode("latin-1") for text in texts for piece in _pieces(text))
-    pipeline.train_from_iterator(pieces, trainer)
-    return _numbered(json.loads(pipeline.to_str())["model"]["merges"], ids)
+    empty.train_from_iterator(pieces, trainer)
+    return _numbered(json.loads(empty.to_str())["model"]["merges"], ids)
 
 
 def learned(folders: Collection[Path], vocabulary: int) -> Tokenizer:
