@@ -96,7 +96,9 @@ def main(cfg: DictConfig) -> float | None:
     if state.mode == RunMode.RUN or code > 2:  # stopped: no further job
         sys.exit(code)
     if code:
-        FAILED.add(place_of(state, folder).name)
+        name = place_of(state, folder).name
+        FAILED.add(name)
+        console.say(f"this was {name}", sys.stderr)
         return None
     return scores[0] if scores and scores[0] is not None else math.nan  # which sweepers of Hydra can search by
 

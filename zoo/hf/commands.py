@@ -95,7 +95,7 @@ def patch(options: argparse.Namespace) -> None:
     if options.lora:
         if options.distil is not None:
             patches = distil(prompt, samples, others, truncated(model, patches, options.rank), options.distil)
-        held = save_lora(options.lora, model, patches, options.rank)
+        held = save_lora(options.lora, model, patches, options.rank, prompt)
         rows[f"LoRA of rank {options.rank}, {options.lora}"] = judged(prompt, held_out, held, "sink-null")
     say(f"{options.out}: stands for {len(prompt.tokens) - prompt.keep} tokens, {prompt.keep} stay in front of queries")
     width = max(map(len, rows))

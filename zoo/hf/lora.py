@@ -17,6 +17,7 @@ from zoo.core.delta import LowRank
 from zoo.core.patch import Patch
 from zoo.files import to_json, whole, write
 from zoo.hf.ffn import POST, ForeignFFN, wide
+from zoo.hf.prompt import Prompt
 from zoo.hf.wrapped import Wrapped
 
 
@@ -65,9 +66,18 @@ def _factors(index: int, ffn: ForeignFFN, name: str, patch: Patch) -> tuple[Tens
     return u_or, v_ir
 
 
-def save_lora(folder: str | Path, model: Wrapped, patches: Sequence[Patch], rank: int) -> list[Patch]:
-    """Writes an adapter of `peft` into a new folder and returns the patches that it holds, ΔW at `rank`; raises
-    ValueError as `truncated` does."""
+USE = """# A prompt as a LoRA
+
+It stands for a prompt of {tokens} tokens, without the first {keep}, which stay in front of every query: pass the tokens
+{kept}, then the query, whose position_ids begin at {tokens}; without them answers are wrong.
+"""
+
+
+def save_lora(
+    folder: str | Path, model: Wrapped, patches: Sequence[Patch], rank: int, prompt: Prompt | None = None
+) -> list[Patch]:
+    """Writes an adapter of `peft` into a new folder and returns the patches that it holds, ΔW at `rank`; README.md
+    there says how one that stands for a prompt is used. Raises ValueError as `truncated` does."""
     folder, patches = Path(folder), truncated(model, patches, rank)
     names = {id(module): name for name, module in model.model.named_modules()}
     tensors: dict[str, Tensor] = {}
@@ -97,4 +107,7 @@ def save_lora(folder: str | Path, model: Wrapped, patches: Sequence[Patch], rank
     with whole(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     write(folder / "adapter_config.json", to_json(config, 2) + "\n")
+    if prompt:
+        kept = prompt.tokens[: prompt.keep].tolist()
+        write(folder / "README.md", USE.format(tokens=len(prompt.tokens), keep=prompt.keep, kept=kept))
     return patches

@@ -18,7 +18,7 @@ from zoo.tasks import Batch
 
 TOKENS = 64
 FIGURES = {
-    "law-residuals": partial(figures.law_residuals, size=1, queries=1),
+    "law-residuals": partial(figures.law_residuals, size=2, queries=1),
     "norms-and-alignment": partial(figures.norms_and_alignment, size=4, queries=4),
     "changed-experts": partial(figures.changed_experts, size=16),
     "expert-use": partial(figures.expert_use, size=16),

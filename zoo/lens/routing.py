@@ -61,8 +61,7 @@ def usage(model: Model, batches: Iterable[Batch]) -> Usage:
 def routed_layers(model: Model) -> list[int]:
     """The layers in which a router chooses what each token uses: the L of all that is counted here."""
     batch = model.task.batch("test", 0, 1)
-    patches = model.decoder(batch.tokens, batch.n_context)[1]
-    return [layer for layer, patch in enumerate(patches) if patch.routing]
+    return [layer for layer, patch in enumerate(model.decoder(batch.tokens, batch.n_context)[1]) if patch.routing]
 
 
 def _routed(patches: list[Patch]) -> dict[int, Patch]:
