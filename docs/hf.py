@@ -4,6 +4,7 @@
     python docs/hf.py smollm2 DIR                          # writes a folder of transformers (install as in docs/hf.md)
     python docs/hf.py law DIR; python docs/hf.py sink DIR; python docs/hf.py prompts DIR; python docs/hf.py stacked DIR
     python docs/hf.py distilled DIR; python docs/hf.py answers DIR; python docs/hf.py cost DIR
+    python docs/hf.py base DIR RUN…                        # runs with model.base=DIR
 
 Axes: B queries, T tokens, n tokens of a prompt, K kept tokens, L layers.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
 import sys
 import time
@@ -20,12 +22,16 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import zoo
 from zoo.console import read, say
+from zoo.core.decoder import Decoder, Sizes
 from zoo.core.patch import Patch
 from zoo.files import write
 from zoo.hf import commands, wrap
@@ -35,6 +41,7 @@ from zoo.hf.prompt import FORMS, RIDGES, Prompt, batches, prefilled
 from zoo.hf.wrapped import Wrapped
 from zoo.lens.draw import save
 from zoo.lens.figure import Figure, Lines, Series
+from zoo.records import pretrained
 
 PAGE, PROMPTS = Path(__file__).with_suffix(".md"), Path(__file__).parent / "prompts"
 TASKS = {"french": "words", "capitals": "countries", "plurals": "words", "letters": "words"}
@@ -421,8 +428,42 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) / 1e6
 
 
+def base(folder: str, *runs: str) -> None:
+    """Runs on the first layers of a pretrained model, beside these alone, the whole model, and a byte trigram; then
+    how much more bits the second and the third need than the first, sequence by sequence."""
+    names = [f"bits_per_byte{part}" for part in ("", "_without_context", "_wrong_context")]
+    rows = [["system", "own context", "none", "another document's"]]
+    tests = [json.loads(read(Path(run, "metrics.json"))) for run in runs]
+    for run, metrics in zip(runs, tests, strict=True):
+        cells = [f"{metrics['test'][name]:.3f}" for name in names]
+        if metrics["config"]["shuffle_context"]:
+            cells = ["", cells[1], cells[0]]
+        rows.append([Path(run).name, *cells])
+    task = zoo.load(runs[0], base=folder).task
+    task.prepare()
+    tokens = SimpleNamespace(
+        vocabulary=task.vocabulary, token_dim=None, output_dim=task.vocabulary, n_context=0,
+        independent_queries=False, filled=False,
+    )  # fmt: skip
+    for layers, count in ((tests[0]["config"]["model"]["layers"], 20), (None, 5)):
+        own = pretrained.read(folder, layers)
+        decoder = Decoder(Sizes(**own.sizes), tokens).requires_grad_(False).eval()
+        decoder.load_state_dict(own.weights, strict=False)  # a tied head is there once
+        found = [task.evaluate(lambda t, _, d=decoder: d(t)[0], task.batch("test", k, 8)) for k in range(count)]
+        cells = [f"{float(torch.cat([values[name] for values in found]).mean()):.3f}" for name in names]
+        rows.append([f"W0 alone, {own.sizes['layers']} layers, {8 * count} sequences", *cells])
+    rows.append(["byte trigram", f"{tests[0]['test']['bits_per_byte_trigram']:.3f}", "", ""])
+    put("base", rows)
+    first, *others = (np.load(Path(run, "test.npz")) for run in runs)
+    for run, other in zip(runs[1:], others, strict=True):
+        apart, weight = other["main"] - first["main"], first["weight"] / first["weight"].sum()
+        mean = (apart * weight).sum()
+        error = ((apart - mean) ** 2 * weight**2).sum() ** 0.5
+        say(f"{Path(run).name} − {Path(runs[0]).name}: {mean:.3f} ± {error:.3f} (standard error)")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (families, smollm2, law, sink, prompts, distilled, stacked, answers, cost)
+    each.__name__: each for each in (families, smollm2, law, sink, prompts, distilled, stacked, answers, cost, base)
 }
 
 if __name__ == "__main__":
