@@ -171,7 +171,7 @@ def test_commands_end_in_one_line(
 
 
 def test_generate_writes_what_a_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "load", lambda path: None)
+    monkeypatch.setattr(zoo, "load", lambda path, base: None)
     monkeypatch.setattr(generate, "of_one", lambda *args: print("é → ΔW") or 1)
     monkeypatch.setattr(sys, "stdout", Stream("ascii"))
     assert generate.main(["a", "b"]) == 0
