@@ -271,6 +271,7 @@ def test_a_figure_of_its_own(
         ),
         (["patch", "{transformer}", "--context", "{empty}", "--out", "p"], "empty is empty"),
         (["patch", "{transformer}", "--context", "{good}", "--out", "p", "--samples", "0"], "--samples 0 must be"),
+        (["patch", "{transformer}", "--context", "{good}", "--out", "p", "--rank", "4"], "--rank is for the folder of"),
         (["apply", "{transformer}", "--patch", "none", "--query", "{good}"], "no patch file at none"),
         (["apply", "{transformer}", "--patch", "{good}", "--query", "{good}"], "is damaged or no patch file"),
         (["apply", "{moe}", "--patch", "{patch}", "--query", "{good}"], "was made for another model"),

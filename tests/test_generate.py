@@ -123,6 +123,7 @@ ANSWERS = [
     (["text"], "give a prompt, or --prompts FILE and --out FILE"),
     (["text", "a", "--prompts", "p", "--out", "o"], "give a prompt, or --prompts FILE and --out FILE"),
     (["text", "--prompts", "p"], "give a prompt, or --prompts FILE and --out FILE"),
+    (["text", "--prompts", "p", "--out", "./p"], "--out ./p holds the prompts: give another file"),
     (["text", "--prompts", "p", "--out", "o", "--context", "c"], "give it in each row of --prompts"),
     (["text", "--prompts", "missing.jsonl", "--out", "o"], "No such file or directory: 'missing.jsonl'"),
 ]

@@ -21,14 +21,11 @@ from zoo.config import lookup, show
 from zoo.console import Parser, command, read
 from zoo.lens import draw
 from zoo.lens import report as pages
-from zoo.lens.figure import Figure
 from zoo.lens.figures import increments_by_family
 from zoo.lens.patch_file import describe, load_patch, save_patch
 from zoo.lens.static import answer, fit, relative_error
 from zoo.models import Model
 from zoo.training import checkpoint
-
-Figures = dict[str, Callable[..., Figure]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -136,25 +133,26 @@ def figures(options: argparse.Namespace) -> None:
         print(draw.save(make(*models), options.out), flush=True)
 
 
-def all_figures() -> tuple[Figures, Figures]:
+def all_figures() -> tuple[pages.Makers, pages.Makers]:
     """Figures that train or draw their own small models, and those of checkpoints."""
     from zoo.papers import patches, toy_figures
 
-    theory: Figures = {
+    theory: pages.Makers = {
         "loss-through-delta": toy_figures.loss_through_delta,
         "increments-of-delta": toy_figures.increments_of_delta,
         "delta-and-fine-tuning": toy_figures.delta_and_fine_tuning,
         "capacity-cliffs": patches.capacity_cliffs,
         "precision-of-patches": patches.precision_of_patches,
     }
-    trained: Figures = {name: partial(pages.make, name) for name in pages.TRAINED}
-    trained["increments-of-delta"] = lambda models: toy_figures.increments_of_delta(
-        more_increments=increments_by_family(models)
-    )
+    trained: pages.Makers = {name: partial(pages.make, name) for name in pages.TRAINED}
+    increments = toy_figures.increments_of_delta
+    trained["increments-of-delta"] = lambda models: increments(more_increments=increments_by_family(models))
     return theory, trained
 
 
 def patch(options: argparse.Namespace) -> None:
+    if given := [name for name in ("queries", "lora", "rank", "distil") if getattr(options, name) is not None]:
+        raise ValueError(f"--{given[0]} is for the folder of a model of transformers, {options.checkpoint} is none")
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples} must be at least 1")
     (model,) = load_all([options.checkpoint], options.base)[0].values()

@@ -46,6 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give a prompt, or --prompts FILE and --out FILE")
     if options.prompts is not None and options.context is not None:
         parser.error("--context is that of one prompt: give it in each row of --prompts")
+    if options.prompts is not None and Path(options.prompts).resolve() == Path(options.out).resolve():
+        parser.error(f"--out {options.out} holds the prompts: give another file")
     if options.seed.bit_length() > 63:
         parser.error(f"--seed {options.seed} must be a number of 64 bits")
     return options

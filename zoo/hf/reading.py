@@ -14,10 +14,11 @@ import torch
 
 from zoo.hf.wrapped import Wrapped
 from zoo.lens import figures
+from zoo.lens.report import Makers
 from zoo.tasks import Batch
 
 TOKENS = 64
-FIGURES = {
+FIGURES: Makers = {
     "law-residuals": partial(figures.law_residuals, size=2, queries=1),
     "norms-and-alignment": partial(figures.norms_and_alignment, size=4, queries=4),
     "changed-experts": partial(figures.changed_experts, size=16),

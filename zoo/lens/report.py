@@ -16,7 +16,7 @@ from zoo.lens.figures import Models, example
 from zoo.lens.routing import routed_layers
 from zoo.models import Model
 
-Makers = Mapping[str, Callable[[Models], Figure]]
+Makers = dict[str, Callable[..., Figure]]
 TRAINED: Makers = {
     "law-residuals": figures.law_residuals,
     "norms-and-alignment": figures.norms_and_alignment,
