@@ -38,10 +38,30 @@ from zoo.training.callbacks import read_rows
 HERE = Path(__file__).parent
 PAGE, KEPT, RUNS = HERE / "results.md", HERE / "results", Path("runs/results")
 FAMILIES = ("transformer", "hypernet", "moe", "hyper_moe", "merged_experts", "fast_weights")
+REGRESSION = ("transformer", "fast_weights", "moe", "hypernet")
 WHOLE = "model.emission=full model.matrices=[gate,up] model.dim=32 model.hidden=32 model.code_dim=32 model.layers=1"
 TUNED = {"merged_experts": 0.006, "fast_weights": 0.012}
 """The rates of AdamW that the sweep of docs/results/tune_text.json chose, where it is not .024."""
+RATES = {
+    **dict.fromkeys(("transformer", "hypernet"), (0.005, 0.012)),
+    "moe": (0.01, 0.006),
+    "hyper_moe": (0.01, 0.012),
+    "merged_experts": (0.01, 0.003),
+    "fast_weights": (0.005, 0.006),
+}
+"""Of Muon and AdamW, which that of docs/results/tune_regression.json chose."""
 EXPERTS = "model=moe model.experts=8 model.hidden=16"
+
+
+def of_text(family: str) -> str:
+    """The words of a family at the rates that a sweep chose for it, on text."""
+    return f"model={family} optim.lr={TUNED.get(family, 0.024)}"
+
+
+def of_regression(family: str) -> str:
+    """The same on regression."""
+    muon_lr, lr = RATES[family]
+    return f"model={family} optim.muon_lr={muon_lr} optim.lr={lr}"
 
 
 class Experiment(NamedTuple):
@@ -58,12 +78,14 @@ EXPERIMENTS = {
     "incontext": Experiment(
         90,
         {
-            **{family: f"model={family}" for family in FAMILIES},
-            "hypernet-constant": "model=hypernet model.code=constant",
-            "moe-frozen": "model=moe model.router=frozen",
-            "moe-uniform": "model=moe model.router=uniform",
+            **{family: of_regression(family) for family in FAMILIES},
+            "hypernet-constant": f"{of_regression('hypernet')} model.code=constant",
+            "moe-frozen": f"{of_regression('moe')} model.router=frozen",
+            "moe-uniform": f"{of_regression('moe')} model.router=uniform",
         },
     ),
+    "sparse": Experiment(60, {family: of_regression(family) for family in REGRESSION}),
+    "two_layer": Experiment(150, {family: of_regression(family) for family in REGRESSION}),
     "compositional": Experiment(
         60,
         {
@@ -114,8 +136,8 @@ EXPERIMENTS = {
     "families": Experiment(
         90,
         {
-            **{family: f"model={family} optim.lr={TUNED.get(family, 0.024)}" for family in FAMILIES},
-            "hypernet-constant": "model=hypernet model.code=constant optim.lr=0.024",
+            **{family: of_text(family) for family in FAMILIES},
+            "hypernet-constant": f"{of_text('hypernet')} model.code=constant",
         },
     ),
     "prompts": Experiment(
