@@ -137,7 +137,7 @@ EXPERIMENTS = {
         90,
         {
             **{family: of_text(family) for family in FAMILIES},
-            "hypernet-constant": f"{of_text('hypernet')} model.code=constant",
+            "hypernet-constant": "model=hypernet model.code=constant optim.lr=0.024",
         },
     ),
     "prompts": Experiment(

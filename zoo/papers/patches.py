@@ -91,14 +91,9 @@ def capacity_cliffs(
     series = [
         over_trials(name, lengths, np.reshape(values, (len(seeds), -1)), (0, 0.5, 1)) for name, values in errors.items()
     ]
-    panel = Lines(
-        "",
-        "query tokens m served by one patch per layer",
-        "largest logit error",
-        tuple(series),
-        log_y=True,
-        marks={f"m = D = {DIM}": DIM, f"m = F = {HIDDEN}": HIDDEN},
-    )
+    x, y = "query tokens m served by one patch per layer", "largest logit error"
+    marks = {f"m = D = {DIM}": DIM, f"m = F = {HIDDEN}": HIDDEN}
+    panel = Lines("", x, y, tuple(series), log_y=True, marks=marks)
     return Figure(
         "capacity-cliffs",
         "One static patch serves as many tokens as its matrix has inputs",
