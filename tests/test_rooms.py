@@ -94,7 +94,7 @@ WINGS = {
     "quick": ([DECODING, "zoo/bench/generation.py", "zoo/bench/startup.py", OPTIM], 260 + 192),
     "several devices": (["zoo/devices", "zoo/bench/processes.py", "zoo/bench/pair.py"], 345 + 385 + 45),
     "tests of several devices": ([f"tests/{name}.py" for name in OF_DEVICES], 430 + 175),
-    "bridge": (["zoo/hf", "zoo/lens/protocol.py", "zoo/bench/hf.py"], 1_687),
+    "bridge": (["zoo/hf", "zoo/lens/protocol.py", "zoo/bench/hf.py"], 1_689),
     "tests of the bridge": ([f"tests/{path.name}" for path in ROOT.glob("tests/*hf*.py")], 1_414),
     "compare": (["zoo/compare", "zoo/evaluate.py", RESULTS], 900 + 97 + 12),
     "loggers": (["zoo/records/loggers.py"], 95),

@@ -86,6 +86,8 @@ def patch(options: argparse.Namespace) -> None:
         raise ValueError("--distil STEPS, at least 1, trains the adapter of --lora DIR: name both")
     forms = [options.form] if options.form else ["sink-null"] if options.lora else [*FORMS]
     model = load(options.checkpoint)
+    if options.lora:
+        truncated(model, [Patch()] * len(model.decoder.blocks), options.rank)  # refused before the fit
     prompt = Prompt(model, torch.tensor(ids(model, read(options.context), first=True)), options.keep_first)
     samples, others, held_out = (batches(part) for part in split([ids(model, line) for line in queries]))
     form, ridge, patches = choose(prompt, samples, others, forms, RIDGES if options.ridge is None else [options.ridge])
