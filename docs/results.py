@@ -143,9 +143,9 @@ EXPERIMENTS = {
     "prompts": Experiment(
         90,
         {
-            **{family: f"model={family}" for family in ("transformer", "hypernet", "moe", "fast_weights")},
-            "hypernet-constant": "model=hypernet model.code=constant",
-            "hypernet-attends": "model=hypernet model.attend_context=true",
+            **{family: of_text(family) for family in ("transformer", "hypernet", "moe", "fast_weights")},
+            "hypernet-constant": f"{of_text('hypernet')} model.code=constant",
+            "hypernet-attends": f"{of_text('hypernet')} model.attend_context=true",
         },
     ),
     "haystack": Experiment(60, {family: f"model={family}" for family in ("transformer", "fast_weights", "hypernet")}),
