@@ -166,9 +166,9 @@ def _start(decoder: Decoder, tokens: Tensor, n_context: int) -> list[Patch]:
 
 def update_of(ffn: FeedForward, matrices: Sequence[str], form: Form, low_rank: LowRank, bias: Tensor) -> Patch:
     """The patch of `matrices` from the map of z to what `z_ctx − z` adds (gate, up), or to the output (down)."""
-    weights, biases = {}, {}
+    weights, biases, stored = {}, {}, ffn.dense(Patch())  # in the type of patches
     for name in matrices:
-        W = ffn.dense(Patch())[name]  # in the type of patches
+        W = stored[name]
         u, b = (low_rank.u, bias) if name == ffn.output_matrix else (W.double() @ low_rank.u, bias @ W.double().mT)
         if form.matrix:
             weights[name] = LowRank(u.to(W.dtype).contiguous(), low_rank.v.to(W.dtype).contiguous())
