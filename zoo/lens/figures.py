@@ -32,7 +32,8 @@ def example(model: Model, size: int) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def law_residuals(models: Models, size: int = 32, queries: int = 2) -> Figure:
-    """Distance from the contextual output, relative to its largest entry, with dense patched weights; size: above 1."""
+    """Distance from the contextual output, relative to its largest entry, with dense patched weights."""
+    assert size > 1, "the control takes the context of another sequence"
     errors = [_residuals(model, size, queries) for model in models.values()]
     series = tuple(
         Series(label, list(models), [row[label] for row in errors], control="control" in label) for label in errors[0]
