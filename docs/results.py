@@ -40,27 +40,23 @@ PAGE, KEPT, RUNS = HERE / "results.md", HERE / "results", Path("runs/results")
 FAMILIES = ("transformer", "hypernet", "moe", "hyper_moe", "merged_experts", "fast_weights")
 REGRESSION = ("transformer", "fast_weights", "moe", "hypernet")
 WHOLE = "model.emission=full model.matrices=[gate,up] model.dim=32 model.hidden=32 model.code_dim=32 model.layers=1"
-TUNED = {"merged_experts": 0.006, "fast_weights": 0.012}
-"""The rates of AdamW that the sweep of docs/results/tune_text.json chose, where it is not .024."""
-RATES = {
-    **dict.fromkeys(("transformer", "hypernet"), (0.005, 0.012)),
-    "moe": (0.01, 0.006),
-    "hyper_moe": (0.01, 0.012),
-    "merged_experts": (0.01, 0.003),
-    "fast_weights": (0.005, 0.006),
-}
-"""Of Muon and AdamW, which that of docs/results/tune_regression.json chose."""
 EXPERTS = "model=moe model.experts=8 model.hidden=16"
 
 
+def chosen(sweep: str, family: str) -> list[str]:
+    """The rates of Muon and AdamW that a sweep which docs/results/ keeps chose for a family."""
+    found = json.loads((KEPT / f"{sweep}.json").read_text(encoding="utf-8"))[family]
+    return min(found, key=found.get).split()
+
+
 def of_text(family: str) -> str:
-    """The words of a family at the rates that a sweep chose for it, on text."""
-    return f"model={family} optim.lr={TUNED.get(family, 0.024)}"
+    """The words of a family at the rates of the sweep on text, of which all families chose the default of Muon."""
+    return f"model={family} optim.lr={chosen('tune_text', family)[1]}"
 
 
 def of_regression(family: str) -> str:
     """The same on regression."""
-    muon_lr, lr = RATES[family]
+    muon_lr, lr = chosen("tune_regression", family)
     return f"model={family} optim.muon_lr={muon_lr} optim.lr={lr}"
 
 
